@@ -1,0 +1,309 @@
+"""From run folders to tables, plots and a status. Reads records only; knows pandas and matplotlib, no torch and no Slurm."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pandas as pd
+
+from hpc_compress import identity
+from hpc_compress.config import ConfigError, build
+from hpc_compress.driver import Generation, Plan, Result
+from hpc_compress.search.objective import Product
+from hpc_compress.store import Store
+from hpc_compress.types import Genome, Measurement, Outcome, Proposal, Task
+
+REPORT_COLUMNS = {  # of a report, with their units
+    "dataset": "dataset",
+    "method": "method",
+    "metric": "metric",
+    "quality": "quality",
+    "encoder_m": "encoder, M",
+    "parameters_m": "parameters, M",
+    "mb": "size, MB",
+    "latency_ms": "inference, ms",
+    "speed_up": "speed-up",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder, read."""
+
+    root: Path
+    plan: Plan
+    generations: tuple[Generation, ...]
+    outcomes: dict[str, Outcome]  # by task id; the probe's are left out
+    result: Result | None  # None while the search goes on
+
+    @property
+    def base_id(self) -> str:
+        return next(id for id, o in self.outcomes.items() if o.task.genome == Genome() and o.task.split == "search")
+
+    def report_of(self, candidate: str) -> Outcome | None:
+        """The outcome of the same genome on the report split."""
+        task = self.outcomes[candidate].task.model_copy(update={"split": "report"})
+        return self.outcomes.get(identity.task_id(task))
+
+
+def open_run(root: Path | str) -> Run:
+    """Read a run folder, finished or not.
+
+    Raises: ConfigError when it is not one.
+    """
+    store = Store(root)
+    plan = store.read("run.json", Plan)
+    if plan is None:
+        raise ConfigError(f"{root} is not a run folder: it has no readable run.json")
+    numbers = sorted(path.name for path in (store.root / "generations").glob("[0-9]*.json"))
+    generations = [store.read(f"generations/{name}", Generation) for name in numbers]
+    outcomes = {}
+    for folder in sorted((store.root / "tasks").glob("*")):
+        outcome = store.outcome(folder.name)
+        if outcome is not None and outcome.task.limit is None:
+            outcomes[folder.name] = outcome
+    return Run(
+        root=store.root,
+        plan=plan,
+        generations=tuple(generation for generation in generations if generation is not None),
+        outcomes=outcomes,
+        result=store.read("result.json", Result),
+    )
+
+
+def find_runs(paths: Iterable[Path | str]) -> list[Path]:
+    """Run folders at or below the paths.
+
+    Raises: ConfigError for a path that holds none.
+    """
+    found: dict[Path, None] = {}
+    for path in map(Path, paths):
+        here = [path] if (path / "run.json").is_file() else [file.parent for file in sorted(path.rglob("run.json"))]
+        if not here:
+            raise ConfigError(f"no run in {path}: a run folder holds a run.json; `hpc-compress search` makes one in results/")
+        found.update(dict.fromkeys(here))
+    return list(found)
+
+
+def load_runs(paths: Path | str | Iterable[Path | str]) -> pd.DataFrame:
+    """Every candidate of some runs, one row each, in the order of birth.
+
+    Columns: run, dataset, model, candidate, parent, generation, genome, steps, precision, status (measured, or the kind of
+    failure), failure, alive, best, fitness (F within the last population), metric, quality, search_<metric>,
+    report_<metric>, latency_ms, base_latency_ms, report_latency_ms, speed_up, model_bytes, parameters, encoder_parameters,
+    peak_bytes, seconds, device.
+
+    Raises: ConfigError for a path that holds no run.
+    """
+    paths = [paths] if isinstance(paths, (str, Path)) else paths
+    frames = [_candidates(open_run(root)) for root in find_runs(paths)]
+    return pd.concat(frames, ignore_index=True)
+
+
+def _candidates(run: Run) -> pd.DataFrame:
+    born: dict[str, tuple[int, Proposal]] = {}
+    if any(o.task.genome == Genome() and o.task.split == "search" for o in run.outcomes.values()):
+        born[run.base_id] = (0, Proposal(genome=Genome()))
+    for generation in run.generations:
+        for task_id, proposal in zip(generation.born_ids, generation.born, strict=True):
+            born.setdefault(task_id, (generation.number, proposal))
+    population = run.generations[-1].population if run.generations else tuple(born)
+    fitness = _fitness(run, population)
+    rows = []
+    for task_id, (number, proposal) in born.items():
+        outcome = run.outcomes.get(task_id)
+        if outcome is None:
+            continue
+        rows.append(
+            {
+                "run": run.root.name,
+                "dataset": run.plan.dataset.name,
+                "model": run.plan.base.name,
+                "candidate": task_id,
+                "parent": proposal.parent,
+                "generation": number,
+                "genome": str(proposal.genome),
+                "steps": len(proposal.genome.steps),
+                "precision": _precision(proposal.genome),
+                "status": outcome.failure.kind if outcome.failure else "measured",
+                "failure": outcome.failure.message if outcome.failure else None,
+                "alive": task_id in population,
+                "best": bool(population) and task_id == population[0],
+                "fitness": fitness.get(task_id, math.nan),
+                "seconds": sum(outcome.seconds.values()),
+                **_figures(outcome.measurement, "search"),
+                **_report_figures(run.report_of(task_id)),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _precision(genome: Genome) -> str:
+    if genome.deploy is None:
+        return "fp32"
+    return str(genome.deploy.params.get("scheme", genome.deploy.operator))
+
+
+def _fitness(run: Run, population: Sequence[str]) -> dict[str, float]:
+    """F of the living; the objective of a user's own is reported as it is."""
+    objective = build(run.plan.objective, "objective")
+    members = {id: run.outcomes[id].measurement for id in population if id in run.outcomes}
+    measured = {id: measurement for id, measurement in members.items() if measurement is not None}
+    if isinstance(objective, Product):
+        return dict(zip(measured, objective.fitness(list(measured.values())), strict=True))
+    base = run.outcomes[run.base_id].measurement
+    return {id: objective(measurement, base) for id, measurement in measured.items()}
+
+
+def _figures(measurement: Measurement | None, split: str) -> dict[str, Any]:
+    if measurement is None:
+        return {}
+    name, quality = next(iter(measurement.metrics.items()))
+    return {
+        "metric": name,
+        "quality": quality,
+        **{f"{split}_{metric}": value for metric, value in measurement.metrics.items()},
+        "latency_ms": median(measurement.latency_ms),
+        "base_latency_ms": median(measurement.base_latency_ms),
+        "speed_up": speed_up(measurement),
+        "model_bytes": measurement.model_bytes,
+        "parameters": measurement.parameters,
+        "encoder_parameters": measurement.encoder_parameters,
+        "peak_bytes": measurement.peak_bytes,
+        "device": measurement.device,
+    }
+
+
+def _report_figures(outcome: Outcome | None) -> dict[str, Any]:
+    if outcome is None or outcome.measurement is None:
+        return {}
+    figures = {f"report_{metric}": value for metric, value in outcome.measurement.metrics.items()}
+    return {**figures, "report_latency_ms": median(outcome.measurement.latency_ms)}
+
+
+def speed_up(measurement: Measurement) -> float:
+    """Of the deployed model over the base model, both timed in one job."""
+    return median(measurement.base_latency_ms) / median(measurement.latency_ms)
+
+
+# --- report ---
+
+
+def report(roots: Sequence[Path]) -> pd.DataFrame:
+    """The base model and the reported candidates of each run, measured on the report split.
+
+    Columns: run, candidate, genome and those of REPORT_COLUMNS.
+
+    Raises: ConfigError for a run that has not come to its end.
+    """
+    rows = []
+    for root in roots:
+        run = open_run(root)
+        if run.result is None:
+            raise ConfigError(f"{root} has not come to its end; see `hpc-compress status {root}`, or start its search again")
+        best = run.result.best
+        for candidate in dict.fromkeys((run.result.base, *run.result.reported)):
+            outcome = run.report_of(candidate)
+            if outcome is None or outcome.measurement is None:
+                continue
+            method = "base model" if candidate == run.result.base else ("best" if candidate == best else "next best")
+            rows.append(_report_row(run, candidate, method, outcome.task, outcome.measurement))
+    return pd.DataFrame(rows)
+
+
+def _report_row(run: Run, candidate: str, method: str, task: Task, measurement: Measurement) -> dict[str, Any]:
+    name, quality = next(iter(measurement.metrics.items()))
+    return {
+        "run": run.root.name,
+        "candidate": candidate,
+        "dataset": task.dataset.name,
+        "method": method,
+        "metric": name,
+        "quality": quality,
+        "encoder_m": measurement.encoder_parameters / 1e6,
+        "parameters_m": measurement.parameters / 1e6,
+        "mb": measurement.model_bytes / 1e6,
+        "latency_ms": median(measurement.latency_ms),
+        "speed_up": speed_up(measurement),
+        "genome": str(task.genome),
+    }
+
+
+def as_text(table: pd.DataFrame) -> str:
+    """A report as a Markdown table, genomes last."""
+    shown = table.rename(columns=REPORT_COLUMNS)[[*REPORT_COLUMNS.values(), "genome"]]
+    formats = ("", "", "", ".3f", ".2f", ".2f", ".1f", ".1f", ".2f", "")
+    return shown.to_markdown(index=False, floatfmt=formats)
+
+
+def write_report(roots: Sequence[Path], folder: Path) -> pd.DataFrame:
+    """Write report.md, report.csv, candidates.csv and candidates.png into a folder; returns the report."""
+    table, candidates = report(roots), load_runs(roots)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.md").write_text(as_text(table) + "\n", encoding="utf-8")
+    table.to_csv(folder / "report.csv", index=False)
+    candidates.to_csv(folder / "candidates.csv", index=False)
+    plot(candidates, folder / "candidates.png")
+    return table
+
+
+def plot(candidates: pd.DataFrame, path: Path) -> None:
+    """Quality against latency for every measured candidate, one panel a dataset; the area of a mark is the model's bytes."""
+    from matplotlib.figure import Figure
+
+    measured = candidates[candidates["status"] == "measured"]
+    names = list(dict.fromkeys(measured["dataset"]))
+    figure = Figure(figsize=(7 * len(names), 4.8), layout="constrained")
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
+        rows = measured[measured["dataset"] == name]
+        area = 300 * rows["model_bytes"] / rows["model_bytes"].max()
+        marks = axes.scatter(
+            rows["latency_ms"], rows["quality"], s=area, c=rows["generation"], cmap="viridis", alpha=0.75, linewidths=0
+        )
+        figure.colorbar(marks, ax=axes, label="generation", ticks=sorted(set(rows["generation"])))
+        for label, chosen, color in (("base", rows["generation"] == 0, "black"), ("best", rows["best"], "crimson")):
+            special = rows[chosen]
+            axes.scatter(special["latency_ms"], special["quality"], s=area[special.index], facecolors="none", edgecolors=color)
+            for _, row in special.iterrows():
+                axes.annotate(
+                    label, (row["latency_ms"], row["quality"]), textcoords="offset points", xytext=(10, 8), color=color
+                )
+        axes.set_title(f"{name} (area: MB of the deployed model, at most {rows['model_bytes'].max() / 1e6:.0f})", fontsize=10)
+        axes.set_xlabel(f"latency of one pass, ms ({rows['device'].iloc[0]})")
+        axes.set_ylabel(f"{rows['metric'].iloc[0]} on the search split")
+        axes.margins(0.12)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+
+
+# --- status ---
+
+
+def status(root: Path) -> str:
+    """Where a run stands, from its files alone."""
+    run = open_run(root)
+    tasks = len(list((run.root / "tasks").glob("*/task.json")))
+    settled = [path.parent.name for path in (run.root / "tasks").glob("*/outcome.json")]
+    failures = Counter(o.failure.kind for o in run.outcomes.values() if o.failure)
+    lines = [
+        f"run         {run.root}",
+        f"compresses  {run.plan.base.name} on {run.plan.dataset.name}",
+        f"generation  {len(run.generations)} of {run.plan.config.generations} done",
+        f"tasks       {len(settled)} of {tasks} settled"
+        + (f", failed: {', '.join(f'{n} {kind}' for kind, n in failures.items())}" if failures else ""),
+    ]
+    if run.generations and (best := run.outcomes.get(run.generations[-1].population[0])) and best.measurement:
+        name, quality = next(iter(best.measurement.metrics.items()))
+        lines.append(
+            f"best so far {best.task.genome}: {name} {quality:.3f}, {best.measurement.model_bytes / 1e6:.1f} MB, "
+            f"{speed_up(best.measurement):.2f}x speed"
+        )
+    lines.append(
+        f"state       {'ended: ' + run.result.stopped if run.result else 'not ended; the same search command goes on with it'}"
+    )
+    return "\n".join(lines)

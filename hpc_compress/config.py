@@ -1,0 +1,165 @@
+"""What a user may set, as validated frozen dataclasses. Plain data in; unknown keys and values out of range are refused."""
+
+import difflib
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from hpc_compress.types import Protocol, Record
+
+B = TypeVar("B", bound=BaseModel)
+
+
+class ConfigError(ValueError):
+    """A value that a user can mend; the message says what came, what is allowed and what to do."""
+
+
+class ModelConfig(Record):
+    """Which checkpoint to compress, and how its task head is trained when it has none."""
+
+    path: str = Field(min_length=1, description="hub name, local folder, or package:NAME/FOLDER of an installed package")
+    revision: str | None = Field(default=None, description="commit, tag or branch on the hub")
+    head: Literal["auto", "trained", "new"] = Field(
+        default="auto", description="trained: use the checkpoint's; new: train one; auto: look into the checkpoint"
+    )
+    fine_tune: dict[str, Any] = Field(default={}, description="parameters of the step `fine_tune` that trains a new head")
+
+
+class DatasetConfig(Record):
+    """Where rows come from and which columns matter."""
+
+    name: str = Field(min_length=1, description="how reports call it")
+    path: str | None = Field(default=None, description="dataset on the hub or a folder that `datasets` can load")
+    subset: str | None = Field(default=None, description="the dataset's configuration, as `cola` of GLUE")
+    train: str = Field(default="train", description="split of `path`; without `path` a csv, tsv or parquet file")
+    validation: str | None = Field(default=None, description="official validation split or file, kept for the report")
+    text: str = Field(default="text", description="column of the text")
+    text2: str | None = Field(default=None, description="column of the second text of a pair")
+    label: str = Field(default="label", description="column of the label")
+    problem: Literal["classification", "regression"] = "classification"
+    metrics: tuple[Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"], ...] = Field(
+        default=("accuracy",), min_length=1, description="the first one is the quality of the search"
+    )
+    where: str | None = Field(default=None, description="keep the rows for which this pandas query holds")
+    encoding: str = Field(default="utf-8", description="of a csv or tsv file; undecodable bytes become U+FFFD")
+    max_length: int = Field(default=128, ge=4, description="tokens; longer examples are cut")
+    search_on: Literal["held_out", "validation"] = Field(
+        default="held_out",
+        description="score candidates on rows held out of train, or, as published, on the official validation split",
+    )
+    search_rows: float = Field(default=0.1, gt=0, description="rows held out of train: a share below 1, or a number")
+    report_rows: float = Field(default=0.1, gt=0, description="the same for a report split, when there is no validation")
+    max_train_rows: int | None = Field(default=None, ge=1, description="use a random part of train")
+    max_search_rows: int | None = Field(default=None, ge=1, description="use a random part of the search split")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DatasetConfig":
+        regression = {"pearson", "spearman"}
+        if (self.problem == "regression") != (self.metrics[0] in regression):
+            wanted = sorted(regression) if self.problem == "regression" else "accuracy, f1, macro_f1, matthews"
+            raise ValueError(f"metrics={list(self.metrics)} do not fit problem={self.problem}; use {wanted}")
+        if self.search_on == "validation" and self.validation is None:
+            raise ValueError("search_on=validation needs a validation split or file; set dataset.validation")
+        return self
+
+
+class RunConfig(Record):
+    """One search, as far as it is plain data. Strategy, objective and launcher are objects built beside it."""
+
+    name: str = Field(min_length=1, description="the run folder is results/NAME")
+    seed: int = Field(default=0, ge=0, description="every random choice follows from it")
+    generations: int = Field(default=3, ge=0, description="at the most")
+    required_quality: float | None = Field(
+        default=None, description="stop once a compressed candidate reaches this quality on the search split"
+    )
+    report_candidates: int = Field(default=3, ge=1, description="fittest candidates measured on the report split")
+    probe: bool = Field(default=True, description="try every kind of step on a few sentences before the first generation")
+    model: ModelConfig
+    dataset: DatasetConfig
+    protocol: Protocol = Protocol()
+
+
+def validate(kind: type[B], values: Mapping[str, Any], where: str = "") -> B:
+    """Build `kind` from plain data.
+
+    Raises: ConfigError, one line a mistake: where it is, what came, what is allowed.
+    """
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(kind, where, item) for item in error.errors())) from None
+
+
+def _explain(kind: type[BaseModel], where: str, item: Any) -> str:
+    path = [str(part) for part in item["loc"]]
+    key = ".".join([*filter(None, [where]), *path])
+    if item["type"] == "extra_forbidden":
+        allowed = _fields_at(kind, path[:-1])
+        close = difflib.get_close_matches(path[-1], allowed, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return f"{key} is not a known key; allowed here: {', '.join(allowed)}{hint}"
+    if item["type"] == "missing":
+        return f"{key} is missing; set {key}=..."
+    message = item["msg"].removeprefix("Value error, ").replace("Input should be", "allowed is: a value")
+    return f"{key or kind.__name__}: {message}; got {item['input']!r}" if path else f"{where or kind.__name__}: {message}"
+
+
+def _fields_at(kind: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        inner = kind.model_fields[part].annotation if part in kind.model_fields else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            break
+        kind = inner
+    return sorted(kind.model_fields)
+
+
+def locate(path: str) -> Any:
+    """The object at a dotted path.
+
+    Raises: ConfigError when the module or the name in it is not there.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"{path!r} can't be imported ({error}); give package.module.Name and make sure that it is installed "
+            "or on PYTHONPATH, on the nodes too"
+        ) from None
+
+
+def resource(path: str) -> Path:
+    """A local path; `package:NAME/PATH` lies in an installed package.
+
+    Raises: ConfigError when the package is not installed.
+    """
+    if not path.startswith("package:"):
+        return Path(path).expanduser()
+    package, _, inner = path.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(
+            f"{path}: package {package!r} is not installed; the demo's come with pip install 'hpc-compress[demo]'"
+        )
+    return Path(spec.submodule_search_locations[0]) / inner
+
+
+def build(values: Mapping[str, Any], where: str) -> Any:
+    """The object that a config node with `_target_` describes.
+
+    Raises: ConfigError when it can't be imported or refuses its parameters.
+    """
+    params = {key: value for key, value in values.items() if key != "_target_"}
+    if "_target_" not in values:
+        raise ConfigError(f"{where} has no _target_; choose one of conf/{where}/ or give the dotted path of a class")
+    target = locate(str(values["_target_"]))
+    if isinstance(target, type) and issubclass(target, BaseModel):
+        return validate(target, params, where)
+    try:
+        return target(**params)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {values['_target_']} refused {params}: {error}") from None

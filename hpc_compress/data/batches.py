@@ -1,0 +1,127 @@
+"""From text to tensors: tokenised examples, and batches of them with as little padding as possible.
+
+Knows numpy and torch. Knows nothing of models, of devices but the copy to one, or of where the text came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+
+# Training sorts pools of this many batches by length. A large pool has less padding, a small one more varied batches; at
+# 64 batches 1 to 6 % of the positions are padding (SST-2, batch 32 and 8), where batches drawn at random have 55 to 67 %.
+POOL = 64
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokenised, truncated examples in their original order, without padding."""
+
+    # Flat arrays and not lists of lists: the 364 k pairs of QQP take 45 MB of memory, not 600.
+    input_ids: np.ndarray  # (n_tokens,) int32, all examples one after another
+    token_type_ids: np.ndarray | None  # (n_tokens,) int8; None where the tokenizer makes none or there is no second text
+    offsets: np.ndarray  # (n + 1,) int64; example i is input_ids[offsets[i]:offsets[i + 1]]
+    labels: np.ndarray  # (n,) int64 for classes, float32 for regression
+    pad_id: int  # what the tokenizer pads input_ids with
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n,) tokens in each example."""
+        return np.diff(self.offsets)
+
+    def take(self, n: int) -> Encoded:
+        """The first n examples, or all if there are fewer."""
+        n = min(n, len(self))
+        end = self.offsets[n]
+        types = None if self.token_type_ids is None else self.token_type_ids[:end]
+        return replace(
+            self,
+            input_ids=self.input_ids[:end],
+            token_type_ids=types,
+            offsets=self.offsets[: n + 1],
+            labels=self.labels[:n],
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    inputs: dict[str, torch.Tensor]  # ready for model(**inputs); each (batch, longest example of the batch)
+    labels: torch.Tensor  # (batch,)
+    index: torch.Tensor  # (batch,) int64, positions of these examples in the Encoded
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def to(self, device: torch.device) -> Batch:
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            # Only from pinned memory does the copy run beside the kernels that are already queued.
+            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+        return Batch({name: move(tensor) for name, tensor in self.inputs.items()}, move(self.labels), move(self.index))
+
+
+def encode(tokenizer, text: Sequence[str], text2: Sequence[str] | None, labels: ArrayLike, max_length: int) -> Encoded:
+    """Tokenises texts, or pairs of texts, and cuts each example to max_length tokens.
+
+    Integer labels are classes, floating-point ones are regression targets.
+    """
+    labels = np.asarray(labels)
+    if labels.dtype.kind not in "biuf":
+        raise TypeError(f"labels have dtype {labels.dtype}; give class numbers (integers) or regression targets (floats)")
+    sizes = {"text": len(text), "labels": len(labels)} | ({} if text2 is None else {"text2": len(text2)})
+    if len(set(sizes.values())) != 1 or not len(text):
+        raise ValueError(f"sizes are {sizes}; every example needs its text and its label, and there must be at least one")
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"{type(tokenizer).__name__} has no padding token; set tokenizer.pad_token")
+
+    tokens = tokenizer(list(text), None if text2 is None else list(text2), truncation=True, max_length=max_length)
+    # For a single text the types are all 0, which is what every model assumes where none are given.
+    types = tokens.get("token_type_ids") if text2 is not None else None
+    return Encoded(
+        input_ids=np.concatenate(tokens["input_ids"]).astype(np.int32),
+        token_type_ids=None if types is None else np.concatenate(types).astype(np.int8),
+        offsets=np.cumsum([0] + [len(ids) for ids in tokens["input_ids"]]),
+        labels=labels.astype(np.float32 if labels.dtype.kind == "f" else np.int64),
+        pad_id=tokenizer.pad_token_id,
+    )
+
+
+def train_batches(encoded: Encoded, batch_size: int, generator: np.random.Generator) -> Iterator[Batch]:
+    """One epoch: every example once, in batches of similar length that come in random order."""
+    order = generator.permutation(len(encoded))
+    chunks = []
+    for start in range(0, len(order), POOL * batch_size):
+        pool = order[start : start + POOL * batch_size]
+        pool = pool[np.argsort(encoded.lengths[pool], kind="stable")]  # stable: equal lengths stay shuffled
+        chunks += [pool[at : at + batch_size] for at in range(0, len(pool), batch_size)]
+    for k in generator.permutation(len(chunks)):
+        yield _batch(encoded, chunks[k])
+
+
+def eval_batches(encoded: Encoded, batch_size: int) -> Iterator[Batch]:
+    """Every example once, longest first, so that a batch too large for the memory fails at once."""
+    order = np.argsort(-encoded.lengths, kind="stable")
+    for start in range(0, len(order), batch_size):
+        yield _batch(encoded, order[start : start + batch_size])
+
+
+def _batch(encoded: Encoded, index: np.ndarray) -> Batch:
+    lengths = encoded.lengths[index, None]
+    column = np.arange(lengths.max())
+    real = column < lengths  # (batch, longest)
+    position = np.where(real, encoded.offsets[index, None] + column, 0)
+    inputs = {"input_ids": np.where(real, encoded.input_ids[position], encoded.pad_id), "attention_mask": real}
+    if encoded.token_type_ids is not None:
+        inputs["token_type_ids"] = np.where(real, encoded.token_type_ids[position], 0)
+    return Batch(
+        inputs={name: torch.from_numpy(array.astype(np.int64)) for name, array in inputs.items()},
+        labels=torch.from_numpy(encoded.labels[index]),
+        index=torch.from_numpy(index),
+    )

@@ -1,0 +1,113 @@
+"""Quality, latency and memory of a deployed model on the device at hand. Raw samples are kept; knows no search."""
+
+import platform
+import time
+from math import sqrt
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from hpc_compress.data.batches import Batch, Encoded, eval_batches
+from hpc_compress.types import Protocol
+
+
+def device() -> torch.device:
+    """The job's own GPU, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name(on: torch.device) -> str:
+    if on.type == "cuda":
+        return torch.cuda.get_device_name(on)
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+@torch.inference_mode()
+def outputs(model: PreTrainedModel, examples: Encoded, batch_size: int, on: torch.device) -> np.ndarray:
+    """Logits of every example, in the order of the examples: (n, classes) as float32."""
+    model.eval()
+    rows = np.empty((len(examples), int(model.config.num_labels)), dtype=np.float32)
+    for batch in eval_batches(examples, batch_size):
+        rows[batch.index.numpy()] = model(**batch.to(on).inputs).logits.float().cpu().numpy()
+    return rows
+
+
+@torch.inference_mode()
+def latency_ms(model: PreTrainedModel, sample: list[Batch], protocol: Protocol, on: torch.device) -> tuple[float, ...]:
+    """Milliseconds of each timed pass over the sample, which lies on the device already.
+
+    Stops when the median is known within the protocol's tolerance, or at its limits.
+    """
+    model.eval()
+    timed = _cuda_pass_ms if on.type == "cuda" else _cpu_pass_ms
+    begin = time.monotonic()
+    spent = lambda: time.monotonic() - begin  # noqa: E731
+    for _ in range(protocol.warmup_passes):
+        timed(model, sample)
+        if spent() > protocol.max_seconds:
+            break
+    passes: list[float] = []
+    while len(passes) < protocol.max_passes:
+        passes.append(timed(model, sample))
+        if spent() > protocol.max_seconds:
+            break
+        if len(passes) >= protocol.min_passes and relative_error_of_median(passes) <= protocol.tolerance:
+            break
+    return tuple(passes)
+
+
+def relative_error_of_median(samples: list[float]) -> float:
+    """Standard error of the median over the median, from the median absolute deviation.
+
+    1.4826 MAD estimates sigma, and a median's standard error is 1.2533 sigma / sqrt(n) (both exact for normal samples). The
+    median is used since a busy machine only ever adds time, and sometimes much of it.
+    """
+    middle = median(samples)
+    deviation = median(abs(value - middle) for value in samples)
+    return 1.4826 * 1.2533 * deviation / sqrt(len(samples)) / middle
+
+
+def _cpu_pass_ms(model: PreTrainedModel, sample: list[Batch]) -> float:
+    begin = time.perf_counter()
+    for batch in sample:
+        model(**batch.inputs)
+    return (time.perf_counter() - begin) * 1e3
+
+
+def _cuda_pass_ms(model: PreTrainedModel, sample: list[Batch]) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    for batch in sample:
+        model(**batch.inputs)
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end)
+
+
+@torch.inference_mode()
+def peak_bytes(model: PreTrainedModel, sample: list[Batch], on: torch.device) -> int | None:
+    """Allocator peak of one pass over the sample, the model's own weights included; None on a CPU."""
+    if on.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats(on)
+    _cuda_pass_ms(model, sample)
+    return torch.cuda.max_memory_allocated(on)
+
+
+def timing_sample(examples: Encoded, protocol: Protocol, on: torch.device) -> list[Batch]:
+    """The protocol's fixed sample, the first rows of the split, ready on the device."""
+    return [batch.to(on) for batch in eval_batches(examples.take(protocol.sentences), protocol.batch_size)]

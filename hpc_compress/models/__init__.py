@@ -1,0 +1,1 @@
+"""Families of encoders, surgery on them, and their artifacts."""

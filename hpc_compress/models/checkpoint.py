@@ -1,0 +1,113 @@
+"""Finding the base checkpoint and copying it into the run folder. Reads JSON and safetensors headers; knows no torch."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from hpc_compress import identity
+from hpc_compress.config import ConfigError, ModelConfig, resource
+from hpc_compress.types import Base, Dataset, Step
+
+# What a classifier needs from a checkpoint. Pickled weights are left where they are.
+PATTERNS = (
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "spm.model",
+    "sentencepiece*.model",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on this machine."""
+
+    name: str
+    folder: Path
+    revision: str | None
+    config: dict[str, Any]  # its config.json
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({path for pattern in PATTERNS for path in self.folder.glob(pattern) if path.is_file()})
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names in the order of the head's outputs; two nameless ones when the config says nothing."""
+        names = self.config.get("id2label") or {str(n): f"LABEL_{n}" for n in range(self.config.get("num_labels", 2))}
+        return tuple(str(names[key]) for key in sorted(names, key=int))
+
+    @property
+    def has_head(self) -> bool:
+        keys: set[str] = set()
+        for path in self.files:
+            if path.suffix == ".safetensors":
+                with safe_open(str(path), framework="np") as tensors:
+                    keys.update(tensors.keys())
+        return any(key.startswith("classifier.") for key in keys)
+
+
+def find(config: ModelConfig) -> Checkpoint:
+    """Find a local checkpoint, or one on the hub (from the cache when there is no network).
+
+    Raises: ConfigError when there is none, or none with safetensors weights.
+    """
+    folder, revision = resource(config.path), config.revision
+    if not folder.is_dir():
+        folder, revision = _from_hub(config)
+    for needed, advice in (
+        ("config.json", "give the folder that holds it"),
+        ("*.safetensors", "pickled weights are never loaded; save the model again with save_pretrained"),
+        ("tokenizer*", "save the tokenizer into the same folder with save_pretrained"),
+    ):
+        if not any(folder.glob(needed)):
+            raise ConfigError(f"model.path={config.path!r}: no {needed} in {folder}; {advice}")
+    return Checkpoint(config.path, folder, revision, json.loads((folder / "config.json").read_text(encoding="utf-8")))
+
+
+def _from_hub(config: ModelConfig) -> tuple[Path, str | None]:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(config.path, revision=config.revision, allow_patterns=list(PATTERNS)))
+    except Exception as error:
+        # huggingface_hub raises many kinds here, most of them when there is no network.
+        raise ConfigError(
+            f"model.path={config.path!r} is no local folder and could not be had from the hub ({error}); check the name, or "
+            "load it once where there is a network, with HF_HOME on the shared filesystem"
+        ) from error
+    return folder, folder.name  # the snapshot's folder is named by its commit
+
+
+def adopt(checkpoint: Checkpoint, config: ModelConfig, dataset: Dataset, target: Path) -> Base:
+    """Copy the checkpoint into the run folder and say what it is. A missing task head becomes a step of training.
+
+    Raises: ConfigError when model.head=trained and the head does not fit the dataset.
+    """
+    outputs = len(dataset.labels) or 1
+    fits = checkpoint.has_head and len(checkpoint.labels) == outputs
+    if config.head == "trained" and not fits:
+        raise ConfigError(
+            f"model.head=trained, but {checkpoint.name} has {len(checkpoint.labels) if checkpoint.has_head else 'no head, not'}"
+            f" {outputs} outputs as {dataset.name} needs; set model.head=new to train one"
+        )
+    train_head = config.head == "new" or not fits
+    preparation = (Step(operator="fine_tune", params=config.fine_tune),) if train_head else ()
+    target.mkdir(parents=True, exist_ok=True)
+    for path in checkpoint.files:
+        shutil.copyfile(path, target / path.name)
+    return Base(
+        name=checkpoint.name,
+        revision=checkpoint.revision,
+        fingerprint=identity.files_hash([target / path.name for path in checkpoint.files]),
+        preparation=preparation,
+    )

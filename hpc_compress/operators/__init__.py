@@ -1,0 +1,143 @@
+"""Operators: what can be done to a model. Their parameters are checked without torch; torch is imported when they act.
+
+An operator is a frozen object with `__call__(model, context) -> model`. One that acts on the master takes and returns a
+stock classifier with fp32 weights; one that deploys is given a copy of its own and may change precision. A user's own
+operator is named in the config by its dotted path.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from pydantic import Field
+
+from hpc_compress.config import ConfigError, build, locate
+from hpc_compress.types import Record, Step
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from hpc_compress.data.batches import Encoded
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an operator may use besides the model."""
+
+    train: "Encoded"
+    device: "torch.device"
+    seed: int  # of this step: all randomness of the operator follows from it
+    teacher: "Callable[[], PreTrainedModel]"  # the base model, in eval mode on `device`; loaded when first asked for
+    progress: Callable[[int, int], None] | None = None  # told (updates done, updates in all)
+
+
+class Operator(Protocol):
+    def __call__(self, model: "PreTrainedModel", context: Context) -> "PreTrainedModel": ...
+
+
+class DropLayers(Record):
+    """Remove the last encoder layers (K1 of the published method): a model that loses its first ones is harder to retrain."""
+
+    count: int = Field(default=1, ge=1)
+
+    def __call__(self, model: "PreTrainedModel", context: Context) -> "PreTrainedModel":
+        from hpc_compress.models import surgery
+
+        total = len(surgery.layers(model))
+        if self.count >= total:
+            raise ValueError(f"count={self.count} would leave no layer of {total}")
+        surgery.drop_layers(model, range(total - self.count, total))
+        return model
+
+
+class PruneHeads(Record):
+    """Remove the least important attention heads of the last layer (K2 of the published method)."""
+
+    count: int = Field(default=1, ge=1)
+    criterion: str = Field(default="fisher", description="fisher, taylor, magnitude, or the dotted path of a function")
+    sentences: int = Field(default=256, ge=1, description="training sentences that the criterion sees")
+
+    def __call__(self, model: "PreTrainedModel", context: Context) -> "PreTrainedModel":
+        from hpc_compress.data.batches import eval_batches
+        from hpc_compress.models import surgery
+        from hpc_compress.operators import criteria
+
+        score = criteria.CRITERIA.get(self.criterion) or locate(self.criterion)
+        batches = (batch.to(context.device) for batch in eval_batches(context.train.take(self.sentences), 32))
+        last = len(surgery.layers(model)) - 1
+        scores = score(model, batches)[last]
+        if self.count >= len(scores):
+            raise ValueError(f"count={self.count} would leave no head of {len(scores)} in the last layer")
+        surgery.prune_heads(model, last, scores.argsort()[: self.count].tolist())
+        return model
+
+
+class Training(Record):
+    """How one training step is done."""
+
+    epochs: float = Field(default=1.0, gt=0)
+    learning_rate: float = Field(default=5e-5, gt=0)
+    batch_size: int = Field(default=32, ge=1)
+    warmup: float = Field(default=0.06, ge=0, lt=1, description="share of the updates; linear decay to 0 follows")
+    weight_decay: float = Field(default=0.01, ge=0, description="not on biases and norms")
+    max_grad_norm: float = Field(default=1.0, gt=0)
+
+
+class FineTune(Training):
+    """Train on the task's own loss: cross-entropy, or squared error for regression."""
+
+    def __call__(self, model: "PreTrainedModel", context: Context) -> "PreTrainedModel":
+        from hpc_compress.operators import losses, training
+
+        training.fit(model, context.train, losses.task_loss, self, context.seed, context.device, context.progress)
+        return model
+
+
+class Distill(Training):
+    """Train on L_task + L_hidn + L_pred with the base model as teacher (L_task + L_hidn for regression)."""
+
+    temperature: float = Field(default=2.0, gt=0)
+
+    def __call__(self, model: "PreTrainedModel", context: Context) -> "PreTrainedModel":
+        from hpc_compress.operators import losses, training
+
+        loss = losses.distillation_loss(context.teacher(), self.temperature)
+        training.fit(model, context.train, loss, self, context.seed, context.device, context.progress)
+        return model
+
+
+class Quantize(Record):
+    """Deploy in a lower precision. int8, nf4 and fp4 hold the encoder's linears in bitsandbytes layers."""
+
+    scheme: Literal["fp16", "bf16", "int8", "nf4", "fp4"]
+    rest: Literal["fp32", "fp16", "bf16"] = Field(default="fp32", description="embeddings, norms and head of int8, nf4, fp4")
+
+    def __call__(self, model: "PreTrainedModel", context: Context) -> "PreTrainedModel":
+        from hpc_compress.operators import quantization
+
+        return quantization.quantize(model, self.scheme, self.rest)
+
+
+OPERATORS: dict[str, type[Record]] = {
+    "drop_layers": DropLayers,
+    "prune_heads": PruneHeads,
+    "fine_tune": FineTune,
+    "distill": Distill,
+    "quantize": Quantize,
+}
+
+
+def operator(step: Step) -> Any:
+    """The operator that a step names, with its parameters checked.
+
+    Raises: ConfigError when there is no such operator or it refuses its parameters.
+    """
+    target = step.operator if "." in step.operator else None
+    if target is None and step.operator not in OPERATORS:
+        raise ConfigError(
+            f"{step.operator!r} is not an operator; choose one of {', '.join(OPERATORS)}, or give a dotted path to your own"
+        )
+    own = OPERATORS.get(step.operator)
+    path = target or f"{own.__module__}.{own.__qualname__}"  # type: ignore[union-attr]
+    return build({"_target_": path, **step.params}, f"operator {step.operator}")

@@ -1,0 +1,145 @@
+"""The genetic strategy of the published method: mutation is pruning, crossover is distillation against the base model."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from pydantic import Field, PrivateAttr, field_validator, model_validator
+
+from hpc_compress.identity import canonical
+from hpc_compress.search.objective import quality_of
+from hpc_compress.search.space import Shape
+from hpc_compress.types import Candidate, Genome, Measurement, Proposal, Record, Step
+
+
+class Choice(Record):
+    """One alternative of a random draw: a step, and how likely it is."""
+
+    weight: float = Field(ge=0)
+    step: Step
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flat(cls, values: Any) -> Any:
+        """In a config the step lies flat: {weight: 1, operator: drop_layers, count: 1}."""
+        if isinstance(values, dict) and "step" not in values:
+            params = {key: value for key, value in values.items() if key not in ("weight", "operator")}
+            return {"weight": values.get("weight"), "step": {"operator": values.get("operator"), "params": params}}
+        return values
+
+
+class Genetic(Record):
+    """Vary every member of the population by mutation and/or crossover, keep the fittest. Elitist: the best is never lost.
+
+    A genome stands in the population once. While the population is smaller than `population` its members take turns as
+    parents, as the copies of the base model do at the start. A child inherits its parent's precision unless its own
+    mutation draws another.
+    """
+
+    shape: Shape  # of the base model
+    score: Callable[[Measurement], float]  # what to maximise
+    population: int = Field(default=6, ge=1, description="parents that vary in each generation (N)")
+    survivors: int | None = Field(default=None, ge=1, description="candidates kept by selection (K); null: population")
+    mutation_probability: float = Field(default=0.8, ge=0, le=1)
+    crossover_probability: float = Field(default=0.5, ge=0, le=1)
+    mutations: dict[str, Choice] = Field(description="one of them is drawn by weight; `fine_tune` follows")
+    quantizations: dict[str, Choice] = Field(
+        default={}, description="weights are probabilities; what they leave of 1 keeps the parent's precision"
+    )
+    fine_tune: dict[str, Any] = Field(default={}, description="parameters of the training after a mutation")
+    distill: dict[str, Any] = Field(default={}, description="parameters of the crossover")
+    redraw: int = Field(
+        default=20, ge=0, description="more draws when a child is known already or no child at all; 0 as published"
+    )
+    _seen: set[str] = PrivateAttr(default_factory=set)
+
+    @field_validator("quantizations")
+    @classmethod
+    def _probabilities(cls, choices: dict[str, Choice]) -> dict[str, Choice]:
+        total = sum(choice.weight for choice in choices.values())
+        if total > 1 + 1e-9:
+            raise ValueError(f"the weights are probabilities and add up to {total:g}; at most 1 is allowed")
+        return choices
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Genetic":
+        if self.mutation_probability > 0 and not any(choice.weight > 0 for choice in self.mutations.values()):
+            raise ValueError("mutation_probability is above 0, but no mutation has a weight above 0")
+        return self
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """Every kind of step that this strategy may use."""
+        steps = [choice.step for choice in self.mutations.values() if choice.weight > 0 and self.mutation_probability > 0]
+        trained = [self._fine_tune()] if steps else []
+        distilled = [self._distill()] if self.crossover_probability > 0 else []
+        return (*steps, *trained, *distilled)
+
+    @property
+    def deploys(self) -> tuple[Step, ...]:
+        """Every way of deploying that this strategy may use."""
+        if self.mutation_probability == 0:
+            return ()
+        return tuple(choice.step for choice in self.quantizations.values() if choice.weight > 0)
+
+    def ask(self, rng: np.random.Generator, population: Sequence[Candidate]) -> list[Proposal]:
+        """Propose at most `population` children; a parent may draw neither mutation nor crossover."""
+        proposals: list[Proposal] = []
+        known = self._seen | {canonical(candidate.genome) for candidate in population}
+        for index in range(self.population):
+            parent = population[index % len(population)]
+            for _ in range(1 + self.redraw):
+                child = self._vary(rng, parent.genome)
+                if canonical(child) not in known:
+                    break
+            if child != parent.genome:
+                known.add(canonical(child))
+                proposals.append(Proposal(genome=child, parent=parent.id))
+        return proposals
+
+    def tell(self, population: Sequence[Candidate], candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+        """Learn what became of the children; returns the survivors, fittest first."""
+        self._seen.update(canonical(candidate.genome) for candidate in candidates)
+        rivals = {candidate.id: candidate for candidate in (*population, *candidates) if candidate.measurement}
+        ranked = sorted(rivals.values(), key=self._rank, reverse=True)
+        return tuple(ranked[: self.survivors or self.population])
+
+    def _rank(self, candidate: Candidate) -> tuple[float, float, str]:
+        assert candidate.measurement is not None
+        # Quality and id break ties: many candidates can share F = 0, and arrival must not matter.
+        return self.score(candidate.measurement), quality_of(candidate.measurement), candidate.id
+
+    def _vary(self, rng: np.random.Generator, parent: Genome) -> Genome:
+        steps, deploy = parent.steps, parent.deploy
+        # Both draws are always made, so that one probability does not shift the other's random stream.
+        mutates, crosses = rng.random(2) < (self.mutation_probability, self.crossover_probability)
+        if mutates:
+            mutation = self._draw_mutation(rng, self.shape.after_all(steps))
+            if mutation:
+                steps = (*steps, mutation, self._fine_tune())
+            deploy = self._draw_deploy(rng, deploy)
+        if crosses:
+            steps = (*steps, self._distill())
+        return Genome(steps=steps, deploy=deploy)
+
+    def _draw_mutation(self, rng: np.random.Generator, shape: Shape | None) -> Step | None:
+        """One of the mutations that the shape admits; None when none does."""
+        possible = [choice for choice in self.mutations.values() if shape and shape.after(choice.step)]
+        weights = np.array([choice.weight for choice in possible])
+        if weights.sum() == 0:
+            return None
+        return possible[int(rng.choice(len(possible), p=weights / weights.sum()))].step
+
+    def _draw_deploy(self, rng: np.random.Generator, inherited: Step | None) -> Step | None:
+        mark = rng.random()
+        for choice in self.quantizations.values():
+            mark -= choice.weight
+            if mark < 0:
+                return choice.step
+        return inherited
+
+    def _fine_tune(self) -> Step:
+        return Step(operator="fine_tune", params=self.fine_tune)
+
+    def _distill(self) -> Step:
+        return Step(operator="distill", params=self.distill)

@@ -1,0 +1,46 @@
+"""The space of genomes around one base model: its shape, and what steps do to it. Knows nothing of weights."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from hpc_compress.types import Record, Step
+
+
+class Shape(Record):
+    """What structural steps change; enough to tell a possible genome from an impossible one."""
+
+    heads: tuple[int, ...]  # attention heads of each encoder layer, first layer first
+
+    @staticmethod
+    def of(config: Mapping[str, Any]) -> "Shape":
+        """From a checkpoint's config.json.
+
+        Raises: ValueError when it does not describe an encoder.
+        """
+        layers = config.get("num_hidden_layers", config.get("n_layers"))
+        heads = config.get("num_attention_heads", config.get("n_heads"))
+        if not (isinstance(layers, int) and isinstance(heads, int)):
+            raise ValueError(
+                f"a {config.get('model_type', 'nameless')} config without a number of layers and heads is not a "
+                "BERT-like encoder; choose a BERT, RoBERTa, DistilBERT or ELECTRA checkpoint"
+            )
+        return Shape(heads=(heads,) * layers)
+
+    def after(self, step: Step) -> "Shape | None":
+        """The shape after one step; None when the step would leave no layer, or no head in one.
+
+        A step that this module does not know is taken to keep the shape: its operator checks on the node.
+        """
+        count = step.params.get("count", 1)
+        if step.operator == "drop_layers":
+            return Shape(heads=self.heads[:-count]) if count < len(self.heads) else None
+        if step.operator == "prune_heads":
+            kept = self.heads[-1] - count
+            return Shape(heads=(*self.heads[:-1], kept)) if kept > 0 else None
+        return self
+
+    def after_all(self, steps: Iterable[Step]) -> "Shape | None":
+        shape: Shape | None = self
+        for step in steps:
+            shape = shape.after(step) if shape else None
+        return shape

@@ -1,0 +1,153 @@
+"""The run folder: atomic records, artifacts, locks. Knows no torch, no search and no Slurm.
+
+RUN/run.json                     what is searched, in full; a resumed run must agree with it
+RUN/base/                        the base checkpoint with its tokenizer
+RUN/data/<split>.parquet         rows of train, search and report split
+RUN/tasks/<id>/task.json         one task, one folder
+RUN/tasks/<id>/outcome.json      written last, whole or not at all; the first valid one wins
+RUN/artifacts/<key>/             fp32 masters and deployed models of the living
+RUN/generations/<number>.json    who was born and who survived
+RUN/result.json                  the end of the search
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Set
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from hpc_compress import identity
+from hpc_compress.types import Outcome, Record, Task
+
+R = TypeVar("R", bound=Record)
+DRAFT_SECONDS = 6 * 3600  # a younger draft may have a living writer, perhaps one that outlived its driver
+
+
+class Store:
+    """One run folder on a filesystem that the driver and all workers share."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root).absolute()
+
+    # --- records ---
+
+    def write(self, name: str, record: Record | dict[str, Any]) -> None:
+        """Write `RUN/name` so that a reader sees the old file or the new one, never a part."""
+        text = record.model_dump_json(indent=1) if isinstance(record, Record) else json.dumps(record, indent=1, default=str)
+        write_atomically(self.root / name, text)
+
+    def read(self, name: str, kind: type[R]) -> R | None:
+        """The record in `RUN/name`; None when it is missing, cut off or not of this kind."""
+        try:
+            return kind.model_validate_json((self.root / name).read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None
+
+    def add_task(self, task: Task) -> str:
+        """Describe a task in its folder, so that a worker needs only its id."""
+        task_id = identity.task_id(task)
+        if self.read(f"tasks/{task_id}/task.json", Task) != task:
+            self.write(f"tasks/{task_id}/task.json", task)
+        return task_id
+
+    def task(self, task_id: str) -> Task:
+        task = self.read(f"tasks/{task_id}/task.json", Task)
+        if task is None or identity.task_id(task) != task_id:
+            raise FileNotFoundError(f"{self.root}/tasks/{task_id}/task.json is missing or damaged; start the search again")
+        return task
+
+    def outcome(self, task_id: str) -> Outcome | None:
+        """The outcome of a task, believed only when it is whole and speaks of this very task."""
+        outcome = self.read(f"tasks/{task_id}/outcome.json", Outcome)
+        return outcome if outcome is not None and identity.task_id(outcome.task) == task_id else None
+
+    def settle(self, outcome: Outcome) -> Outcome:
+        """Record an outcome unless there is a valid one already; returns the one that holds."""
+        task_id = identity.task_id(outcome.task)
+        earlier = self.outcome(task_id)
+        if earlier is not None:
+            return earlier
+        self.write(f"tasks/{task_id}/outcome.json", outcome)
+        return outcome
+
+    # --- artifacts ---
+
+    def path(self, key: str) -> Path:
+        """Where the artifact of a key lies, or would."""
+        return self.root / "artifacts" / key
+
+    def artifact(self, key: str) -> Path | None:
+        """The folder of a stored artifact; None when there is none."""
+        return self.path(key) if self.path(key).is_dir() else None
+
+    @contextlib.contextmanager
+    def new_artifact(self, key: str) -> Iterator[Path]:
+        """A fresh folder to write an artifact into; it takes its place when the block ends without an error."""
+        final = self.path(key)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        draft = final.with_name(f".{key}.{secrets.token_hex(4)}")
+        draft.mkdir()
+        try:
+            yield draft
+            # A folder can't replace a full one: whoever comes second finds the same content there and leaves.
+            with contextlib.suppress(OSError):
+                draft.rename(final)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        if not final.is_dir():
+            raise OSError(f"{final} could not be put in place; is the folder writable?")
+
+    def keep_artifacts(self, keys: Set[str]) -> int:
+        """Delete every artifact but these; returns the bytes set free. What is deleted can be computed again."""
+        freed = 0
+        for folder in self.path("").iterdir() if self.path("").is_dir() else ():
+            if folder.name in keys or (folder.name.startswith(".") and time.time() - folder.stat().st_mtime < DRAFT_SECONDS):
+                continue
+            freed += folder_bytes(folder)
+            # Renamed first, so that nobody opens an artifact that is half deleted.
+            doomed = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+            folder.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+        return freed
+
+    # --- locks ---
+
+    @contextlib.contextmanager
+    def lock(self, name: str, wait: bool = True) -> Iterator[bool]:
+        """Hold `RUN/locks/name`; yields whether it is held. The system lets go of it when the process dies."""
+        path = self.root / "locks" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                held = True
+            except BlockingIOError:
+                held = False
+            except OSError:
+                # Some shared filesystems have no locks. Two writers then repeat work, but do no harm.
+                held = True
+            yield held
+
+
+def write_atomically(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with draft.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,218 @@
+"""The one function that runs on a node: from task ids to outcomes. Knows the store, the models and the device; no Slurm."""
+
+import logging
+import platform
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pandas as pd
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from hpc_compress import identity, measure
+from hpc_compress.data import metrics
+from hpc_compress.data.batches import Encoded, encode
+from hpc_compress.models import artifact, surgery
+from hpc_compress.operators import Context, operator
+from hpc_compress.store import Store
+from hpc_compress.types import Failure, Measurement, Outcome, Step, Task
+
+T = TypeVar("T")
+Report = Callable[[str, int, int], None]  # what is being done, units done, units in all
+
+
+def run(root: str, task_ids: Sequence[str], report: Report | None = None, settled: Callable[[], None] | None = None) -> None:
+    """Bring every task to an outcome; a task that has one already is left alone. Never raises for what a task does."""
+    store = Store(root)
+    job = Job(store, report or (lambda what, done, total: None))
+    for task_id in task_ids:
+        job.settle(store.task(task_id))
+        if settled:
+            settled()
+
+
+def restore(root: Path, task: Task) -> None:
+    """Compute the artifacts of a task again after they were deleted."""
+    job = Job(Store(root), lambda what, done, total: None)
+    job.deployed(task)
+    job.tokenizer()
+
+
+class Job:
+    """One process on one device. Keeps the data, the teacher and the base model's timing from task to task."""
+
+    def __init__(self, store: Store, report: Report) -> None:
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        # One warning for each int8 layer in each forward on a CPU.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        self.store, self.report = store, report
+        self.device = measure.device()
+        self._kept: dict[tuple[str, ...], Any] = {}
+
+    def settle(self, task: Task) -> None:
+        """Leave an outcome, whatever happens short of the process dying."""
+        # A cluster can run a task twice at once: the second one waits here and then finds the outcome. The lock is the
+        # master's, since tasks that differ in precision only share the training.
+        with self.store.lock(identity.master_key(task)):
+            if self.store.outcome(identity.task_id(task)) is None:
+                self.store.settle(self._attempt(task))
+
+    def _attempt(self, task: Task) -> Outcome:
+        stages = Stages()
+        measurement, failure = None, None
+        try:
+            measurement = self._measure(task, stages)
+        except Exception as error:
+            failure = _failure(error, stages.current)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return Outcome(task=task, measurement=measurement, failure=failure, host=platform.node(), seconds=stages.rounded())
+
+    def _measure(self, task: Task, stages: "Stages") -> Measurement:
+        with stages("train"):
+            self._master(task, task.genome.steps)
+        with stages("deploy"):
+            folder = self.deployed(task)
+            model = artifact.load(folder).to(self.device)
+        with stages("quality"):
+            examples = self._examples(task, task.split)
+            outputs = measure.outputs(model, examples, task.protocol.batch_size, self.device)
+            scores = metrics.compute(task.dataset.metrics, examples.labels, outputs)
+        with stages("time"):
+            sample = measure.timing_sample(examples, task.protocol, self.device)
+            base_latency_ms = self._base_latency_ms(task)
+            latency_ms = measure.latency_ms(model, sample, task.protocol, self.device)
+        return Measurement(
+            metrics=scores,
+            latency_ms=latency_ms,
+            base_latency_ms=base_latency_ms,
+            model_bytes=(folder / artifact.WEIGHTS).stat().st_size,
+            parameters=surgery.all_parameters(model),
+            encoder_parameters=surgery.encoder_parameters(model),
+            peak_bytes=measure.peak_bytes(model, sample, self.device),
+            device=measure.device_name(self.device),
+            device_type=self.device.type,  # type: ignore[arg-type]
+            protocol=task.protocol,
+        )
+
+    # --- artifacts ---
+
+    def _master(self, task: Task, steps: tuple[Step, ...]) -> Path:
+        """The stored fp32 model after `steps`, computed from the longest stored prefix when it is not there."""
+        key = identity.master_key(task, steps)
+        if found := self.store.artifact(key):
+            return found
+        model, done = self._start(task, steps)
+        pending = steps[done:] if steps else task.base.preparation
+        for index, step in enumerate(pending, done + 1):
+            model = operator(step)(model.to(self.device), self._context(task, steps[:index], step))
+        with self.store.new_artifact(key) as folder:
+            artifact.save(model, folder)
+        return self.store.path(key)
+
+    def _start(self, task: Task, steps: tuple[Step, ...]) -> tuple[PreTrainedModel, int]:
+        """The model to go on from, and how many of the steps it has behind it."""
+        if not steps:
+            seed = identity.derive(task.seed, "head")
+            new_head = bool(task.base.preparation)
+            return artifact.load_base(self.store.root / "base", task.dataset.labels, task.dataset.problem, new_head, seed), 0
+        for done in range(len(steps) - 1, 0, -1):
+            if found := self.store.artifact(identity.master_key(task, steps[:done])):
+                return artifact.load(found), done
+        return artifact.load(self._master(task, ())), 0
+
+    def deployed(self, task: Task) -> Path:
+        """The saved deployed model. What is measured is what was loaded from here, so it is what is exported too."""
+        key = identity.deployed_key(task)
+        if found := self.store.artifact(key):
+            return found
+        model = artifact.load(self._master(task, task.genome.steps))
+        if (step := task.genome.deploy) is not None:
+            model = operator(step)(model, self._context(task, (*task.genome.steps, step), step))
+        with self.store.new_artifact(key) as folder:
+            artifact.save(model, folder)
+        return self.store.path(key)
+
+    # --- what tasks of one job share ---
+
+    def _context(self, task: Task, prefix: tuple[Step, ...], step: Step) -> Context:
+        return Context(
+            train=self._examples(task, "train"),
+            device=self.device,
+            # The prefix makes the seed, not the place in a job: a master that is computed again is the same.
+            seed=identity.derive(task.seed, "step", prefix),
+            teacher=lambda: self._teacher(task),
+            progress=lambda done, total: self.report(step.operator, done, total),
+        )
+
+    def _teacher(self, task: Task) -> PreTrainedModel:
+        key = identity.master_key(task, ())
+        return self._keep(("teacher", key), lambda: artifact.load(self._master(task, ())).to(self.device))
+
+    def _examples(self, task: Task, split: str) -> Encoded:
+        def read() -> Encoded:
+            tokenizer = self._keep(("tokenizer",), self.tokenizer)
+            rows = pd.read_parquet(self.store.root / "data" / f"{split}.parquet")[: task.limit]
+            text2 = rows["text2"].tolist() if task.dataset.pair else None
+            return encode(tokenizer, rows["text"].tolist(), text2, rows["label"].to_numpy(), task.dataset.max_length)
+
+        return self._keep(("examples", task.dataset.fingerprint, split, str(task.limit)), read)
+
+    def tokenizer(self) -> Any:
+        """The base model's; saved in full as an artifact of its own, since an export can't ask the checkpoint's type."""
+        tokenizer = AutoTokenizer.from_pretrained(self.store.root / "base")
+        if not self.store.artifact("tokenizer"):
+            with self.store.new_artifact("tokenizer") as folder:
+                tokenizer.save_pretrained(folder)
+        return tokenizer
+
+    def _base_latency_ms(self, task: Task) -> tuple[float, ...]:
+        """The base model's passes in this job, so that a slow node shows."""
+
+        def time_base() -> tuple[float, ...]:
+            sample = measure.timing_sample(self._examples(task, task.split), task.protocol, self.device)
+            return measure.latency_ms(self._teacher(task), sample, task.protocol, self.device)
+
+        key = ("base latency", identity.master_key(task, ()), task.split, identity.canonical(task.protocol))
+        return self._keep(key, time_base)
+
+    def _keep(self, key: tuple[str, ...], make: Callable[[], T]) -> T:
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+
+class Stages:
+    """Wall-clock seconds of each stage of a task, and which one is current."""
+
+    def __init__(self) -> None:
+        self.current = "start"
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        self.current = stage
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = time.monotonic() - begin
+
+    def rounded(self) -> dict[str, float]:
+        return {stage: round(seconds, 3) for stage, seconds in self.seconds.items()}
+
+
+def _failure(error: Exception, stage: str) -> Failure:
+    memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return Failure(
+        kind="memory" if memory else "error",
+        stage=stage,
+        message=f"{type(error).__name__}: {error}",
+        traceback=traceback.format_exc(limit=-20),
+    )
