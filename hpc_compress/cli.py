@@ -25,6 +25,7 @@ log = logging.getLogger("hpc_compress")
 
 def main() -> None:
     """Entry point; exits with 2 for a mistake of the user, 1 for a run that can't go on."""
+    sys.path.insert(0, str(Path.cwd()))  # operators of a user's own may lie in the folder where the command is given
     command, *rest = sys.argv[1:] or ["--help"]
     commands = {"search": _search, "status": _status, "report": _report, "export": _export}
     if command in ("-h", "--help"):

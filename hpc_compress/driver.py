@@ -140,6 +140,8 @@ def _plan(
     progress: Progress,
 ) -> Plan:
     old = store.read("run.json", Plan)
+    if old is None and (store.root / "run.json").exists():
+        raise ConfigError(f"{store.root}/run.json can't be read, perhaps it is of another version; choose another name=")
     if old is not None:
         changed = old.differences(config, strategy, objective)
         if changed:
@@ -213,7 +215,7 @@ class _Search:
 
     def _first(self) -> Candidate:
         """The base model, measured before anything else: every ratio divides by it."""
-        outcome = self._settle([self._task(Genome())], "base model")[0]
+        outcome = self._settle([self._task(Genome())], "base model", again=True)[0]
         if outcome.failure:
             raise SearchError(f"the base model could not be measured: {_describe(outcome.failure)}")
         base = Candidate(id=identity.task_id(outcome.task), genome=Genome(), measurement=outcome.measurement)
@@ -228,12 +230,12 @@ class _Search:
             self._task(genome).model_copy(update={"limit": 2 * self.config.protocol.batch_size, "protocol": protocol})
             for genome in genomes
         ]
-        broken = [outcome for outcome in self._settle(tasks, "probe") if outcome.failure]
+        broken = [outcome for outcome in self._settle(tasks, "probe", again=True) if outcome.failure]
         if broken:
             reasons = "\n  ".join(f"{outcome.task.genome}: {_describe(outcome.failure)}" for outcome in broken)  # type: ignore[arg-type]
             raise SearchError(
                 f"these steps fail on a few sentences already, so no generation was started:\n  {reasons}\n"
-                f"mend them and choose another name=; tracebacks are in {self.store.root}/tasks/*/outcome.json"
+                f"mend them and start again; tracebacks are in {self.store.root}/tasks/*/outcome.json"
             )
 
     def _generation(
@@ -306,9 +308,14 @@ class _Search:
             split=split,
         )
 
-    def _settle(self, tasks: Sequence[Task], what: str) -> list[Outcome]:
-        """An outcome for each task, in order; what the store can answer is not sent, and equal tasks are sent once."""
+    def _settle(self, tasks: Sequence[Task], what: str, again: bool = False) -> list[Outcome]:
+        """An outcome for each task, in order; what the store can answer is not sent, and equal tasks are sent once.
+
+        again: try once more what failed in an earlier run of the driver, since its user may have mended the cause.
+        """
         wanted = {self.store.add_task(task): task for task in tasks}
+        for task_id in wanted if again else ():
+            self.store.forget_failure(task_id)
         open_ids = [task_id for task_id in wanted if self.store.outcome(task_id) is None]
         arrived = len(wanted) - len(open_ids)
         if open_ids:

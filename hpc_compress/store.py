@@ -77,6 +77,12 @@ class Store:
         self.write(f"tasks/{task_id}/outcome.json", outcome)
         return outcome
 
+    def forget_failure(self, task_id: str) -> None:
+        """Let a failed task be tried again; a measurement stays."""
+        outcome = self.outcome(task_id)
+        if outcome is not None and outcome.failure:
+            (self.root / "tasks" / task_id / "outcome.json").unlink()
+
     # --- artifacts ---
 
     def path(self, key: str) -> Path:

@@ -92,7 +92,8 @@ class Genetic(Record):
                 child = self._vary(rng, parent.genome)
                 if canonical(child) not in known:
                     break
-            if child != parent.genome:
+            # As published, a child that was seen before is a child all the same; with redraws it is left out.
+            if child != parent.genome and (self.redraw == 0 or canonical(child) not in known):
                 known.add(canonical(child))
                 proposals.append(Proposal(genome=child, parent=parent.id))
         return proposals

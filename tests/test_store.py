@@ -1,0 +1,156 @@
+"""The run folder against crashes, damaged files, two writers and odd paths."""
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from test_search import measured, task
+
+from hpc_compress import identity
+from hpc_compress.store import Store
+from hpc_compress.types import Failure, Outcome, Task
+
+TASK = task()
+ID = identity.task_id(TASK)
+GOOD = Outcome(task=TASK, measurement=measured(0.9))
+
+
+@pytest.fixture(params=["plain", "with space and 'quotes'", "новый\nпуть"])
+def store(tmp_path: Path, request: pytest.FixtureRequest) -> Store:
+    return Store(tmp_path / request.param)
+
+
+def test_what_is_settled_is_read_back(store: Store):
+    assert store.outcome(ID) is None
+    assert store.add_task(TASK) == ID
+    assert store.task(ID) == TASK
+    store.settle(GOOD)
+    assert store.outcome(ID) == GOOD
+
+
+def test_the_first_valid_outcome_wins(store: Store):
+    store.settle(GOOD)
+    late = Outcome(task=TASK, failure=Failure(kind="lost", stage="job", message="late"))
+    assert store.settle(late) == GOOD
+    assert store.outcome(ID) == GOOD
+
+
+@pytest.mark.parametrize("content", ["", "{", "null", '{"task": 1}', "\x00" * 100], ids=repr)
+def test_a_damaged_outcome_is_none_and_is_replaced(store: Store, content: str):
+    path = store.root / "tasks" / ID / "outcome.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    assert store.outcome(ID) is None
+    store.settle(GOOD)
+    assert store.outcome(ID) == GOOD
+
+
+def test_every_beginning_of_an_outcome_is_none(store: Store):
+    store.settle(GOOD)
+    path = store.root / "tasks" / ID / "outcome.json"
+    whole = path.read_bytes()
+    for length in range(0, len(whole) - 1, 37):
+        path.write_bytes(whole[:length])
+        assert store.outcome(ID) is None
+
+
+def test_an_outcome_of_another_task_is_not_believed(store: Store):
+    other = Outcome(task=task(seed=7), measurement=measured(0.1))
+    store.write(f"tasks/{ID}/outcome.json", other)
+    assert store.outcome(ID) is None
+
+
+def test_a_missing_task_says_what_to_do(store: Store):
+    with pytest.raises(FileNotFoundError, match="start the search again"):
+        store.task(ID)
+
+
+def test_only_failures_are_forgotten(store: Store):
+    store.settle(GOOD)
+    store.forget_failure(ID)
+    assert store.outcome(ID) == GOOD
+    (store.root / "tasks" / ID / "outcome.json").unlink()
+    store.settle(Outcome(task=TASK, failure=Failure(kind="error", stage="train", message="m")))
+    store.forget_failure(ID)
+    assert store.outcome(ID) is None
+
+
+def test_an_artifact_is_there_whole_or_not_at_all(store: Store):
+    def fill(folder: Path) -> None:
+        (folder / "one").write_text("1")
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError), store.new_artifact("key") as folder:
+        fill(folder)
+    assert store.artifact("key") is None
+    with store.new_artifact("key") as folder:
+        (folder / "one").write_text("1")
+    assert [path.name for path in store.artifact("key").iterdir()] == ["one"]
+    assert [path.name for path in store.path("").iterdir()] == ["key"]
+
+
+def test_the_second_writer_of_an_artifact_does_no_harm(store: Store):
+    with store.new_artifact("key") as slow:
+        with store.new_artifact("key") as fast:
+            (fast / "weights").write_text("same")
+        (slow / "weights").write_text("same")
+    assert (store.artifact("key") / "weights").read_text() == "same"
+
+
+def test_the_dead_are_deleted_and_living_writers_are_not(store: Store):
+    for key in ("alive", "dead"):
+        with store.new_artifact(key) as folder:
+            (folder / "weights").write_bytes(b"x" * 10)
+    old = store.path(".old.1234")
+    old.mkdir()
+    os.utime(old, (0, 0))
+    with store.new_artifact("being written") as folder:
+        (folder / "weights").write_text("w")
+        assert store.keep_artifacts({"alive"}) == 10
+    assert sorted(path.name for path in store.path("").iterdir()) == ["alive", "being written"]
+
+
+def test_a_lock_keeps_others_out_and_dies_with_its_holder(tmp_path: Path):
+    store = Store(tmp_path)
+    context = multiprocessing.get_context("fork")
+    holder = context.Process(target=_hold, args=(store,))
+    holder.start()
+    try:
+        while not (tmp_path / "held").exists():
+            time.sleep(0.01)
+        with store.lock("driver", wait=False) as held:
+            assert not held
+    finally:
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.join()
+    with store.lock("driver", wait=False) as held:
+        assert held
+
+
+def _hold(store: Store) -> None:
+    with store.lock("driver"):
+        (store.root / "held").touch()
+        time.sleep(60)
+
+
+def test_killed_writers_leave_no_half_record(tmp_path: Path):
+    """kill -9 at random moments of a writer that never rests: every read is a whole record or none."""
+    store = Store(tmp_path)
+    context = multiprocessing.get_context("fork")
+    for round_ in range(8):
+        writer = context.Process(target=_write_forever, args=(store,))
+        writer.start()
+        time.sleep(0.02 + 0.013 * round_)
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        found = list(tmp_path.glob("tasks/*/task.json"))
+        assert all(store.read(str(path.relative_to(tmp_path)), Task) is not None for path in found)
+    assert found
+
+
+def _write_forever(store: Store) -> None:
+    for seed in range(10**9):
+        store.write(f"tasks/{seed % 3}/task.json", task(seed=seed))
