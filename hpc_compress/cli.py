@@ -32,7 +32,8 @@ def main() -> None:
         print(USAGE)
         return
     if command not in commands:
-        sys.exit(f"hpc-compress: {command!r} is not a command; choose one of {', '.join(commands)}\n\n{USAGE}")
+        print(f"hpc-compress: {command!r} is not a command; choose one of {', '.join(commands)}", file=sys.stderr)
+        sys.exit(2)
     try:
         commands[command](rest)
     except ConfigError as error:
@@ -108,6 +109,10 @@ def _run(cfg: Any) -> None:
         retries = values.pop("retries")
         if not isinstance(retries, int) or retries < 0:
             raise ConfigError(f"retries={retries!r}; allowed is a whole number of 0 or more")
+        unknown = sorted(values.keys() - config.RunConfig.model_fields.keys())
+        if unknown:
+            known = sorted([*config.RunConfig.model_fields, *parts, "retries"])
+            raise ConfigError(f"{unknown[0]} is not a known key; allowed here: {', '.join(known)}")
         settings = config.validate(config.RunConfig, values)
         launcher = config.build(parts["launcher"], "launcher")
         root = Path(HydraConfig.get().runtime.output_dir)

@@ -59,7 +59,7 @@ class DatasetConfig(Record):
     @model_validator(mode="after")
     def _consistent(self) -> "DatasetConfig":
         regression = {"pearson", "spearman"}
-        if (self.problem == "regression") != (self.metrics[0] in regression):
+        if any((self.problem == "regression") != (metric in regression) for metric in self.metrics):
             wanted = sorted(regression) if self.problem == "regression" else "accuracy, f1, macro_f1, matthews"
             raise ValueError(f"metrics={list(self.metrics)} do not fit problem={self.problem}; use {wanted}")
         if self.search_on == "validation" and self.validation is None:
@@ -104,7 +104,7 @@ def _explain(kind: type[BaseModel], where: str, item: Any) -> str:
         return f"{key} is not a known key; allowed here: {', '.join(allowed)}{hint}"
     if item["type"] == "missing":
         return f"{key} is missing; set {key}=..."
-    message = item["msg"].removeprefix("Value error, ").replace("Input should be", "allowed is: a value")
+    message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     return f"{key or kind.__name__}: {message}; got {item['input']!r}" if path else f"{where or kind.__name__}: {message}"
 
 

@@ -129,6 +129,7 @@ def search(
         rehearsal = strategy(lambda measurement: 0.0)
         for step in (*plan.base.preparation, *rehearsal.steps, *rehearsal.deploys):
             operator(step)
+        store.write("run.json", plan)  # after the last check: what is written can't be changed any more
         return _Search(store, plan, config, objective, launcher, progress, retries).run(strategy, rehearsal)
 
 
@@ -167,7 +168,6 @@ def _plan(
     sizes = ", ".join(f"{len(table)} {split}" for split, table in tables.items())
     progress.say(f"{dataset.name}: {sizes} rows; {found.config.get('model_type')} of {len(shape.heads)} layers")
     plan = Plan(config=config, strategy=dict(strategy), objective=dict(objective), base=base, dataset=dataset, shape=shape)
-    store.write("run.json", plan)  # last: without it, the folder is filled again
     return plan
 
 

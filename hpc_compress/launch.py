@@ -4,6 +4,7 @@ A launcher has `run(root, bundles, poll)`: bring every bundle of task ids to an 
 of them is read from the run folder by whoever asked, so a launcher has nothing to return and nothing is unpickled.
 """
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,12 +25,10 @@ class Launcher(Protocol):
 
 def work(root: str, task_ids: Bundle, threads: int | None = None) -> None:
     """What a job runs. Only here, on the node, is the worker imported."""
-    import torch
-
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is imported
     from hpc_compress import worker
 
-    if threads is not None:
-        torch.set_num_threads(threads)
     worker.run(root, task_ids)
 
 
@@ -46,12 +45,14 @@ class Local(Record):
     """Processes on this machine, at most `workers` at a time."""
 
     workers: int = Field(default=2, ge=1, description="processes at a time")
-    threads: int | None = Field(default=None, ge=1, description="CPU threads of each; null: torch's default")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of each; null: an equal share of the cores")
     tasks_per_job: int = Field(default=1, ge=1, description="tasks that one process works off")
 
     def run(self, root: Path, bundles: Sequence[Bundle], poll: Poll, report: Report) -> None:
         import submitit
 
+        # Threads that wait for each other on a core that is taken slow a small model down threefold and more.
+        threads = self.threads or max(1, (os.cpu_count() or 1) // self.workers)
         executor = submitit.LocalExecutor(folder=str(new_folder(root)))
         executor.update_parameters(timeout_min=7 * 24 * 60, tasks_per_node=1)
         waiting = packed(bundles, self.tasks_per_job)
@@ -60,7 +61,7 @@ class Local(Record):
             while waiting or running:
                 running = [job for job in running if not job.done()]
                 while waiting and len(running) < self.workers:
-                    running.append(executor.submit(work, str(root), waiting.pop(0), self.threads))
+                    running.append(executor.submit(work, str(root), waiting.pop(0), threads))
                 poll()
                 time.sleep(0.2)
         finally:

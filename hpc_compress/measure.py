@@ -36,11 +36,18 @@ def _cpu_name() -> str:
 
 @torch.inference_mode()
 def outputs(model: PreTrainedModel, examples: Encoded, batch_size: int, on: torch.device) -> np.ndarray:
-    """Logits of every example, in the order of the examples: (n, classes) as float32."""
+    """Logits of every example, in the order of the examples: (n, classes) as float32.
+
+    Raises: FloatingPointError when one is not finite: no metric of such outputs means anything.
+    """
     model.eval()
     rows = np.empty((len(examples), int(model.config.num_labels)), dtype=np.float32)
     for batch in eval_batches(examples, batch_size):
         rows[batch.index.numpy()] = model(**batch.to(on).inputs).logits.float().cpu().numpy()
+    if not np.isfinite(rows).all():
+        raise FloatingPointError(
+            "the model's outputs are not finite; train it with a lower learning rate or deploy it in bf16, not fp16"
+        )
     return rows
 
 

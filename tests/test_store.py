@@ -18,7 +18,7 @@ ID = identity.task_id(TASK)
 GOOD = Outcome(task=TASK, measurement=measured(0.9))
 
 
-@pytest.fixture(params=["plain", "with space and 'quotes'", "новый\nпуть"])
+@pytest.fixture(params=["plain", "with space and 'quotes'", "日本\n語"])
 def store(tmp_path: Path, request: pytest.FixtureRequest) -> Store:
     return Store(tmp_path / request.param)
 

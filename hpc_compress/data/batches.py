@@ -13,7 +13,7 @@ import torch
 from numpy.typing import ArrayLike
 
 # Training sorts pools of this many batches by length. A large pool has less padding, a small one more varied batches; at
-# 64 batches 1 to 6 % of the positions are padding (SST-2, batch 32 and 8), where batches drawn at random have 55 to 67 %.
+# 64 batches 3 to 4 % of the positions are padding (3,000 sentences of SST-2), where random batches of 8 have 56 %, of 32 67 %.
 POOL = 64
 
 

@@ -27,6 +27,8 @@ def load(config: DatasetConfig, seed: int, label_order: Sequence[str] = ()) -> t
     """
     train = _clean(_read(config, config.train), config)
     validation = None if config.validation is None else _clean(_read(config, config.validation), config)
+    if train.empty:
+        raise _empty("train", config)
     labels = _labels(train, config)
     if set(labels) == set(label_order):
         labels = tuple(label_order)
@@ -37,7 +39,8 @@ def load(config: DatasetConfig, seed: int, label_order: Sequence[str] = ()) -> t
     else:
         report = validation
     if config.search_on == "validation":
-        search = report
+        # Shuffled, since max_search_rows may take a part of it, and such files are often sorted by label.
+        search = report.iloc[rng.permutation(len(report))]
     else:
         order, search = _hold_out(order, config.search_rows, "search")
     tables = {"train": order[: config.max_train_rows], "search": search[: config.max_search_rows], "report": report}
@@ -60,16 +63,23 @@ def _read(config: DatasetConfig, split: str) -> pd.DataFrame:
     path = resource(split)
     if not path.is_file():
         raise ConfigError(f"dataset file {path} does not exist; give an existing csv, tsv or parquet file")
-    if path.suffix.lower() == ".parquet":
-        return pd.read_parquet(path)
     # As GLUE writes a tsv: a quotation mark is a plain character.
     styles = {".csv": {}, ".tsv": {"sep": "\t", "quoting": csv.QUOTE_NONE}}
-    style: dict[str, Any] | None = styles.get(path.suffix.lower())
-    if style is None:
+    suffix = path.suffix.lower()
+    if suffix not in (*styles, ".parquet"):
         raise ConfigError(f"dataset file {path} ends in {path.suffix!r}; allowed are .csv, .tsv and .parquet")
-    # Read as they stand, since pandas takes the words "null", "NA" and "None" for missing values.
-    table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding=config.encoding, encoding_errors="replace", **style)
-    for column in table.columns.difference([config.text, config.text2 or "", config.label]):
+    try:
+        if suffix == ".parquet":
+            return pd.read_parquet(path)
+        # Read as they stand, since pandas takes the words "null", "NA" and "None" for missing values.
+        words: dict[str, Any] = {"dtype": str, "keep_default_na": False, "encoding_errors": "replace", **styles[suffix]}
+        table = pd.read_csv(path, encoding=config.encoding, **words)
+    except (ValueError, LookupError, OSError) as error:  # pandas' and pyarrow's own errors are ValueErrors
+        raise ConfigError(f"dataset file {path} could not be read ({error}); mend it, or set dataset.encoding") from None
+    if not isinstance(table.index, pd.RangeIndex):
+        # pandas takes the first column of a table without a name for each column to be an index.
+        raise ConfigError(f"lines of dataset file {path} have more fields than its header; quote texts that hold the separator")
+    for column in table.columns.difference([config.text, config.text2 or ""]):
         numbers = pd.to_numeric(table[column], errors="coerce")
         if not (numbers.isna() & (table[column] != "")).any():
             table[column] = numbers  # so that dataset.where can compare it
@@ -105,8 +115,8 @@ def _clean(table: pd.DataFrame, config: DatasetConfig) -> pd.DataFrame:
     table = pd.DataFrame({name: table[column] for name, column in columns.items()}).reset_index(drop=True)
     texts = [name for name in ("text", "text2") if name in table]
     for name in texts:
-        table[name] = table[name].astype(str)
-    # A hub's hidden test labels are -1; rows without a text or a label teach nothing.
+        table[name] = table[name].astype(str).fillna("")
+    # Rows without a text or a label teach nothing.
     absent = table["label"].isna() | (table["label"].astype(str) == "") | (table[texts] == "").all(axis=1)
     return table[~absent].reset_index(drop=True)
 
@@ -115,7 +125,7 @@ def _labels(train: pd.DataFrame, config: DatasetConfig) -> tuple[str, ...]:
     if config.problem == "regression":
         return ()
     values = sorted({_class_name(value) for value in train["label"].unique()})
-    if all(value.lstrip("-").isdecimal() for value in values):
+    if all(value.removeprefix("-").isdecimal() for value in values):
         values.sort(key=int)
     if len(values) < 2:
         raise ConfigError(f"{config.name} has {len(values)} class in its train rows; at least 2 are needed")
@@ -124,20 +134,25 @@ def _labels(train: pd.DataFrame, config: DatasetConfig) -> tuple[str, ...]:
             f"{config.name} has {len(values)} classes; if {config.label!r} is a number to predict, "
             "set dataset.problem=regression"
         )
+    if len(values) > 2 and "f1" in config.metrics:
+        raise ConfigError(f"dataset.metrics has f1, which is of 2 classes, but {config.name} has {len(values)}; use macro_f1")
     return tuple(values)
 
 
 def _class_name(value: object) -> str:
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    return str(int(value)) if isinstance(value, float | np.floating) and value.is_integer() else str(value)
 
 
 def _with_ids(table: pd.DataFrame, labels: tuple[str, ...], config: DatasetConfig, split: str) -> pd.DataFrame:
     table = table.reset_index(drop=True)
     if len(table) == 0:
-        raise ConfigError(f"the {split} split of {config.name} is empty; check dataset.where and the row limits")
+        raise _empty(split, config)
     if config.problem == "regression":
         try:
-            return table.assign(label=table["label"].astype(float))
+            targets = table["label"].astype(float)
+            if not np.isfinite(targets).all():
+                raise ValueError("some are nan or infinite")
+            return table.assign(label=targets)
         except ValueError as error:
             raise ConfigError(f"dataset.label={config.label!r} of {config.name} is not a number everywhere: {error}") from None
     ids = {label: index for index, label in enumerate(labels)}
@@ -146,6 +161,10 @@ def _with_ids(table: pd.DataFrame, labels: tuple[str, ...], config: DatasetConfi
     if unknown:
         raise ConfigError(f"the {split} split of {config.name} has labels {unknown[:5]} that train does not have")
     return table.assign(label=names.map(ids).astype("int64"))
+
+
+def _empty(split: str, config: DatasetConfig) -> ConfigError:
+    return ConfigError(f"the {split} split of {config.name} is empty; check dataset.where and the row limits")
 
 
 def _hold_out(rows: pd.DataFrame, amount: float, what: str) -> tuple[pd.DataFrame, pd.DataFrame]:

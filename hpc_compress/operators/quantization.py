@@ -19,7 +19,7 @@ def quantize(model: PreTrainedModel, scheme: str, rest: str = "fp32") -> PreTrai
     for layer in surgery.layers(model):
         for path in surgery.family(model).linears:
             surgery.replace(layer, path, build(linear_of(layer, path), scheme))
-    return model
+    return model.eval()  # new layers are in training mode, where int8 takes another path with other results
 
 
 def _int8(linear: nn.Linear, scheme: str) -> nn.Module:

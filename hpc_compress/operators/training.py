@@ -13,34 +13,16 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from hpc_compress.data.batches import Batch, Encoded, train_batches
+from hpc_compress.operators import Training
 
 # A loss is looked at in groups of this many updates: on a GPU every look waits for the device.
 CHECK_EVERY = 20
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a model is trained: AdamW, linear warm-up, then linear decay to 0."""
-
-    epochs: float = 1.0  # passes over the examples; 0.5 stops in the middle of the first
-    learning_rate: float = 3e-5  # at the end of the warm-up
-    batch_size: int = 32  # examples in one update
-    warmup: float = 0.06  # share of the updates in which the learning rate rises
-    weight_decay: float = 0.01  # decoupled, on matrices only: not on biases and norms
-    max_grad_norm: float = 1.0  # gradients with a larger 2-norm, over all parameters, are scaled down to it
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "learning_rate", "batch_size", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"training.{name}={getattr(self, name)} must be above 0")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"training.warmup={self.warmup} is outside [0, 1); it is a share of the updates")
 
 
 def fit(
@@ -76,7 +58,7 @@ def fit(
             epochs = (train_batches(examples, training.batch_size, generator) for _ in itertools.count())
             for step, batch in enumerate(itertools.islice(itertools.chain.from_iterable(epochs), total)):
                 for group in optimizer.param_groups:
-                    group["lr"] = training.learning_rate * min((step + 1) / (rises + 1), (total - step) / (total - rises))
+                    group["lr"] = training.learning_rate * min((step + 1) / (rises + 1), (total - step) / max(1, total - rises))
                 with autocast(device):
                     value = loss(model, batch.to(device))
                 value.backward()
@@ -119,7 +101,7 @@ def _used_rows(model: torch.nn.Module, examples: Encoded) -> Iterator[None]:
     here they stay as they were pretrained. The embedding is half of MiniLM (a fifth of BERT-base), and its dense
     gradient costs a third of an update of 8 short sentences. A loss must not feed the model tokens that are in no example.
     """
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embedding: Any = cast(Any, model).get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     owners = [
         name for name, p in model.named_parameters(remove_duplicate=False) if embedding is not None and p is embedding.weight
     ]
@@ -148,6 +130,6 @@ def _used_rows(model: torch.nn.Module, examples: Encoded) -> Iterator[None]:
 def _check_finite(losses: list[torch.Tensor], step: int, total: int, training: Training) -> None:
     if not torch.stack(losses).isfinite().all():
         raise FloatingPointError(
-            f"the loss is not finite by update {step} of {total} with training.learning_rate={training.learning_rate}; "
-            "lower it, or raise training.warmup; if it is so from the first update, look at the labels and at the weights before training"
+            f"the loss is not finite by update {step} of {total} with learning_rate={training.learning_rate}; "
+            "lower it, or raise warmup; if that does not help, look at the labels and at the weights before training"
         )

@@ -41,7 +41,7 @@ class Genetic(Record):
     population: int = Field(default=6, ge=1, description="parents that vary in each generation (N)")
     survivors: int | None = Field(default=None, ge=1, description="candidates kept by selection (K); null: population")
     mutation_probability: float = Field(default=0.8, ge=0, le=1)
-    crossover_probability: float = Field(default=0.5, ge=0, le=1)
+    crossover_probability: float = Field(default=0.4, ge=0, le=1)
     mutations: dict[str, Choice] = Field(description="one of them is drawn by weight; `fine_tune` follows")
     quantizations: dict[str, Choice] = Field(
         default={}, description="weights are probabilities; what they leave of 1 keeps the parent's precision"

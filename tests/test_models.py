@@ -1,0 +1,396 @@
+"""Contracts of surgery, operators and artifacts on tiny random encoders of every family, against exact oracles."""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hpc_compress.config import ConfigError
+from hpc_compress.data.batches import Encoded, eval_batches
+from hpc_compress.models import artifact, modeling_hpc_compress, surgery
+from hpc_compress.models.modeling_hpc_compress import linear_of
+from hpc_compress.operators import OPERATORS, Context, criteria, losses, operator, training
+from hpc_compress.operators.quantization import quantize
+from hpc_compress.types import Step
+
+FAMILIES = ["bert", "roberta", "distilbert", "electra"]
+SCHEMES = ["fp16", "bf16", "int8", "nf4", "fp4"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path]) -> nn.Module:
+    return load(tiny_checkpoint(request.param, layers=3, heads=4, hidden=64, ffn=96))
+
+
+def load(folder: Path, labels: tuple[str, ...] = ("no", "yes")) -> nn.Module:
+    problem = "classification" if labels else "regression"
+    return artifact.load_base(folder, labels, problem, new_head=True, seed=0)
+
+
+def examples(n: int = 24, labels: np.ndarray | None = None) -> Encoded:
+    """Random token ids of lengths 3 to 12."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, 13, n)
+    ids = rng.integers(5, 30, lengths.sum()).astype(np.int32)
+    labels = rng.integers(0, 2, n) if labels is None else labels
+    return Encoded(ids, None, np.concatenate([[0], lengths.cumsum()]), labels, pad_id=0)
+
+
+@torch.no_grad()
+def logits(model: nn.Module, data: Encoded | None = None) -> torch.Tensor:
+    model.eval()
+    return torch.cat([model(**batch.inputs).logits.float() for batch in eval_batches(data or examples(), 8)])
+
+
+def context(model: nn.Module, seed: int = 0, data: Encoded | None = None) -> Context:
+    return Context(train=data or examples(), device=CPU, seed=seed, teacher=lambda: model)
+
+
+def reload(model: nn.Module, folder: Path) -> nn.Module:
+    folder.mkdir()
+    artifact.save(model, folder)
+    return artifact.load(folder)
+
+
+# --- cuts ---
+
+
+def test_a_cut_head_equals_a_masked_head(model: nn.Module):
+    size, names = surgery.head_size(model), surgery.family(model)
+    heads = [0, 2]
+    masked = linear_of(surgery.layers(model)[1], names.attention_out)
+    columns = torch.tensor([head * size + offset for head in heads for offset in range(size)])
+    kept = masked.weight.detach().clone()
+    with torch.no_grad():
+        masked.weight[:, columns] = 0
+    expected = logits(model)
+    with torch.no_grad():
+        masked.weight.copy_(kept)
+    surgery.prune_heads(model, 1, heads)
+    assert surgery.head_counts(model) == [4, 2, 4]
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=3e-6)
+
+
+def test_a_dropped_layer_equals_a_bypassed_layer(model: nn.Module):
+    last = surgery.layers(model)[-1]
+    handle = last.register_forward_hook(
+        lambda module, args, output: (args[0], *output[1:]) if isinstance(output, tuple) else args[0]
+    )
+    expected = logits(model)
+    handle.remove()
+    operator(Step(operator="drop_layers"))(model, context(model))
+    torch.testing.assert_close(logits(model), expected)
+
+
+def test_cuts_shrink_what_is_stored(model: nn.Module, tmp_path: Path):
+    def stored(name: str) -> int:
+        reload(model, tmp_path / name)
+        return (tmp_path / name / artifact.WEIGHTS).stat().st_size
+
+    before, parameters = stored("before"), surgery.all_parameters(model)
+    surgery.prune_heads(model, 0, [1])
+    surgery.drop_layers(model, [2])
+    assert before - stored("after") == pytest.approx(4 * (parameters - surgery.all_parameters(model)), rel=0.1)
+    assert surgery.all_parameters(model) == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda model: surgery.drop_layers(model, [0, 1, 2]),
+        lambda model: surgery.drop_layers(model, [3]),
+        lambda model: surgery.prune_heads(model, 0, range(4)),
+        lambda model: surgery.prune_heads(model, 0, [4]),
+        lambda model: operator(Step(operator="drop_layers", params={"count": 3}))(model, context(model)),
+        lambda model: operator(Step(operator="prune_heads", params={"count": 4}))(model, context(model)),
+    ],
+)
+def test_a_cut_that_leaves_nothing_is_refused(model: nn.Module, cut: Callable[[nn.Module], None]):
+    before = logits(model)
+    with pytest.raises(ValueError, match="leave"):
+        cut(model)
+    assert torch.equal(logits(model), before)
+
+
+# --- criteria ---
+
+
+@pytest.mark.parametrize(("name", "power"), [("fisher", 2), ("taylor", 1)])
+def test_gate_scores_equal_finite_differences(model: nn.Module, name: str, power: int):
+    model.double()
+    names, size = surgery.family(model), surgery.head_size(model)
+    data = examples(6)
+    scores = criteria.CRITERIA[name](model, eval_batches(data, 4))
+    step = 1e-5
+    for layer, head in ((0, 0), (2, 3)):
+        output = linear_of(surgery.layers(model)[layer], names.attention_out)
+        columns = slice(head * size, (head + 1) * size)
+        losses_at = {}
+        for sign in (1, -1):
+            with torch.no_grad():
+                kept = output.weight.clone()
+                output.weight[:, columns] *= 1 + sign * step
+                values = [
+                    float(nn.functional.cross_entropy(model(**batch.inputs).logits, batch.labels))
+                    for batch in eval_batches(data, 1)
+                ]
+                output.weight.copy_(kept)
+            losses_at[sign] = np.array(values)
+        derivative = (losses_at[1] - losses_at[-1]) / (2 * step)
+        assert float(scores[layer][head]) == pytest.approx(np.mean(np.abs(derivative) ** power), rel=2e-3, abs=1e-12)
+
+
+def test_magnitude_is_the_norm_of_a_heads_columns(model: nn.Module):
+    scores = criteria.magnitude(model, [])
+    output = linear_of(surgery.layers(model)[1], surgery.family(model).attention_out)
+    assert float(scores[1][2]) == pytest.approx(float(output.weight[:, 32:48].detach().norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", criteria.CRITERIA)
+def test_the_least_important_head_goes_first(model: nn.Module, name: str):
+    output = linear_of(surgery.layers(model)[-1], surgery.family(model).attention_out)
+    with torch.no_grad():
+        output.weight[:, 16:32] = 0  # head 1 says nothing
+    before = logits(model)
+    operator(Step(operator="prune_heads", params={"count": 1, "criterion": name}))(model, context(model))
+    assert surgery.head_counts(model) == [4, 4, 3]
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=3e-6)
+
+
+# --- every operator ---
+
+STEPS = [
+    Step(operator="drop_layers", params={"count": 2}),
+    Step(operator="prune_heads", params={"count": 3}),
+    Step(operator="fine_tune", params={"epochs": 2, "batch_size": 8, "learning_rate": 1e-3}),
+    Step(operator="distill", params={"epochs": 2, "batch_size": 8, "learning_rate": 1e-3}),
+    *(Step(operator="quantize", params={"scheme": scheme}) for scheme in SCHEMES),
+]
+
+
+def test_no_operator_is_left_out():
+    assert {step.operator for step in STEPS} == set(OPERATORS)
+
+
+@pytest.mark.parametrize("step", STEPS, ids=str)
+def test_saved_equals_loaded_also_after_a_forward(model: nn.Module, step: Step, tmp_path: Path):
+    teacher = artifact.load(_saved(model, tmp_path / "teacher"))
+    acted = operator(step)(model, context(teacher))
+    before = logits(acted)
+    loaded = reload(acted, tmp_path / "once")
+    assert torch.equal(logits(loaded), before)
+    again = reload(loaded, tmp_path / "twice")
+    assert torch.equal(logits(again), before)
+    assert (tmp_path / "once" / artifact.WEIGHTS).read_bytes() == (tmp_path / "twice" / artifact.WEIGHTS).read_bytes()
+
+
+def _saved(model: nn.Module, folder: Path) -> Path:
+    folder.mkdir()
+    artifact.save(model, folder)
+    return folder
+
+
+@pytest.mark.parametrize("step", STEPS, ids=str)
+def test_same_seed_same_result(model: nn.Module, step: Step, tmp_path: Path):
+    saved = _saved(model, tmp_path / "model")
+    results = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)  # the caller's generator must play no part
+        acted = operator(step)(artifact.load(saved), context(artifact.load(saved), seed=5))
+        results.append(logits(acted))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("step", STEPS, ids=str)
+def test_a_batch_of_one_and_the_longest_sequence_pass(model: nn.Module, step: Step):
+    acted = operator(step)(model, context(copy.deepcopy(model)))
+    longest = model.config.max_position_embeddings - 4
+    ids = np.full(longest + 1, 7, dtype=np.int32)
+    data = Encoded(ids, None, np.array([0, 1, longest + 1]), np.array([0, 1]), pad_id=0)
+    for batch in eval_batches(data, 1):
+        assert acted(**batch.inputs).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_a_cut_model_of_odd_widths_can_be_quantized(model: nn.Module, scheme: str, tmp_path: Path):
+    surgery.prune_heads(model, 0, [0])
+    surgery.prune_heads(model, 2, [0, 1, 3])
+    exact = logits(model)
+    quantized = quantize(model, scheme)
+    torch.testing.assert_close(logits(quantized), exact, atol=0.15, rtol=0.15)
+    assert torch.equal(logits(reload(quantized, tmp_path / "m")), logits(quantized))
+
+
+@pytest.mark.parametrize(("scheme", "bits"), [("fp16", 16), ("bf16", 16), ("int8", 8), ("nf4", 4), ("fp4", 4)])
+def test_precision_shows_in_bytes_and_not_in_parameters(model: nn.Module, scheme: str, bits: int, tmp_path: Path):
+    whole = _saved(model, tmp_path / "whole") / artifact.WEIGHTS
+    encoder, total = surgery.encoder_parameters(model), surgery.all_parameters(model)
+    quantized = quantize(model, scheme)
+    small = _saved(quantized, tmp_path / "small") / artifact.WEIGHTS
+    assert (surgery.encoder_parameters(quantized), surgery.all_parameters(quantized)) == (encoder, total)
+    shrunk = total if bits == 16 else encoder
+    saved = whole.stat().st_size - small.stat().st_size
+    assert 0.6 * shrunk * (32 - bits) / 8 < saved < 1.01 * shrunk * (32 - bits) / 8
+
+
+def test_quantized_heads_and_embeddings_stay_exact(model: nn.Module):
+    quantized = quantize(model, "nf4")
+    kinds = {name: type(module).__name__ for name, module in quantized.named_modules() if isinstance(module, nn.Linear)}
+    assert all((kind == "Linear4bit") == ("layer." in name) for name, kind in kinds.items())
+
+
+# --- training ---
+
+
+def test_training_learns_and_distillation_nears_the_teacher(model: nn.Module):
+    teacher = copy.deepcopy(model)
+    data = examples(64)
+    step = {"epochs": 8, "batch_size": 8, "learning_rate": 2e-3, "warmup": 0.0}
+    batches = list(eval_batches(data, 64))
+    before = float(losses.task_loss(model.eval(), batches[0]))
+    operator(Step(operator="fine_tune", params=step))(model, context(teacher, data=data))
+    assert float(losses.task_loss(model, batches[0])) < before - 0.05
+    assert not model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    loss = losses.distillation_loss(teacher, 2.0)
+    apart = float(loss(model, batches[0]))
+    operator(Step(operator="distill", params=step))(model, context(teacher, data=data))
+    assert float(loss(model, batches[0])) < apart
+
+
+def test_the_distillation_loss_is_the_published_sum():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(3, 5, 8, generator=generator) for _ in "ab")
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]])
+    cosines = [
+        1 - float(nn.functional.cosine_similarity(student[i, j], teacher[i, j], dim=0))
+        for i in range(3)
+        for j in range(5)
+        if mask[i, j]
+    ]
+    assert float(losses.hidden_loss(student, teacher, mask)) == pytest.approx(np.mean(cosines), rel=1e-5)
+    z_s, z_t = student[:, 0, :4], teacher[:, 0, :4]
+    p_t, p_s = torch.softmax(z_t / 3, -1), torch.softmax(z_s / 3, -1)
+    assert float(losses.response_loss(z_s, z_t, 3)) == pytest.approx(float((p_t * (p_t / p_s).log()).sum(-1).mean()), rel=1e-5)
+    assert float(losses.response_loss(z_t, z_t, 3)) == pytest.approx(0, abs=1e-6)
+
+
+def test_regression_trains_on_squared_error(tiny_checkpoint: Callable[..., Path]):
+    model = load(tiny_checkpoint("bert"), labels=())
+    data = examples(32, np.linspace(0, 5, 32, dtype=np.float32))
+    (batch,) = eval_batches(data, 32)
+    expected = (model(**batch.inputs).logits[:, 0] - batch.labels).square().mean()
+    assert float(losses.task_loss(model, batch)) == pytest.approx(float(expected))
+    operator(Step(operator="distill", params={"epochs": 1, "batch_size": 8}))(model, context(copy.deepcopy(model), data=data))
+
+
+def test_a_loss_that_is_not_finite_stops_with_advice(tiny_checkpoint: Callable[..., Path]):
+    model = load(tiny_checkpoint("bert"))
+    step = operator(Step(operator="fine_tune"))
+    with pytest.raises(FloatingPointError, match="learning_rate"):
+        training.fit(model, examples(), lambda m, b: losses.task_loss(m, b) * torch.nan, step, 0, CPU)
+
+
+def test_training_leaves_the_callers_random_state_alone(tiny_checkpoint: Callable[..., Path]):
+    model = load(tiny_checkpoint("bert"))
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    operator(Step(operator="fine_tune"))(model, context(model))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_words_that_no_example_uses_keep_their_embeddings(tiny_checkpoint: Callable[..., Path]):
+    model = load(tiny_checkpoint("bert"))
+    embedding = model.get_input_embeddings()
+    before = embedding.weight.detach().clone()
+    data = examples()
+    operator(Step(operator="fine_tune", params={"learning_rate": 1e-2, "batch_size": 8}))(model, context(model, data=data))
+    used = np.unique(data.input_ids)
+    unused = np.setdiff1d(np.arange(len(before)), [*used, data.pad_id])
+    assert torch.equal(embedding.weight[unused], before[unused])
+    assert not torch.equal(embedding.weight[used], before[used])
+
+
+# --- steps and artifacts ---
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        (Step(operator="prune_head"), "choose one of drop_layers"),
+        (Step(operator="no.such.Thing"), "can't be imported"),
+        (Step(operator="drop_layers", params={"count": 0}), "greater than or equal to 1"),
+        (Step(operator="drop_layers", params={"cuont": 1}), "did you mean count"),
+        (Step(operator="quantize", params={"scheme": "int3"}), "'int8'"),
+    ],
+)
+def test_a_step_that_can_not_be_is_refused(step: Step, words: str):
+    with pytest.raises(ConfigError, match=words):
+        operator(step)
+
+
+def test_a_head_of_another_size_is_trained_anew_or_refused(tiny_checkpoint: Callable[..., Path]):
+    folder = tiny_checkpoint("bert", num_labels=2)
+    assert logits(artifact.load_base(folder, ("a", "b", "c"), "classification", new_head=True, seed=0)).shape[1] == 3
+    one, other = (artifact.load_base(folder, ("a", "b", "c"), "classification", new_head=True, seed=s) for s in (0, 1))
+    assert not torch.equal(one.classifier.weight, other.classifier.weight)
+    with pytest.raises((ValueError, RuntimeError)):
+        artifact.load_base(folder, ("a", "b", "c"), "classification", new_head=False, seed=0)
+
+
+def test_weights_that_do_not_fit_are_never_guessed(model: nn.Module, tmp_path: Path):
+    folder = _saved(model, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    config["heads"][0] = 2
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises((ValueError, RuntimeError)):
+        artifact.load(folder)
+
+
+def test_exported_models_load_without_the_package(tiny_checkpoint: Callable[..., Path], tmp_path: Path):
+    """In a process that can't import hpc_compress, by transformers alone, with equal outputs; saved again by it as well."""
+    ids = [[2, 9, 8, 7, 3], [2, 5, 6, 11, 3]]
+    expected = {}
+    for scheme in (None, *SCHEMES):
+        model = load(tiny_checkpoint("bert", layers=3, heads=4, hidden=64, ffn=96))
+        surgery.prune_heads(model, 1, [0, 3])
+        surgery.drop_layers(model, [2])
+        model = quantize(model, scheme) if scheme else model
+        folder = _saved(model, tmp_path / str(scheme))
+        shutil.copy(modeling_hpc_compress.__file__, folder)
+        with torch.no_grad():
+            expected[str(scheme)] = model(input_ids=torch.tensor(ids)).logits.double().tolist()
+    (tmp_path / "check.py").write_text(
+        f"""
+import json, sys
+sys.modules["hpc_compress"] = None
+from transformers import AutoModelForSequenceClassification
+import torch
+found = {{}}
+for scheme in {list(expected)}:
+    for folder in (scheme, scheme + "-saved-again"):
+        model = AutoModelForSequenceClassification.from_pretrained("./" + folder, trust_remote_code=True)
+        with torch.no_grad():
+            found[folder] = model(input_ids=torch.tensor({ids})).logits.double().tolist()
+        model.save_pretrained(scheme + "-saved-again")
+print(json.dumps(found))
+"""
+    )
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(
+        [sys.executable, "check.py"], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {scheme: found[scheme] for scheme in expected} == expected
+    assert {scheme: found[scheme + "-saved-again"] for scheme in expected} == expected

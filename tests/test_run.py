@@ -1,0 +1,395 @@
+"""Whole searches on a tiny encoder: what they leave behind, how they resume, what a user's own operator may do."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+import hpc_compress
+from hpc_compress import analysis, config, driver, export, identity
+from hpc_compress.config import ConfigError
+from hpc_compress.launch import Debug, packed
+from hpc_compress.store import Store
+from hpc_compress.types import Outcome
+
+
+class Silent:
+    """Progress that remembers what was said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def working(self, what: str, done: int, total: int) -> None: ...
+
+
+@dataclasses.dataclass
+class Setup:
+    """A search on a tiny checkpoint and two-word sentences, as overrides of the command line."""
+
+    overrides: list[str]
+    compose: Callable[..., dict[str, Any]]
+
+    def run(self, root: Path, *more: str, launcher: Any = None) -> driver.Result:
+        values = self.compose(*self.overrides, *more)
+        parts = {name: values.pop(name) for name in ("strategy", "objective", "launcher", "retries")}
+        settings = config.validate(config.RunConfig, values)
+        return driver.search(
+            settings, parts["strategy"], parts["objective"], config.build, launcher or Debug(), root, Silent(), parts["retries"]
+        )
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..., Path], compose: Any) -> Setup:
+    folder = tmp_path_factory.mktemp("setup")
+    words = random.Random(0)
+    rows = [(words.choice(["good", "great", "bad", "dull"]), words.choice(["film", "plot"])) for _ in range(120)]
+    table = pd.DataFrame({"text": [" ".join(row) for row in rows], "label": [row[0] in ("good", "great") for row in rows]})
+    table.assign(label=table["label"].map({True: "pos", False: "neg"})).to_csv(folder / "rows.csv", index=False)
+    model = tiny_checkpoint("bert", layers=3, heads=4, hidden=32, ffn=48, head=False)
+    overrides = [
+        f"model.path={model}",
+        "model.fine_tune={epochs: 2, learning_rate: 1e-3, batch_size: 16}",
+        "dataset=file",
+        f"dataset.train={folder / 'rows.csv'}",
+        "dataset.name=words",
+        "protocol={batch_size: 8, sentences: 16, warmup_passes: 0, min_passes: 2, max_passes: 2}",
+        "generations=2",
+        "strategy.population=4",
+        "strategy.fine_tune.learning_rate=1e-3",
+        "strategy.distill.learning_rate=1e-3",
+        "objective.b=0",  # what was timed must not decide, so that runs can be compared
+        "name=test",
+    ]
+    return Setup(overrides, compose)
+
+
+@pytest.fixture(scope="module")
+def finished(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("finished")
+    setup.run(root)
+    return root
+
+
+def story(root: Path) -> Any:
+    """All that a search decided, without what it timed."""
+    run = analysis.open_run(root)
+    scores = {
+        id: (str(o.task.genome), o.task.split, o.measurement and (o.measurement.metrics, o.measurement.model_bytes))
+        for id, o in run.outcomes.items()
+    }
+    return run.generations, run.result, scores
+
+
+def test_a_run_leaves_what_it_promises(finished: Path):
+    run = analysis.open_run(finished)
+    assert run.result is not None
+    assert [generation.number for generation in run.generations] == [1, 2]
+    assert run.result.best == run.generations[-1].population[0]
+    assert run.report_of(run.result.base) is not None
+    assert all(run.report_of(id) is not None for id in run.result.reported)
+    suffixes = {path.suffix for path in finished.rglob("*") if path.is_file() and "locks" not in path.parts}
+    assert suffixes <= {".json", ".parquet", ".safetensors"}
+
+
+def test_only_the_living_keep_their_artifacts(finished: Path):
+    run = analysis.open_run(finished)
+    alive = {*run.generations[-1].population, run.base_id}
+    wanted = {key(run.outcomes[id].task) for id in alive for key in (identity.master_key, identity.deployed_key)}
+    assert {path.name for path in (finished / "artifacts").iterdir()} == wanted | {"tokenizer"}
+
+
+def test_equal_seeds_make_equal_runs(setup: Setup, finished: Path, tmp_path: Path):
+    setup.run(tmp_path)
+    assert story(tmp_path) == story(finished)
+
+
+def test_a_finished_run_is_not_computed_again(setup: Setup, finished: Path):
+    def times() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in finished.glob("tasks/*/outcome.json")}
+
+    before = times()
+    setup.run(finished)
+    assert times() == before
+
+
+def test_a_run_can_be_prolonged_but_not_changed(setup: Setup, finished: Path, tmp_path: Path):
+    root = tmp_path / "run"
+    shutil.copytree(finished, root)
+    longer = setup.run(root, "generations=3")
+    assert longer.generations == 3
+    assert analysis.open_run(root).generations[:2] == analysis.open_run(finished).generations
+    for change, words in (("seed=1", "seed: was 0, now 1"), ("objective.c=2", r"objective.c: was 1, now 2")):
+        with pytest.raises(ConfigError, match=words):
+            setup.run(root, change)
+
+
+def test_what_is_lost_is_computed_again_the_same(setup: Setup, finished: Path, tmp_path: Path):
+    root = tmp_path / "run"
+    shutil.copytree(finished, root)
+    shutil.rmtree(root / "artifacts")
+    for path in list(root.glob("tasks/*/outcome.json"))[::2]:
+        path.write_text("{")
+    setup.run(root)
+    assert story(root) == story(finished)
+
+
+def test_a_second_driver_is_refused(setup: Setup, tmp_path: Path):
+    with Store(tmp_path).lock("driver"), pytest.raises(driver.SearchError, match="another driver"):
+        setup.run(tmp_path)
+
+
+def test_the_search_stops_at_the_required_quality(setup: Setup, tmp_path: Path):
+    result = setup.run(tmp_path, "required_quality=0.01", "generations=9")
+    assert result.generations == 1
+    assert "required_quality" in result.stopped
+
+
+class Unreliable:
+    """A launcher whose jobs die: the first time it is asked for anything, and always for the tasks in `doomed`."""
+
+    def __init__(self) -> None:
+        self.runs: list[int] = []
+
+    def run(self, root: Path, bundles: Any, poll: Any, report: Any) -> None:
+        self.runs.append(sum(map(len, bundles)))
+        survivors = [ids for ids in bundles if len(self.runs) == 1 or not self._doomed(root, ids)]
+        Debug().run(root, survivors if len(self.runs) % 2 else survivors[:1], poll, report)
+
+    def _doomed(self, root: Path, ids: Any) -> bool:
+        return any(step.operator == "prune_heads" for i in ids for step in Store(root).task(i).genome.steps)
+
+
+def test_jobs_that_die_are_sent_again_and_then_are_lost(setup: Setup, tmp_path: Path):
+    setup.run(tmp_path, "probe=false", "retries=8", launcher=Unreliable())
+    outcomes = analysis.open_run(tmp_path).outcomes.values()
+    lost = [o for o in outcomes if o.failure]
+    assert lost
+    assert all(o.failure.kind == "lost" and "died 9 times" in o.failure.message for o in lost)
+    assert all("prune_heads" in str(o.task.genome) for o in lost)
+    assert all("prune_heads" not in str(o.task.genome) for o in outcomes if o.measurement)
+
+
+NO_OTHERS = [
+    "~strategy.mutations.drop_layers",
+    "~strategy.mutations.prune_heads",
+    "strategy.quantizations.int8.weight=0",
+    "strategy.quantizations.nf4.weight=0",
+]
+OWN_OPERATORS = '''
+"""Operators of a user's own, outside the package."""
+from dataclasses import dataclass
+import torch
+
+@dataclass(frozen=True)
+class PruneNeurons:
+    """Zero no neuron but remove every second one of the first FFN."""
+    keep_every: int = 2
+
+    def __call__(self, model, context):
+        layer = model.bert.encoder.layer[0]
+        kept = torch.arange(0, layer.intermediate.dense.out_features, self.keep_every)
+        into, out = layer.intermediate.dense, layer.output.dense
+        into.weight, into.bias = torch.nn.Parameter(into.weight[kept]), torch.nn.Parameter(into.bias[kept])
+        out.weight = torch.nn.Parameter(out.weight[:, kept].contiguous())
+        into.out_features = out.in_features = len(kept)
+        return model
+
+@dataclass(frozen=True)
+class RoundEmbeddings:
+    """Store the word embeddings in half precision."""
+
+    def __call__(self, model, context):
+        return model.half()
+
+@dataclass(frozen=True)
+class Broken:
+    def __call__(self, model, context):
+        raise RuntimeError("this operator is broken")
+'''
+
+
+@pytest.fixture
+def own_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_operators.py").write_text(OWN_OPERATORS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("own_operators", None)
+
+
+@pytest.mark.usefixtures("own_operators")
+def test_a_users_own_pruning_and_quantization_take_part(setup: Setup, tmp_path: Path):
+    setup.run(
+        tmp_path / "run",
+        *NO_OTHERS,
+        "+strategy.mutations.mine={weight: 1, operator: own_operators.PruneNeurons, keep_every: 3}",
+        "+strategy.quantizations.mine={weight: 0.5, operator: own_operators.RoundEmbeddings}",
+        "strategy.mutation_probability=1",
+    )
+    table = hpc_compress.load_runs(tmp_path / "run")
+    born = table[table["generation"] > 0]
+    assert (born["status"] == "measured").all()
+    assert born["genome"].str.contains("PruneNeurons").all()
+    assert set(born["precision"]) == {"fp32", "own_operators.RoundEmbeddings"}
+    base = table.iloc[0]
+    half = born[born["precision"] != "fp32"]
+    assert (born["encoder_parameters"] < base["encoder_parameters"]).all()
+    assert (half["model_bytes"] < 0.65 * base["model_bytes"]).all()
+
+
+@pytest.mark.usefixtures("own_operators")
+def test_a_broken_operator_shows_in_the_probe_and_can_be_mended(setup: Setup, tmp_path: Path):
+    overrides = [*NO_OTHERS, "+strategy.mutations.mine={weight: 1, operator: own_operators.Broken}"]
+    for _ in range(2):
+        with pytest.raises(driver.SearchError, match="this operator is broken"):
+            setup.run(tmp_path / "run", *overrides)
+    assert not (tmp_path / "run" / "generations").exists()
+    (tmp_path / "own_operators.py").write_text(
+        OWN_OPERATORS.replace('raise RuntimeError("this operator is broken")', "return model")
+    )
+    sys.modules.pop("own_operators")
+    setup.run(tmp_path / "run", *overrides)
+    assert (tmp_path / "run" / "result.json").is_file()
+
+
+@pytest.mark.usefixtures("own_operators")
+def test_without_a_probe_a_failure_is_data(setup: Setup, tmp_path: Path):
+    broken = "+strategy.mutations.mine={weight: 3, operator: own_operators.Broken}"
+    setup.run(tmp_path / "run", broken, "probe=false", "strategy.mutation_probability=1")
+    table = hpc_compress.load_runs(tmp_path / "run")
+    failed = table[table["status"] == "error"]
+    assert len(failed) > 0
+    assert failed["failure"].str.contains("RuntimeError: this operator is broken").all()
+    assert not failed["alive"].any()
+
+
+# --- reading runs ---
+
+
+def test_load_runs_has_a_row_for_each_candidate(finished: Path):
+    table = hpc_compress.load_runs([finished])
+    run = analysis.open_run(finished)
+    assert set(table["candidate"]) == {run.base_id, *(id for g in run.generations for id in g.born_ids)}
+    assert table["candidate"].is_unique
+    assert table.loc[table["best"], "candidate"].tolist() == [run.result.best]
+    assert table.loc[table["best"], "fitness"].item() == pytest.approx(table["fitness"].max())
+    assert table["generation"].is_monotonic_increasing
+    assert (table["speed_up"] == table["base_latency_ms"] / table["latency_ms"]).all()
+
+
+def test_the_report_has_the_base_model_and_the_best(finished: Path, tmp_path: Path):
+    table = analysis.write_report([finished], tmp_path)
+    assert table["method"].tolist()[:2] == ["base model", "best"] or table["method"].tolist()[0] == "base model"
+    assert {path.name for path in tmp_path.iterdir()} == {"report.md", "report.csv", "candidates.csv", "candidates.png"}
+    header = (tmp_path / "report.md").read_text().splitlines()[0]
+    for column in ("dataset", "method", "metric", "parameters, M", "size, MB", "inference, ms", "speed-up"):
+        assert column in header
+    assert (tmp_path / "candidates.png").stat().st_size > 10_000
+
+
+def test_status_speaks_of_runs_in_any_state(finished: Path, tmp_path: Path):
+    assert "ended: all generations are done" in analysis.status(finished)
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "generations")
+    assert "0 of 2 done" in analysis.status(tmp_path / "run")
+    assert "goes on with it" in analysis.status(tmp_path / "run")
+    with pytest.raises(ConfigError, match="not a run folder"):
+        analysis.status(tmp_path)
+
+
+def test_a_dead_candidate_can_be_exported_as_it_was_measured(finished: Path, tmp_path: Path):
+    root = tmp_path / "run"
+    shutil.copytree(finished, root)
+    table = hpc_compress.load_runs(root)
+    dead = table[~table["alive"] & (table["status"] == "measured")].iloc[-1]
+    target = export.export(root, tmp_path / "model", dead["candidate"][:8])
+    assert (target / "model.safetensors").stat().st_size == dead["model_bytes"]
+    card = (target / "README.md").read_text()
+    assert f"{dead['model_bytes'] / 1e6:.1f} MB" in card
+    assert hpc_compress.load_model(target).config.id2label == {0: "neg", 1: "pos"}
+
+
+def test_an_export_never_overwrites_what_is_not_one(finished: Path, tmp_path: Path):
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(ConfigError, match="choose another folder"):
+        export.export(finished, tmp_path)
+    with pytest.raises(ConfigError, match="candidates"):
+        export.export(finished, tmp_path / "new", "nobody")
+    export.export(finished, tmp_path / "model")
+    export.export(finished, tmp_path / "model")
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_an_exported_model_answers_as_it_was_measured(finished: Path, tmp_path: Path):
+    """Text in, label out, by transformers alone; its accuracy on the report split is the one in the report."""
+    from transformers import AutoTokenizer
+
+    run = analysis.open_run(finished)
+    target = export.export(finished, tmp_path / "model")
+    rows = pd.read_parquet(finished / "data" / "report.parquet")
+    model, tokenizer = hpc_compress.load_model(target), AutoTokenizer.from_pretrained(target)
+    answers = model(**tokenizer(rows["text"].tolist(), padding=True, return_tensors="pt")).logits.argmax(-1).numpy()
+    assert (answers == rows["label"]).mean() == pytest.approx(run.report_of(run.result.best).measurement.metrics["accuracy"])
+
+
+def test_tasks_that_share_a_master_stay_together():
+    assert packed([("a", "b"), ("c",), ("d",)], 1) == [("a", "b"), ("c",), ("d",)]
+    assert packed([("a", "b"), ("c",), ("d",)], 3) == [("a", "b", "c"), ("d",)]
+
+
+# --- kill -9 ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["debug", "local"])
+def test_a_search_survives_kill_9_at_any_moment(setup: Setup, finished: Path, tmp_path: Path, launcher: str):
+    """Kill the driver, or one of its workers, at random moments again and again: same result, nothing computed twice."""
+    root = tmp_path / "results" / "test"
+    command = [sys.executable, "-m", "hpc_compress.cli", "search", *setup.overrides, f"launcher={launcher}", "retries=9"]
+    chance = random.Random(0)
+    known: dict[Path, tuple[int, bytes]] = {}
+    for _ in range(40):
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            output, _ = process.communicate(timeout=chance.uniform(4, 14))
+        except subprocess.TimeoutExpired:
+            workers = _workers(root)
+            victim = chance.choice(workers) if workers and chance.random() < 0.5 else process.pid
+            os.kill(victim, signal.SIGKILL)
+            if victim != process.pid:
+                time.sleep(chance.uniform(0, 8))
+                process.kill()
+            process.communicate()
+            output = ""
+        for path, (stamp, content) in known.items():
+            assert (path.stat().st_mtime_ns, path.read_bytes()) == (stamp, content), "finished work was repeated"
+        whole = [path for path in root.glob("tasks/*/outcome.json") if Store(root).outcome(path.parent.name)]
+        known = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in whole}
+        if process.returncode == 0:
+            break
+    assert process.returncode == 0, output
+    assert story(root) == story(finished)
+
+
+def _workers(root: Path) -> list[int]:
+    """Processes of local jobs of this run, found as any user would find them."""
+    found = subprocess.run(["pgrep", "-f", f"submitit.*{root}"], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def test_outcomes_are_json_that_any_tool_can_read(finished: Path):
+    for path in finished.glob("tasks/*/outcome.json"):
+        assert Outcome.model_validate(json.loads(path.read_text()))
