@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 .PHONY: demo test check bench clean
 
 demo: .venv/ready ## compress MiniLM-L6 on tweets: under 6 minutes on two cores
-	$(BIN)/hpc-compress search
+	$(BIN)/hpc-compress search experiment=demo
 
 test: .venv/ready ## all tests that this machine can run
 	$(BIN)/python -m pytest

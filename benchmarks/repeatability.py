@@ -2,7 +2,8 @@
 
     python benchmarks/repeatability.py --out results
 
-Run it on an idle machine. It prints the two medians of each pair, how far they are apart, and the largest distance.
+Run it on an idle machine. It prints the two medians of each pair, the two speed-ups over the base model, and how far
+they are apart.
 """
 
 import argparse
@@ -40,15 +41,17 @@ def main() -> None:
     examples = search_split()
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        for name, folder in models(Path(scratch)).items():
+        folders = models(Path(scratch))
+        for name, folder in folders.items():
             for pair in range(options.pairs):
-                one, other = (once(folder, examples) for _ in "ab")
-                rows.append(
-                    {"model": name, "pair": pair + 1, "first, ms": one, "second, ms": other, "apart, %": apart(one, other)}
-                )
+                (one, one_ratio), (other, other_ratio) = (once(folders["base"], folder, examples) for _ in "ab")
+                row = {"model": name, "pair": pair + 1, "first, ms": one, "second, ms": other, "apart, %": apart(one, other)}
+                ratios = {"speed-up": 1 / one_ratio, "second": 1 / other_ratio, "apart, % ": apart(one_ratio, other_ratio)}
+                rows.append({**row, **ratios})
     table = pd.DataFrame(rows)
-    text = table.to_markdown(index=False, floatfmt=("", "", ".1f", ".1f", ".2f"))
-    text += f"\n\nlargest distance: {table['apart, %'].max():.2f} %, on {measure.device_name(measure.device())}\n"
+    text = table.to_markdown(index=False, floatfmt=("", "", ".1f", ".1f", ".2f", ".3f", ".3f", ".2f"))
+    largest = f"{table['apart, %'].max():.2f} % of the time, {table['apart, % '].max():.2f} % of the speed-up"
+    text += f"\n\nlargest distance: {largest}, on {measure.device_name(measure.device())}\n"
     print(text)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -79,11 +82,13 @@ def models(scratch: Path) -> dict[str, Path]:
     return folders
 
 
-def once(folder: Path, examples: Encoded) -> float:
-    """Median milliseconds of one pass of a freshly loaded model."""
+def once(base: Path, folder: Path, examples: Encoded) -> tuple[float, float]:
+    """Median milliseconds of one pass of a freshly loaded model, and the same in units of the base model's."""
     on, protocol = measure.device(), Protocol()
     sample = measure.timing_sample(examples, protocol, on)
-    return median(measure.latency_ms(artifact.load(folder).to(on), sample, protocol, on))
+    pair = [artifact.load(path).to(on) for path in (base, folder)]
+    base_ms, own_ms = map(median, measure.latencies_ms(pair, sample, protocol, on))
+    return own_ms, own_ms / base_ms
 
 
 def apart(one: float, other: float) -> float:

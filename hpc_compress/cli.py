@@ -14,7 +14,7 @@ USAGE = """hpc-compress COMMAND ...
 
 Find the best compressed BERT-like model for the device that it will run on.
 
-  search [KEY=VALUE ...]    run a search, or go on with it; without arguments the demo      hpc-compress search --help
+  search [KEY=VALUE ...]    run a search, or go on with it                                  hpc-compress search --help
   status RUN                where a run stands
   report RUN [RUN ...]      tables and a picture of what was found                          hpc-compress report --help
   export RUN FOLDER         a model with tokenizer and card, ready to be loaded anywhere    hpc-compress export --help

@@ -72,7 +72,7 @@ class RunConfig(Record):
 
     name: str = Field(min_length=1, description="the run folder is results/NAME")
     seed: int = Field(default=0, ge=0, description="every random choice follows from it")
-    generations: int = Field(default=3, ge=0, description="at the most")
+    generations: int = Field(default=10, ge=0, description="at the most")
     required_quality: float | None = Field(
         default=None, description="stop once a compressed candidate reaches this quality on the search split"
     )

@@ -67,7 +67,7 @@ class Plan(Record):
 
     def differences(self, config: RunConfig, strategy: Mapping[str, Any], objective: Mapping[str, Any]) -> list[str]:
         """Settings that a resumed run may not change, where they changed. A run may be prolonged and reported anew."""
-        free = {"name", "generations", "required_quality", "report_candidates"}
+        free = {"name", "generations", "required_quality", "report_candidates", "probe"}
         old = {
             **self.config.model_dump(mode="json", exclude=free),
             "strategy": self.strategy,
@@ -227,7 +227,7 @@ class _Search:
         genomes = [Genome(steps=(step,)) for step in strategy.steps] + [Genome(deploy=step) for step in strategy.deploys]
         protocol = self.config.protocol.model_copy(update={"min_passes": 2, "max_passes": 2, "warmup_passes": 0})
         tasks = [
-            self._task(genome).model_copy(update={"limit": 2 * self.config.protocol.batch_size, "protocol": protocol})
+            self._task(genome).model_copy(update={"limit": self.config.protocol.batch_size, "protocol": protocol})
             for genome in genomes
         ]
         broken = [outcome for outcome in self._settle(tasks, "probe", again=True) if outcome.failure]

@@ -2,6 +2,7 @@
 
 import platform
 import time
+from collections.abc import Sequence
 from math import sqrt
 from pathlib import Path
 from statistics import median
@@ -52,27 +53,27 @@ def outputs(model: PreTrainedModel, examples: Encoded, batch_size: int, on: torc
 
 
 @torch.inference_mode()
-def latency_ms(model: PreTrainedModel, sample: list[Batch], protocol: Protocol, on: torch.device) -> tuple[float, ...]:
-    """Milliseconds of each timed pass over the sample, which lies on the device already.
+def latencies_ms(
+    models: Sequence[PreTrainedModel], sample: list[Batch], protocol: Protocol, on: torch.device
+) -> list[tuple[float, ...]]:
+    """Milliseconds of each timed pass over the sample, which lies on the device already; a tuple for each model.
 
-    Stops when the median is known within the protocol's tolerance, or at its limits.
+    The models take turns, so that a machine that grows slower or warmer in the meantime treats them alike. Stops when every
+    median is known within the protocol's tolerance, or at its limits.
     """
-    model.eval()
-    timed = _cuda_pass_ms if on.type == "cuda" else _cpu_pass_ms
+    one_pass = _cuda_pass_ms if on.type == "cuda" else _cpu_pass_ms
     begin = time.monotonic()
-    spent = lambda: time.monotonic() - begin  # noqa: E731
     for _ in range(protocol.warmup_passes):
-        timed(model, sample)
-        if spent() > protocol.max_seconds:
+        for model in models:
+            one_pass(model.eval(), sample)
+    passes: list[list[float]] = [[] for _ in models]
+    for count in range(1, protocol.max_passes + 1):
+        for model, timed in zip(models, passes, strict=True):
+            timed.append(one_pass(model.eval(), sample))
+        stable = all(relative_error_of_median(timed) <= protocol.tolerance for timed in passes)
+        if (count >= protocol.min_passes and stable) or time.monotonic() - begin > protocol.max_seconds:
             break
-    passes: list[float] = []
-    while len(passes) < protocol.max_passes:
-        passes.append(timed(model, sample))
-        if spent() > protocol.max_seconds:
-            break
-        if len(passes) >= protocol.min_passes and relative_error_of_median(passes) <= protocol.tolerance:
-            break
-    return tuple(passes)
+    return [tuple(timed) for timed in passes]
 
 
 def relative_error_of_median(samples: list[float]) -> float:

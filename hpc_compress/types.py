@@ -75,7 +75,7 @@ class Protocol(Record):
     min_passes: int = Field(default=5, ge=2, description="timed passes at the least")
     max_passes: int = Field(default=50, ge=2, description="timed passes at the most")
     tolerance: float = Field(default=0.01, gt=0, lt=1, description="stop when the median is known this well")
-    max_seconds: float = Field(default=30.0, gt=0, description="stop timing one model after so long")
+    max_seconds: float = Field(default=30.0, gt=0, description="stop timing a model and the base model after so long")
 
     @model_validator(mode="after")
     def _ordered(self) -> "Protocol":
@@ -101,7 +101,7 @@ class Measurement(Record):
 
     metrics: dict[str, float]  # on the task's split
     latency_ms: tuple[float, ...] = Field(min_length=1)  # one value a pass over the protocol's sample
-    base_latency_ms: tuple[float, ...] = Field(min_length=1)  # the base model in the same job, the same passes
+    base_latency_ms: tuple[float, ...] = Field(min_length=1)  # the base model, taking turns with this one
     model_bytes: int = Field(ge=1)  # of the saved deployed weights
     parameters: int = Field(ge=1)
     encoder_parameters: int = Field(ge=0)  # without embeddings, pooler and head

@@ -44,7 +44,7 @@ def restore(root: Path, task: Task) -> None:
 
 
 class Job:
-    """One process on one device. Keeps the data, the teacher and the base model's timing from task to task."""
+    """One process on one device. Keeps the data and the base model from task to task."""
 
     def __init__(self, store: Store, report: Report) -> None:
         transformers_logging.set_verbosity_error()
@@ -86,8 +86,8 @@ class Job:
             scores = metrics.compute(task.dataset.metrics, examples.labels, outputs)
         with stages("time"):
             sample = measure.timing_sample(examples, task.protocol, self.device)
-            base_latency_ms = self._base_latency_ms(task)
-            latency_ms = measure.latency_ms(model, sample, task.protocol, self.device)
+            pair = (self._base_model(task), model)
+            base_latency_ms, latency_ms = measure.latencies_ms(pair, sample, task.protocol, self.device)
         return Measurement(
             metrics=scores,
             latency_ms=latency_ms,
@@ -147,13 +147,13 @@ class Job:
             device=self.device,
             # The prefix makes the seed, not the place in a job: a master that is computed again is the same.
             seed=identity.derive(task.seed, "step", prefix),
-            teacher=lambda: self._teacher(task),
+            teacher=lambda: self._base_model(task),
             progress=lambda done, total: self.report(step.operator, done, total),
         )
 
-    def _teacher(self, task: Task) -> PreTrainedModel:
+    def _base_model(self, task: Task) -> PreTrainedModel:
         key = identity.master_key(task, ())
-        return self._keep(("teacher", key), lambda: artifact.load(self._master(task, ())).to(self.device))
+        return self._keep(("base model", key), lambda: artifact.load(self._master(task, ())).to(self.device))
 
     def _examples(self, task: Task, split: str) -> Encoded:
         def read() -> Encoded:
@@ -171,16 +171,6 @@ class Job:
             with self.store.new_artifact("tokenizer") as folder:
                 tokenizer.save_pretrained(folder)
         return tokenizer
-
-    def _base_latency_ms(self, task: Task) -> tuple[float, ...]:
-        """The base model's passes in this job, so that a slow node shows."""
-
-        def time_base() -> tuple[float, ...]:
-            sample = measure.timing_sample(self._examples(task, task.split), task.protocol, self.device)
-            return measure.latency_ms(self._teacher(task), sample, task.protocol, self.device)
-
-        key = ("base latency", identity.master_key(task, ()), task.split, identity.canonical(task.protocol))
-        return self._keep(key, time_base)
 
     def _keep(self, key: tuple[str, ...], make: Callable[[], T]) -> T:
         if key not in self._kept:

@@ -38,7 +38,7 @@ class Genetic(Record):
 
     shape: Shape  # of the base model
     score: Callable[[Measurement], float]  # what to maximise
-    population: int = Field(default=6, ge=1, description="parents that vary in each generation (N)")
+    population: int = Field(default=8, ge=1, description="parents that vary in each generation (N)")
     survivors: int | None = Field(default=None, ge=1, description="candidates kept by selection (K); null: population")
     mutation_probability: float = Field(default=0.8, ge=0, le=1)
     crossover_probability: float = Field(default=0.4, ge=0, le=1)

@@ -12,7 +12,9 @@ from hpc_compress.types import Measurement, Record
 class Product(Record):
     """The weighted product `F = (Q / Qmax)^a * (Tmin / T)^b * (Mmin / M)^c` of the published method.
 
-    Q: the first metric. T: median milliseconds of one pass over the protocol's sample. M: bytes of the saved deployed model.
+    Q: the first metric. T: median time of one pass over the protocol's sample, in units of the base model's median in the
+    same job, which makes no difference among equal nodes and takes out what a slow or busy one adds. M: bytes of the saved
+    deployed model.
 
     Edges: a Q of zero or below earns F = 0 whenever a > 0, since no power of it may look good; with a = 0 quality has no
     part in F, as the user asked. A candidate without a measurement has no F and never survives.
@@ -51,8 +53,8 @@ def quality_of(measurement: Measurement) -> float:
 
 
 def latency_of(measurement: Measurement) -> float:
-    """Median milliseconds of one pass."""
-    return median(measurement.latency_ms)
+    """Median time of one pass, in units of the base model's in the same job."""
+    return median(measurement.latency_ms) / median(measurement.base_latency_ms)
 
 
 def require_alike(one: Measurement, other: Measurement) -> None:
