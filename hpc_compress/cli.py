@@ -85,7 +85,7 @@ def _refuse_unknown_keys(arguments: list[str]) -> None:
         node = OmegaConf.select(config, parent, throw_on_missing=False) if parent else config
         if key in [item.key_or_group for item in groups] or key.startswith("hydra.") or not isinstance(node, DictConfig):
             continue
-        if leaf not in node:
+        if leaf not in node.keys():  # noqa: SIM118, `in` is false for a value that is ???
             allowed = sorted(str(name) for name in node if name != "hydra")
             close = difflib.get_close_matches(leaf, allowed, n=1)
             hint = f"; did you mean {parent + '.' if parent else ''}{close[0]}?" if close else ""
@@ -104,7 +104,6 @@ def _run(cfg: Any) -> None:
 
     try:
         values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-        values.pop("local", None)
         parts = {name: values.pop(name) for name in ("strategy", "objective", "launcher")}
         retries = values.pop("retries")
         if not isinstance(retries, int) or retries < 0:

@@ -1,8 +1,10 @@
 """What a user may set, as validated frozen dataclasses. Plain data in; unknown keys and values out of range are refused."""
 
 import difflib
+import functools
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -24,7 +26,9 @@ class ModelConfig(Record):
     path: str = Field(min_length=1, description="hub name, local folder, or package:NAME/FOLDER of an installed package")
     revision: str | None = Field(default=None, description="commit, tag or branch on the hub")
     head: Literal["auto", "trained", "new"] = Field(
-        default="auto", description="trained: use the checkpoint's; new: train one; auto: look into the checkpoint"
+        default="auto",
+        description="trained: use the checkpoint's; new: fine-tune first, with a fresh head where that does not fit; "
+        "auto: trained where it fits",
     )
     fine_tune: dict[str, Any] = Field(default={}, description="parameters of the step `fine_tune` that trains a new head")
 
@@ -74,7 +78,7 @@ class RunConfig(Record):
     seed: int = Field(default=0, ge=0, description="every random choice follows from it")
     generations: int = Field(default=10, ge=0, description="at the most")
     required_quality: float | None = Field(
-        default=None, description="stop once a compressed candidate reaches this quality on the search split"
+        default=None, description="stop once a candidate smaller than the base model reaches this quality on the search split"
     )
     report_candidates: int = Field(default=3, ge=1, description="fittest candidates measured on the report split")
     probe: bool = Field(default=True, description="try every kind of step on a few sentences before the first generation")
@@ -159,6 +163,8 @@ def build(values: Mapping[str, Any], where: str) -> Any:
     target = locate(str(values["_target_"]))
     if isinstance(target, type) and issubclass(target, BaseModel):
         return validate(target, params, where)
+    if inspect.isfunction(target):
+        return functools.partial(target, **params)
     try:
         return target(**params)
     except (TypeError, ValueError) as error:

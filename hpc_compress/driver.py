@@ -152,7 +152,7 @@ def _plan(
                 + "\nchoose another name=, or delete it"
             )
         progress.say(f"going on with the run in {store.root}")
-        return old
+        return old.model_copy(update={"config": config})
     progress.say(f"reading {config.model.path} and {config.dataset.name}")
     found = checkpoint.find(config.model)
     dataset, tables = source.load(config.dataset, config.seed, found.labels if found.has_head else ())
@@ -196,9 +196,9 @@ class _Search:
         self.candidates: dict[str, Candidate] = {}  # every one that was ever born
 
     def run(self, make_strategy: Callable[[Callable[[Measurement], float]], Strategy], rehearsal: Strategy) -> Result:
-        base = self._first()
         if self.config.probe and self.config.generations:
             self._probe(rehearsal)
+        base = self._first()
         base_measurement = base.measurement
         assert base_measurement is not None
         strategy = make_strategy(lambda measurement: self.objective(measurement, base_measurement))
@@ -214,7 +214,7 @@ class _Search:
         return result
 
     def _first(self) -> Candidate:
-        """The base model, measured before anything else: every ratio divides by it."""
+        """The base model, measured before any other candidate: every ratio divides by it."""
         outcome = self._settle([self._task(Genome())], "base model", again=True)[0]
         if outcome.failure:
             raise SearchError(f"the base model could not be measured: {_describe(outcome.failure)}")
@@ -223,7 +223,7 @@ class _Search:
         return base
 
     def _probe(self, strategy: Strategy) -> None:
-        """Every kind of step once, on a few sentences: a broken environment shows before an array is sent."""
+        """Every kind of step once, on a few sentences: a broken environment shows before anything long is sent."""
         genomes = [Genome(steps=(step,)) for step in strategy.steps] + [Genome(deploy=step) for step in strategy.deploys]
         protocol = self.config.protocol.model_copy(update={"min_passes": 2, "max_passes": 2, "warmup_passes": 0})
         tasks = [
@@ -234,7 +234,7 @@ class _Search:
         if broken:
             reasons = "\n  ".join(f"{outcome.task.genome}: {_describe(outcome.failure)}" for outcome in broken)  # type: ignore[arg-type]
             raise SearchError(
-                f"these steps fail on a few sentences already, so no generation was started:\n  {reasons}\n"
+                f"these steps fail on a few sentences already, so nothing else was started:\n  {reasons}\n"
                 f"mend them and start again; tracebacks are in {self.store.root}/tasks/*/outcome.json"
             )
 
@@ -248,26 +248,26 @@ class _Search:
         born = {}
         for proposal, outcome in zip(proposals, outcomes, strict=True):
             task_id = identity.task_id(outcome.task)
-            candidate = Candidate(
-                id=task_id,
-                genome=proposal.genome,
-                parent=proposal.parent,
-                generation=number,
-                measurement=outcome.measurement,
-            )
+            candidate = Candidate(id=task_id, genome=proposal.genome, parent=proposal.parent, measurement=outcome.measurement)
             born[task_id] = self.candidates.setdefault(task_id, candidate)
         # By id: the order in which outcomes arrived must not matter.
-        survivors = strategy.tell(population, [born[task_id] for task_id in sorted(born)])
-        self.store.write(
-            f"generations/{number:04d}.json",
-            Generation(
-                number=number,
-                born=tuple(proposals),
-                born_ids=tuple(identity.task_id(outcome.task) for outcome in outcomes),
-                population=tuple(candidate.id for candidate in survivors),
-            ),
+        try:
+            survivors = strategy.tell(population, [born[task_id] for task_id in sorted(born)])
+        except ValueError as error:
+            raise SearchError(
+                f"{what} can't be judged: {error}; delete the outcomes that differ in tasks/, and go on"
+            ) from None
+        record = Generation(
+            number=number,
+            born=tuple(proposals),
+            born_ids=tuple(identity.task_id(outcome.task) for outcome in outcomes),
+            population=tuple(candidate.id for candidate in survivors),
         )
-        self._bury(survivors, base)
+        if self.store.read(f"generations/{number:04d}.json", Generation) != record:
+            # Not when a resumed run passes by again: the living of later generations have artifacts already.
+            self._bury(survivors, base)
+            (self.store.root / "result.json").unlink(missing_ok=True)
+            self.store.write(f"generations/{number:04d}.json", record)
         best = survivors[0]
         self.progress.say(f"{what}: {len(born)} born, {len(survivors)} alive, best {self._line(best)}")
         return survivors
@@ -279,15 +279,18 @@ class _Search:
         self.store.keep_artifacts(keys | {"tokenizer"})
 
     def _good_enough(self, population: Sequence[Candidate], base: Candidate) -> bool:
-        required = self.config.required_quality
-        compressed = [candidate for candidate in population if candidate.id != base.id and candidate.measurement]
-        return required is not None and any(quality_of(c.measurement) >= required for c in compressed)  # type: ignore[arg-type]
+        """Whether a candidate that is smaller than the base model has the required quality."""
+        required, whole = self.config.required_quality, base.measurement
+        measured = [candidate.measurement for candidate in population if candidate.measurement]
+        assert whole is not None
+        small = [measurement for measurement in measured if measurement.model_bytes < whole.model_bytes]
+        return required is not None and any(quality_of(measurement) >= required for measurement in small)
 
     def _report(self, population: Sequence[Candidate], base: Candidate, generations: int, stopped: str) -> Result:
         """Measure the fittest and the base model on the report split, which the search never saw."""
         reported = population[: self.config.report_candidates]
         tasks = [self._task(candidate.genome, "report") for candidate in {c.id: c for c in (base, *reported)}.values()]
-        self._settle(tasks, "report")
+        self._settle(tasks, "report", again=True)
         return Result(
             best=population[0].id,
             base=base.id,
@@ -331,9 +334,11 @@ class _Search:
                     arrived += 1
                     self.progress.say(f"  {arrived}/{len(wanted)} {self._outcome_line(outcome)}")
 
-        for _ in range(1 + self.retries):
+        for attempt in range(1 + self.retries):
             if open_ids:
-                self.launcher.run(self.store.root, _bundles({i: wanted[i] for i in open_ids}), poll, self.progress.working)
+                # Every other time from the end, so that a task that kills its job can't keep those behind it from being tried.
+                order = open_ids[::-1] if attempt % 2 else list(open_ids)
+                self.launcher.run(self.store.root, _bundles({i: wanted[i] for i in order}), poll, self.progress.working)
                 poll()
         for task_id in open_ids:
             # Written down, so that a resumed run sees the same end of this task.

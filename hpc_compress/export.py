@@ -111,7 +111,7 @@ def card(run: analysis.Run, candidate: str, target: Path) -> str:
             *(f"{number}. `{step.operator}` {step.params or ''}".rstrip() for number, step in enumerate(steps, 1)),
             "",
             "```python",
-            LOADING.format(path=str(target), text=text),
+            LOADING.format(path=target.name, text=text),
             "```",
             "",
         ]

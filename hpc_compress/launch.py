@@ -1,12 +1,14 @@
 """Where tasks run: in this process, in local processes, or in a Slurm array. Names the worker and does not import it.
 
-A launcher has `run(root, bundles, poll)`: bring every bundle of task ids to an end, calling `poll` now and then. What came
-of them is read from the run folder by whoever asked, so a launcher has nothing to return and nothing is unpickled.
+A launcher has `run(root, bundles, poll, report)`: bring every bundle of task ids to an end, calling `poll` now and then, and
+`report(step, done, total)` where it can see a step at work. What came of the tasks is read from the run folder by whoever
+asked, so a launcher has nothing to return, and nothing is unpickled.
 """
 
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,13 +25,29 @@ class Launcher(Protocol):
     def run(self, root: Path, bundles: Sequence[Bundle], poll: Poll, report: Report) -> None: ...
 
 
-def work(root: str, task_ids: Bundle, threads: int | None = None) -> None:
+@dataclass(frozen=True)
+class Work:
     """What a job runs. Only here, on the node, is the worker imported."""
-    if threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is imported
-    from hpc_compress import worker
 
-    worker.run(root, task_ids)
+    root: str
+    task_ids: Bundle
+    threads: int | None = None
+
+    def __call__(self) -> None:
+        if self.threads is not None:
+            os.environ["OMP_NUM_THREADS"] = str(self.threads)  # before torch is imported
+        from submitit.core.utils import UncompletedJobError
+
+        from hpc_compress import worker
+
+        # Submitit's signal handler raises it where the job cannot be put back into the queue once more.
+        worker.run(self.root, self.task_ids, interrupts=(UncompletedJobError,))
+
+    def checkpoint(self) -> Any:
+        """What Submitit puts back into the queue at a time limit: the same work, of which finished tasks are skipped."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
 
 
 class Debug(Record):
@@ -52,7 +70,7 @@ class Local(Record):
         import submitit
 
         # Threads that wait for each other on a core that is taken slow a small model down threefold and more.
-        threads = self.threads or max(1, (os.cpu_count() or 1) // self.workers)
+        threads = self.threads or max(1, len(os.sched_getaffinity(0)) // self.workers)
         executor = submitit.LocalExecutor(folder=str(new_folder(root)))
         executor.update_parameters(timeout_min=7 * 24 * 60, tasks_per_node=1)
         waiting = packed(bundles, self.tasks_per_job)
@@ -61,7 +79,7 @@ class Local(Record):
             while waiting or running:
                 running = [job for job in running if not job.done()]
                 while waiting and len(running) < self.workers:
-                    running.append(executor.submit(work, str(root), waiting.pop(0), threads))
+                    running.append(executor.submit(Work(str(root), waiting.pop(0), threads)))
                 poll()
                 time.sleep(0.2)
         finally:
@@ -105,7 +123,8 @@ class Slurm(Record):
         }
         executor.update_parameters(**{name: value for name, value in options.items() if value is not None})
         packs = packed(bundles, self.tasks_per_job)
-        jobs = executor.map_array(work, [str(root)] * len(packs), packs)
+        with executor.batch():
+            jobs = [executor.submit(Work(str(root), pack)) for pack in packs]
         try:
             while any(not job.done() for job in jobs):
                 poll()

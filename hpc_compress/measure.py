@@ -105,15 +105,20 @@ def _cuda_pass_ms(model: PreTrainedModel, sample: list[Batch]) -> float:
     return begin.elapsed_time(end)
 
 
+def allocated_bytes(on: torch.device) -> int:
+    """What the allocator has given out so far; 0 on a CPU."""
+    return torch.cuda.memory_allocated(on) if on.type == "cuda" else 0
+
+
 @torch.inference_mode()
-def peak_bytes(model: PreTrainedModel, sample: list[Batch], on: torch.device) -> int | None:
-    """Allocator peak of one pass over the sample, the model's own weights included; None on a CPU."""
+def peak_bytes(model: PreTrainedModel, sample: list[Batch], on: torch.device, others: int = 0) -> int | None:
+    """Allocator peak of one pass, the model's own weights included and `others`, in bytes, left out; None on a CPU."""
     if on.type != "cuda":
         return None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats(on)
     _cuda_pass_ms(model, sample)
-    return torch.cuda.max_memory_allocated(on)
+    return torch.cuda.max_memory_allocated(on) - others
 
 
 def timing_sample(examples: Encoded, protocol: Protocol, on: torch.device) -> list[Batch]:

@@ -12,14 +12,13 @@ RUN/result.json                  the end of the search
 
 import contextlib
 import fcntl
-import json
 import os
 import secrets
 import shutil
 import time
 from collections.abc import Iterator, Set
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import ValidationError
 
@@ -38,10 +37,9 @@ class Store:
 
     # --- records ---
 
-    def write(self, name: str, record: Record | dict[str, Any]) -> None:
+    def write(self, name: str, record: Record) -> None:
         """Write `RUN/name` so that a reader sees the old file or the new one, never a part."""
-        text = record.model_dump_json(indent=1) if isinstance(record, Record) else json.dumps(record, indent=1, default=str)
-        write_atomically(self.root / name, text)
+        write_atomically(self.root / name, record.model_dump_json(indent=1))
 
     def read(self, name: str, kind: type[R]) -> R | None:
         """The record in `RUN/name`; None when it is missing, cut off or not of this kind."""
@@ -114,13 +112,16 @@ class Store:
         """Delete every artifact but these; returns the bytes set free. What is deleted can be computed again."""
         freed = 0
         for folder in self.path("").iterdir() if self.path("").is_dir() else ():
-            if folder.name in keys or (folder.name.startswith(".") and time.time() - folder.stat().st_mtime < DRAFT_SECONDS):
-                continue
-            freed += folder_bytes(folder)
-            # Renamed first, so that nobody opens an artifact that is half deleted.
-            doomed = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-            folder.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            # A draft that its writer puts in place in this very moment is no longer there under its name.
+            with contextlib.suppress(FileNotFoundError):
+                young = time.time() - folder.stat().st_mtime < DRAFT_SECONDS
+                if folder.name in keys or (folder.name.startswith(".") and young):
+                    continue
+                freed += folder_bytes(folder)
+                # Renamed first, so that nobody opens an artifact that is half deleted.
+                doomed = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+                folder.rename(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
         return freed
 
     # --- locks ---

@@ -142,7 +142,6 @@ class Candidate(Record):
     id: str  # of its search task
     genome: Genome
     parent: str | None = None  # candidate id; crossover's other parent is always the base model
-    generation: int = 0
     measurement: Measurement | None = None  # None: failed
 
 

@@ -5,7 +5,7 @@ import platform
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,10 +26,16 @@ T = TypeVar("T")
 Report = Callable[[str, int, int], None]  # what is being done, units done, units in all
 
 
-def run(root: str, task_ids: Sequence[str], report: Report | None = None, settled: Callable[[], None] | None = None) -> None:
-    """Bring every task to an outcome; a task that has one already is left alone. Never raises for what a task does."""
+def run(
+    root: str,
+    task_ids: Sequence[str],
+    report: Report | None = None,
+    settled: Callable[[], None] | None = None,
+    interrupts: tuple[type[Exception], ...] = (),
+) -> None:
+    """Bring every task to an outcome; a task that has one already is left alone. Raises nothing but `interrupts`."""
     store = Store(root)
-    job = Job(store, report or (lambda what, done, total: None))
+    job = Job(store, report or (lambda what, done, total: None), interrupts)
     for task_id in task_ids:
         job.settle(store.task(task_id))
         if settled:
@@ -46,12 +52,12 @@ def restore(root: Path, task: Task) -> None:
 class Job:
     """One process on one device. Keeps the data and the base model from task to task."""
 
-    def __init__(self, store: Store, report: Report) -> None:
+    def __init__(self, store: Store, report: Report, interrupts: tuple[type[Exception], ...] = ()) -> None:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         # One warning for each int8 layer in each forward on a CPU.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-        self.store, self.report = store, report
+        self.store, self.report, self.interrupts = store, report, interrupts
         self.device = measure.device()
         self._kept: dict[tuple[str, ...], Any] = {}
 
@@ -68,9 +74,13 @@ class Job:
         measurement, failure = None, None
         try:
             measurement = self._measure(task, stages)
+        except self.interrupts:
+            raise
         except Exception as error:
             failure = _failure(error, stages.current)
-            if self.device.type == "cuda":
+        if failure and self.device.type == "cuda":
+            # Not in the handler: there the error still holds the model. After some errors the device does nothing more.
+            with suppress(RuntimeError):
                 torch.cuda.empty_cache()
         return Outcome(task=task, measurement=measurement, failure=failure, host=platform.node(), seconds=stages.rounded())
 
@@ -79,14 +89,16 @@ class Job:
             self._master(task, task.genome.steps)
         with stages("deploy"):
             folder = self.deployed(task)
-            model = artifact.load(folder).to(self.device)
+            base_model = self._base_model(task)
+            others = measure.allocated_bytes(self.device)
+            model = artifact.load(folder, self.device)
         with stages("quality"):
             examples = self._examples(task, task.split)
             outputs = measure.outputs(model, examples, task.protocol.batch_size, self.device)
             scores = metrics.compute(task.dataset.metrics, examples.labels, outputs)
         with stages("time"):
             sample = measure.timing_sample(examples, task.protocol, self.device)
-            pair = (self._base_model(task), model)
+            pair = (base_model, model)
             base_latency_ms, latency_ms = measure.latencies_ms(pair, sample, task.protocol, self.device)
         return Measurement(
             metrics=scores,
@@ -95,7 +107,7 @@ class Job:
             model_bytes=(folder / artifact.WEIGHTS).stat().st_size,
             parameters=surgery.all_parameters(model),
             encoder_parameters=surgery.encoder_parameters(model),
-            peak_bytes=measure.peak_bytes(model, sample, self.device),
+            peak_bytes=measure.peak_bytes(model, sample, self.device, others),
             device=measure.device_name(self.device),
             device_type=self.device.type,  # type: ignore[arg-type]
             protocol=task.protocol,
@@ -153,7 +165,7 @@ class Job:
 
     def _base_model(self, task: Task) -> PreTrainedModel:
         key = identity.master_key(task, ())
-        return self._keep(("base model", key), lambda: artifact.load(self._master(task, ())).to(self.device))
+        return self._keep(("base model", key), lambda: artifact.load(self._master(task, ()), self.device))
 
     def _examples(self, task: Task, split: str) -> Encoded:
         def read() -> Encoded:

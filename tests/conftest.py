@@ -89,7 +89,6 @@ def compose() -> Callable[..., dict[str, Any]]:
         with initialize_config_dir(str(cli.conf_dir()), version_base="1.3"):
             config = compose("config", list(overrides))
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        values.pop("local", None)
         return values
 
     return lambda *overrides: copy.deepcopy(composed(*overrides))

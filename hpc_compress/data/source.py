@@ -14,7 +14,6 @@ from hpc_compress import identity
 from hpc_compress.config import ConfigError, DatasetConfig, resource
 from hpc_compress.types import Dataset
 
-SPLITS = ("train", "search", "report")
 Tables = dict[str, pd.DataFrame]  # columns: text, text2 (pairs only), label (class id or target)
 
 

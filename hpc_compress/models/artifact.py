@@ -73,6 +73,6 @@ def _quantized(model: PreTrainedModel) -> dict[str, str]:
     return schemes
 
 
-def load(folder: Path | str) -> PreTrainedModel:
-    """The saved model, on the CPU, in eval mode: a stock class with layers of its own shape and precision."""
-    return modeling.HpcCompressForSequenceClassification.from_pretrained(folder).model
+def load(folder: Path | str, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """The saved model on a device, in eval mode: a stock class with layers of its own shape and precision."""
+    return modeling.HpcCompressForSequenceClassification.from_pretrained(folder, device_map=device).model

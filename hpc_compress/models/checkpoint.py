@@ -102,7 +102,8 @@ def adopt(checkpoint: Checkpoint, config: ModelConfig, dataset: Dataset, target:
         )
     train_head = config.head == "new" or not fits
     preparation = (Step(operator="fine_tune", params=config.fine_tune),) if train_head else ()
-    target.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(target, ignore_errors=True)  # of an attempt that came to nothing, perhaps with another model
+    target.mkdir(parents=True)
     for path in checkpoint.files:
         shutil.copyfile(path, target / path.name)
     return Base(

@@ -118,6 +118,16 @@ class HpcCompressForSequenceClassification(PreTrainedModel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What `to`, `cuda` and `half` go through. An int8 layer's scales are no parameters: they are taken along here."""
+        super()._apply(fn, recurse)
+        for module in self.modules():
+            if type(module).__name__ == "Linear8bitLt":
+                for holder in (module.weight, module.state):  # before the first forward the one, then the other
+                    if holder.SCB is not None:
+                        holder.CB, holder.SCB = module.weight.data, holder.SCB.to(module.weight.device)
+        return self
+
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """Load on the CPU, or on `device_map` when it names one device; weights keep the precision they were saved in.

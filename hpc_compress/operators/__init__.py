@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from hpc_compress.config import ConfigError, build, locate
 from hpc_compress.types import Record, Step
@@ -57,6 +57,13 @@ class PruneHeads(Record):
     count: int = Field(default=1, ge=1)
     criterion: str = Field(default="fisher", description="fisher, taylor, magnitude, or the dotted path of a function")
     sentences: int = Field(default=256, ge=1, description="training sentences that the criterion sees")
+
+    @field_validator("criterion")
+    @classmethod
+    def _known(cls, criterion: str) -> str:
+        if criterion not in ("fisher", "taylor", "magnitude") and "." not in criterion:
+            raise ValueError(f"{criterion!r} is not a criterion; choose fisher, taylor or magnitude, or give a dotted path")
+        return criterion
 
     def __call__(self, model: "PreTrainedModel", context: Context) -> "PreTrainedModel":
         from hpc_compress.data.batches import eval_batches
