@@ -200,7 +200,7 @@ def _saved(model: nn.Module, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("step", STEPS, ids=str)
+@pytest.mark.parametrize("step", [step for step in STEPS if step.operator != "quantize"], ids=str)
 def test_same_seed_same_result(model: nn.Module, step: Step, tmp_path: Path):
     saved = _saved(model, tmp_path / "model")
     results = []
@@ -265,7 +265,8 @@ def test_an_int8_model_can_be_moved_at_any_time(model: nn.Module, tmp_path: Path
 # --- training ---
 
 
-def test_training_learns_and_distillation_nears_the_teacher(model: nn.Module):
+def test_training_learns_and_distillation_nears_the_teacher(tiny_checkpoint: Callable[..., Path]):
+    model = load(tiny_checkpoint("distilbert", layers=3, heads=4, hidden=64, ffn=96))
     teacher = copy.deepcopy(model)
     data = examples(64)
     step = {"epochs": 8, "batch_size": 8, "learning_rate": 2e-3, "warmup": 0.0}
@@ -370,6 +371,7 @@ def test_weights_that_do_not_fit_are_never_guessed(model: nn.Module, tmp_path: P
         artifact.load(folder)
 
 
+@pytest.mark.slow
 def test_exported_models_load_without_the_package(tiny_checkpoint: Callable[..., Path], tmp_path: Path):
     """In a process that can't import hpc_compress, by transformers alone, with equal outputs; saved again by it as well."""
     ids = [[2, 9, 8, 7, 3], [2, 5, 6, 11, 3]]
