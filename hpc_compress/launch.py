@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from pydantic import Field
 
+from hpc_compress.config import ConfigError
 from hpc_compress.types import Record
 
 Bundle = tuple[str, ...]  # ids of tasks that one process works off, one after another
@@ -115,7 +116,7 @@ class Slurm(Record):
             "time": self.timeout_min,
             "gpus_per_node": self.gpus_per_node or None,
             "cpus_per_task": self.cpus_per_task,
-            "mem": f"{self.mem_gb:g}G",
+            "mem": f"{round(1024 * self.mem_gb)}M",  # sbatch takes whole numbers only
             "array_parallelism": self.array_parallelism,
             "setup": ["export HF_HUB_OFFLINE=1", *self.setup],
             "additional_parameters": self.additional_parameters,
@@ -123,8 +124,11 @@ class Slurm(Record):
         }
         executor.update_parameters(**{name: value for name, value in options.items() if value is not None})
         packs = packed(bundles, self.tasks_per_job)
-        with executor.batch():
-            jobs = [executor.submit(Work(str(root), pack)) for pack in packs]
+        try:
+            with executor.batch():
+                jobs = [executor.submit(Work(str(root), pack)) for pack in packs]
+        except submitit.core.utils.FailedJobError as error:
+            raise ConfigError(f"sbatch refused the jobs: {error}; check the keys of launcher") from None
         try:
             while any(not job.done() for job in jobs):
                 poll()
