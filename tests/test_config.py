@@ -198,6 +198,7 @@ def test_every_command_explains_itself(tmp_path: Path):
     assert "choose one of search, status, report, export" in unknown.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["--config-dir mine", "--config-dir=mine", "-cd mine"])
 def test_a_dataset_in_a_folder_of_the_users_own_is_found(flag: str, tmp_path: Path):
     (tmp_path / "mine/dataset").mkdir(parents=True)
@@ -228,6 +229,7 @@ class Silent:
     def working(self, what: str, done: int, total: int) -> None: ...
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mistake", "words"),
     [

@@ -184,8 +184,7 @@ def test_no_operator_is_left_out():
 
 @pytest.mark.parametrize("step", STEPS, ids=str)
 def test_saved_equals_loaded_also_after_a_forward(model: nn.Module, step: Step, tmp_path: Path):
-    teacher = artifact.load(_saved(model, tmp_path / "teacher"))
-    acted = operator(step)(model, context(teacher))
+    acted = operator(step)(model, context(copy.deepcopy(model)))
     before = logits(acted)
     loaded = reload(acted, tmp_path / "once")
     assert torch.equal(logits(loaded), before)
@@ -221,7 +220,7 @@ def test_a_batch_of_one_and_the_longest_sequence_pass(model: nn.Module, step: St
         assert acted(**batch.inputs).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+@pytest.mark.parametrize("scheme", ["int8", "fp4"])
 def test_a_cut_model_of_odd_widths_can_be_quantized(model: nn.Module, scheme: str, tmp_path: Path):
     surgery.prune_heads(model, 0, [0])
     surgery.prune_heads(model, 2, [0, 1, 3])

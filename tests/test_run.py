@@ -112,6 +112,7 @@ def test_only_the_living_keep_their_artifacts(finished: Path):
     assert {path.name for path in (finished / "artifacts").iterdir()} == wanted | {"tokenizer"}
 
 
+@pytest.mark.slow
 def test_equal_seeds_make_equal_runs(setup: Setup, finished: Path, tmp_path: Path):
     setup.run(tmp_path)
     assert story(tmp_path) == story(finished)
@@ -136,6 +137,7 @@ def test_a_resumed_run_deletes_nothing_that_it_needs(setup: Setup, finished: Pat
     assert {path.name: path.stat().st_ino for path in (root / "artifacts").iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_run_can_be_prolonged_but_not_changed(setup: Setup, finished: Path, tmp_path: Path):
     root = tmp_path / "run"
     shutil.copytree(finished, root)
@@ -147,6 +149,7 @@ def test_a_run_can_be_prolonged_but_not_changed(setup: Setup, finished: Path, tm
             setup.run(root, change)
 
 
+@pytest.mark.slow
 def test_what_is_lost_is_computed_again_the_same(setup: Setup, finished: Path, tmp_path: Path):
     root = tmp_path / "run"
     shutil.copytree(finished, root)
@@ -162,6 +165,7 @@ def test_a_second_driver_is_refused(setup: Setup, tmp_path: Path):
         setup.run(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_search_stops_at_the_required_quality(setup: Setup, tmp_path: Path):
     result = setup.run(tmp_path, "required_quality=0.01", "generations=9")
     assert result.generations == 1
