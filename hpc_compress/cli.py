@@ -131,7 +131,7 @@ def _answer(root: Path, analysis: Any, export: Any) -> None:
     table = analysis.write_report([root], root)
     best = _short(export.export(root, root / "best"))
     text = '"a text", "a second text"' if analysis.open_run(root).plan.dataset.pair else '"a text"'
-    print(f"\n{_pretty(table)}")
+    print(f"\n{analysis.as_text(table)}")
     print(f"\nbest model: {best}\n\n{export.LOADING.format(path=best, text=text)}")
     print(f"\nall candidates: {_short(root)}/candidates.csv, as a picture: {_short(root)}/candidates.png")
     print("next: hpc-compress search generations=... goes on with this run; README.md shows how to use your own model and data")
@@ -197,14 +197,8 @@ def _report(arguments: list[str]) -> None:
 
     roots = analysis.find_runs(options.runs)
     out = options.out or (roots[0] if len(roots) == 1 else Path("results"))
-    print(_pretty(analysis.write_report(roots, out)))
+    print(analysis.as_text(analysis.write_report(roots, out)))
     print(f"\nwritten to {_short(out)}: report.md, report.csv, candidates.csv, candidates.png")
-
-
-def _pretty(table: Any) -> str:
-    from hpc_compress import analysis
-
-    return analysis.as_text(table)
 
 
 def _export(arguments: list[str]) -> None:

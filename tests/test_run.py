@@ -305,7 +305,11 @@ def test_load_runs_has_a_row_for_each_candidate(finished: Path):
 
 def test_the_report_has_the_base_model_and_the_best(finished: Path, tmp_path: Path):
     table = analysis.write_report([finished], tmp_path)
-    assert table["method"].tolist()[:2] == ["base model", "best"] or table["method"].tolist()[0] == "base model"
+    result = analysis.open_run(finished).result
+    expected = [result.base, *(candidate for candidate in result.reported if candidate != result.base)]
+    assert table["candidate"].tolist() == expected
+    assert table["method"].tolist()[0] == "base model"
+    assert table.loc[table["method"] == "best", "candidate"].tolist() == [id for id in expected[1:] if id == result.best]
     assert {path.name for path in tmp_path.iterdir()} == {"report.md", "report.csv", "candidates.csv", "candidates.png"}
     header = (tmp_path / "report.md").read_text().splitlines()[0]
     for column in ("dataset", "method", "metric", "parameters, M", "size, MB", "inference, ms", "speed-up"):
