@@ -1,8 +1,10 @@
 """From run folders to tables, plots and a status. Reads records only; knows pandas and matplotlib, no torch and no Slurm."""
 
+import itertools
 import math
+import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -12,7 +14,9 @@ import pandas as pd
 
 from hpc_compress import identity
 from hpc_compress.config import ConfigError, build
+from hpc_compress.dispatch import HEARTBEAT_SECONDS, Heartbeat, describe, figures
 from hpc_compress.driver import Generation, Plan, Result
+from hpc_compress.launch.slurm import Ends, Submission
 from hpc_compress.search.objective import Product
 from hpc_compress.store import Store
 from hpc_compress.types import Genome, Measurement, Outcome, Proposal, Task
@@ -291,23 +295,71 @@ def plot(candidates: pd.DataFrame, path: Path) -> None:
 def status(root: Path) -> str:
     """Where a run stands, from its files alone."""
     run = open_run(root)
-    tasks = len(list((run.root / "tasks").glob("*/task.json")))
-    settled = [path.parent.name for path in (run.root / "tasks").glob("*/outcome.json")]
-    failures = Counter(o.failure.kind for o in run.outcomes.values() if o.failure)
+    store = Store(root)
     lines = [
         f"run         {run.root}",
         f"compresses  {run.plan.base.name} on {run.plan.dataset.name}",
         f"generation  {len(run.generations)} of {run.plan.config.generations} done",
-        f"tasks       {len(settled)} of {tasks} settled"
-        + (f", failed: {', '.join(f'{n} {kind}' for kind, n in failures.items())}" if failures else ""),
     ]
+    heartbeat = store.read("driver.json", Heartbeat)
+    if heartbeat and run.result is None:
+        lines.append(f"now         {heartbeat.doing}: {heartbeat.done} of {heartbeat.total} tasks settled")
+        jobs = ", ".join(f"{number} {state}" for state, number in heartbeat.jobs.items())
+        lines.append(f"jobs        {jobs or 'none'}")
+    tasks = len(list((run.root / "tasks").glob("*/task.json")))
+    settled = len(list((run.root / "tasks").glob("*/outcome.json")))
+    failures = Counter(describe(outcome.failure)[:100] for outcome in run.outcomes.values() if outcome.failure)
+    lines.append(f"tasks       {settled} of {tasks} settled, {failures.total()} failed")
+    lines += [f"            {number} x {reason}" for reason, number in failures.most_common(5)]
     if run.generations and (best := run.outcomes.get(run.generations[-1].population[0])) and best.measurement:
-        name, quality = next(iter(best.measurement.metrics.items()))
-        lines.append(
-            f"best so far {best.task.genome}: {name} {quality:.3f}, {best.measurement.model_bytes / 1e6:.1f} MB, "
-            f"{speed_up(best.measurement):.2f}x speed"
-        )
-    lines.append(
-        f"state       {'ended: ' + run.result.stopped if run.result else 'not ended; the same search command goes on with it'}"
-    )
-    return "\n".join(lines)
+        lines.append(f"best so far {best.task.genome}: {figures(best.measurement)}")
+    lines.append(f"GPU time    {gpu_hours(store, run.outcomes):.2f} hours")
+    if run.result is not None:
+        return "\n".join([*lines, f"state       ended: {run.result.stopped}"])
+    if left := _time_left(run):
+        lines.append(f"time left   {left}")
+    return "\n".join([*lines, f"state       {_sign_of_life(store, heartbeat)}"])
+
+
+def gpu_hours(store: Store, outcomes: Mapping[str, Outcome]) -> float:
+    """Of ended Slurm jobs as the accounting counts them; of everything else the time that its tasks took on a GPU."""
+    seconds, counted = 0.0, set()
+    for submission in store.read_all("jobs/*/submission.json", Submission):
+        ends = store.read(f"jobs/{submission.name}/ends.json", Ends) or Ends()
+        for index, end in ends.ends.items():
+            seconds += end.seconds * ends.gpus
+            counted |= {task_id for bundle in submission.packs[index] for task_id in bundle}
+    for task_id, outcome in outcomes.items():
+        if task_id not in counted and outcome.measurement and outcome.measurement.device_type == "cuda":
+            seconds += sum(outcome.seconds.values())
+    return seconds / 3600
+
+
+def _time_left(run: Run) -> str:
+    """From the pace of the generations so far."""
+    base = run.root / "tasks" / run.base_id / "outcome.json" if run.outcomes else None
+    files = [run.root / "generations" / f"{generation.number:04d}.json" for generation in run.generations]
+    marks = [path.stat().st_mtime for path in (*([base] if base else []), *files) if path.exists()]
+    if len(marks) < 2:
+        return ""
+    pace = median(max(0.0, later - earlier) for earlier, later in itertools.pairwise(marks))
+    left = run.plan.config.generations - len(run.generations)
+    seconds = max(0.0, left * pace - max(0.0, time.time() - marks[-1]))
+    return f"about {_duration(seconds)} for {left} generations at {_duration(pace)} each"
+
+
+def _sign_of_life(store: Store, heartbeat: Heartbeat | None) -> str:
+    if heartbeat is None:
+        return "not started; the same search command goes on with it"
+    age = max(0.0, time.time() - (store.root / "driver.json").stat().st_mtime)
+    where = f"on {heartbeat.host}" + (f" in job {heartbeat.job_id}" if heartbeat.job_id else f", process {heartbeat.pid}")
+    here = heartbeat.host == Heartbeat.here().host
+    if Path(f"/proc/{heartbeat.pid}").exists() if here else age < 4 * HEARTBEAT_SECONDS:
+        return f"driver at work {where}, last sign of life {_duration(age)} ago"
+    return f"no driver at work; the last one, {where}, was there {_duration(age)} ago; the same search command goes on with it"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

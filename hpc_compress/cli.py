@@ -1,10 +1,16 @@
 """The command line. Hydra stops here: what goes further is plain data and validated dataclasses."""
 
 import argparse
+import contextlib
 import difflib
 import itertools
 import logging
+import os
+import secrets
+import shlex
+import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +21,32 @@ USAGE = """hpc-compress COMMAND ...
 Find the best compressed BERT-like model for the device that it will run on.
 
   search [KEY=VALUE ...]    run a search, or go on with it                                  hpc-compress search --help
-  status RUN                where a run stands
+  status RUN [--follow]     where a run stands
+  cancel RUN                end a run's jobs and its driver, and no other
   report RUN [RUN ...]      tables and a picture of what was found                          hpc-compress report --help
   export RUN FOLDER         a model with tokenizer and card, ready to be loaded anywhere    hpc-compress export --help
+
+  prefetch [KEY=VALUE ...]  fetch a search's model and dataset where there is a network     hpc-compress prefetch --help
+  doctor [KEY=VALUE ...]    what could be wrong with a cluster, before a long run           hpc-compress doctor --help
 """
 
 log = logging.getLogger("hpc_compress")
+FAILED: list[Path] = []  # runs of this sweep
 
 
 def main() -> None:
     """Entry point; exits with 2 for a mistake of the user, 1 for a run that can't go on."""
     sys.path.insert(0, str(Path.cwd()))  # operators of a user's own may lie in the folder where the command is given
     command, *rest = sys.argv[1:] or ["--help"]
-    commands = {"search": _search, "status": _status, "report": _report, "export": _export}
+    commands = {
+        "search": _search,
+        "status": _status,
+        "cancel": _cancel,
+        "report": _report,
+        "export": _export,
+        "prefetch": _prefetch,
+        "doctor": _doctor,
+    }
     if command in ("-h", "--help"):
         print(USAGE)
         return
@@ -56,6 +75,9 @@ def _search(arguments: list[str]) -> None:
     _refuse_unknown_keys(arguments)
     sys.argv = ["hpc-compress search", *arguments]
     hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(_run)()
+    if FAILED:
+        log.error("runs of the sweep that did not come to their end: " + ", ".join(map(str, FAILED)))
+        sys.exit(1)
 
 
 def _refuse_unknown_keys(arguments: list[str]) -> None:
@@ -66,8 +88,7 @@ def _refuse_unknown_keys(arguments: list[str]) -> None:
     from hydra.errors import HydraException
     from omegaconf import DictConfig, OmegaConf
 
-    own_dirs = [value for flag, value in itertools.pairwise(arguments) if flag in ("--config-dir", "-cd")]
-    own_dirs += [argument.partition("=")[2] for argument in arguments if argument.startswith("--config-dir=")]
+    own_dirs = _own_dirs(arguments)
     words = [word for word in arguments if "=" in word and not word.startswith("-")]
     try:
         overrides = [item for item in OverridesParser.create().parse_overrides(words) if item.type is OverrideType.CHANGE]
@@ -95,35 +116,70 @@ def _refuse_unknown_keys(arguments: list[str]) -> None:
 
 
 def _run(cfg: Any) -> None:
-    """One Hydra job: one search."""
+    """One Hydra job: one search. In a sweep, one that can't go on does not end the others."""
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
+    from hydra.types import RunMode
     from omegaconf.errors import OmegaConfBaseException
 
     from hpc_compress import analysis, config, driver, export
 
+    root = Path(HydraConfig.get().runtime.output_dir)
     try:
-        values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-        parts = {name: values.pop(name) for name in ("strategy", "objective", "launcher")}
-        retries = values.pop("retries")
-        if not isinstance(retries, int) or retries < 0:
-            raise ConfigError(f"retries={retries!r}; allowed is a whole number of 0 or more")
-        unknown = sorted(values.keys() - config.RunConfig.model_fields.keys())
-        if unknown:
-            known = sorted([*config.RunConfig.model_fields, *parts, "retries"])
-            raise ConfigError(f"{unknown[0]} is not a known key; allowed here: {', '.join(known)}")
-        settings = config.validate(config.RunConfig, values)
-        launcher = config.build(parts["launcher"], "launcher")
-        root = Path(HydraConfig.get().runtime.output_dir)
+        settings, strategy, objective, launcher, retries = _settings(cfg)
         with Console() as progress:
-            driver.search(settings, parts["strategy"], parts["objective"], config.build, launcher, root, progress, retries)
+            driver.search(settings, strategy, objective, config.build, launcher, root, progress, retries)
         _answer(root, analysis, export)
-    except (ConfigError, OmegaConfBaseException) as error:
-        print(f"hpc-compress search: {error}", file=sys.stderr)
-        sys.exit(2)
-    except driver.SearchError as error:
-        log.error(str(error))
-        sys.exit(1)
+    except (ConfigError, OmegaConfBaseException, driver.SearchError) as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            log.error(f"{root.name}: {error}")
+            FAILED.append(root)
+        elif isinstance(error, driver.SearchError):
+            log.error(str(error))
+            sys.exit(1)
+        else:
+            print(f"hpc-compress search: {error}", file=sys.stderr)
+            sys.exit(2)
+
+
+def _settings(cfg: Any) -> tuple[Any, dict[str, Any], dict[str, Any], Any, int]:
+    """A Hydra config as the driver takes it: run config, strategy, objective, launcher, retries."""
+    from omegaconf import OmegaConf
+
+    from hpc_compress import config
+
+    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    parts = {name: values.pop(name) for name in ("strategy", "objective", "launcher", "cluster", "retries")}
+    retries = parts["retries"]
+    if not isinstance(retries, int) or retries < 0:
+        raise ConfigError(f"retries={retries!r}; allowed is a whole number of 0 or more")
+    unknown = sorted(values.keys() - config.RunConfig.model_fields.keys())
+    if unknown:
+        known = sorted([*config.RunConfig.model_fields, *parts])
+        raise ConfigError(f"{unknown[0]} is not a known key; allowed here: {', '.join(known)}")
+    settings = config.validate(config.RunConfig, values)
+    return settings, parts["strategy"], parts["objective"], config.build(parts["launcher"], "launcher"), retries
+
+
+def _compose(arguments: list[str]) -> Any:
+    """The Hydra config that a search with these words would have."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+
+    _refuse_unknown_keys(arguments)
+    own_dirs = _own_dirs(arguments)
+    words = [word for word in arguments if "=" in word and not word.startswith("-")]
+    search_path = [f"hydra.searchpath=[{','.join(f'file://{Path(path).absolute()}' for path in own_dirs)}]"]
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return compose("config", [*words, *(search_path if own_dirs else [])])
+    except HydraException as error:
+        raise ConfigError(str(error)) from None
+
+
+def _own_dirs(arguments: list[str]) -> list[str]:
+    """Folders of the user's own configuration."""
+    apart = [value for flag, value in itertools.pairwise(arguments) if flag in ("--config-dir", "-cd")]
+    return apart + [argument.partition("=")[2] for argument in arguments if argument.startswith("--config-dir=")]
 
 
 def _answer(root: Path, analysis: Any, export: Any) -> None:
@@ -177,11 +233,51 @@ class Console:
 
 
 def _status(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser("hpc-compress status", description="Where a run stands, from its files alone.")
+    parser = argparse.ArgumentParser(
+        "hpc-compress status", description="Where a run stands, from its files alone: works on any machine that sees them."
+    )
     parser.add_argument("run", type=Path, help="run folder, such as results/demo")
+    parser.add_argument("--follow", action="store_true", help="again and again, until the run ends or Ctrl-C")
+    options = parser.parse_args(arguments)
     from hpc_compress import analysis
 
-    print(analysis.status(parser.parse_args(arguments).run))
+    if not options.follow:
+        print(analysis.status(options.run))
+        return
+    from rich.live import Live
+    from rich.text import Text
+
+    with contextlib.suppress(KeyboardInterrupt), Live(auto_refresh=False) as live:
+        while True:
+            live.update(Text(analysis.status(options.run)), refresh=True)
+            if analysis.open_run(options.run).result is not None:
+                return
+            time.sleep(2)
+
+
+def _cancel(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "hpc-compress cancel",
+        description="End a run's jobs and its driver, and no other. Nothing is lost: the same search command goes on with it.",
+    )
+    parser.add_argument("run", type=Path, help="run folder, such as results/demo")
+    root = parser.parse_args(arguments).run
+    from hpc_compress import analysis
+    from hpc_compress.dispatch import CANCELLED, Heartbeat
+    from hpc_compress.launch import slurm
+    from hpc_compress.launch.commands import CommandError, Commands
+    from hpc_compress.store import Store
+
+    store = Store(analysis.open_run(root).root)
+    (root / CANCELLED).touch()  # the driver looks for it whenever it looks at its jobs
+    heartbeat = store.read("driver.json", Heartbeat)
+    own_job = (heartbeat.job_id, heartbeat.job_name) if heartbeat and heartbeat.job_id else None
+    try:
+        print(f"{slurm.cancel(store, Commands(), own_job)} jobs cancelled; a driver that is at work stops within seconds")
+    except CommandError as error:
+        if list(root.glob("jobs/*/submission.json")) or own_job:
+            raise ConfigError(f"its jobs could not be cancelled: {error}") from None
+        print("this run has no Slurm jobs; a driver that is at work stops within seconds")
 
 
 def _report(arguments: list[str]) -> None:
@@ -212,6 +308,86 @@ def _export(arguments: list[str]) -> None:
     from hpc_compress import export
 
     print(export.export(options.run, options.folder, options.candidate))
+
+
+# --- before a run ---
+
+PREFETCH = """hpc-compress prefetch [--to=FOLDER] [KEY=VALUE ...]
+
+Fetch the model, tokenizer and dataset of a search with the same words, on a machine with a network, into FOLDER (default:
+HF_HOME, or ~/.cache/huggingface), which the machine of the driver must see. Jobs need no network: the driver copies what
+they need into the run folder.
+
+  hpc-compress prefetch model=bert_base dataset=cola --to=/shared/hf"""
+
+DOCTOR = """hpc-compress doctor [KEY=VALUE ...]
+
+Look at everything that a search with the same words needs on the cluster: commands, partition, GPUs, disk, the run folder as
+a node sees it, CUDA, bitsandbytes, clocks, and a task of every kind of step. Exit code 1 when something is wrong.
+
+  hpc-compress doctor cluster=msu270 cluster.partition=gpu model=bert_base dataset=cola"""
+
+
+def _prefetch(arguments: list[str]) -> None:
+    if {"-h", "--help"} & set(arguments):
+        print(PREFETCH)
+        return
+    for word in arguments:
+        if word.startswith("--to="):
+            os.environ["HF_HOME"] = str(Path(word.removeprefix("--to=")).expanduser().absolute())
+    os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "0"  # before the hub's library is imported
+    from omegaconf import OmegaConf
+
+    from hpc_compress import config
+    from hpc_compress.data import source
+    from hpc_compress.models import checkpoint
+
+    words = [word for word in arguments if not word.startswith("--to=")]
+    values: Any = OmegaConf.to_container(_compose(words), resolve=True)
+    found = checkpoint.find(config.validate(config.ModelConfig, values["model"], "model"))
+    print(f"model    {found.name}: {sum(path.stat().st_size for path in found.files) / 1e6:.1f} MB in {found.folder}")
+    dataset, tables = source.load(config.validate(config.DatasetConfig, values["dataset"], "dataset"), values["seed"])
+    print(f"dataset  {dataset.name}: {', '.join(f'{len(table)} {split}' for split, table in tables.items())} rows")
+    home = os.environ.get("HF_HOME")
+    print("next: " + (f"export HF_HOME={shlex.quote(home)}; " if home else "") + f"hpc-compress search {shlex.join(words)}")
+
+
+def _doctor(arguments: list[str]) -> None:
+    if {"-h", "--help"} & set(arguments):
+        print(DOCTOR)
+        return
+    words = arguments if any(word.startswith("launcher=") for word in arguments) else ["launcher=slurm", *arguments]
+    from rich.console import Console as Terminal
+
+    from hpc_compress import config, doctor, driver
+    from hpc_compress.launch.slurm import Slurm
+    from hpc_compress.models import checkpoint
+
+    settings, strategy, objective, launcher, _ = _settings(_compose(words))
+    if not isinstance(launcher, Slurm):
+        raise ConfigError("doctor looks at clusters; leave launcher= out, and choose cluster=")
+    root = Path("results").absolute() / f".doctor-{secrets.token_hex(4)}"
+
+    def canary() -> None:
+        with Console() as progress:
+            driver.rehearse(settings, strategy, objective, config.build, launcher, root, progress)
+
+    files = checkpoint.find(settings.model).files
+    model_bytes = sum(path.stat().st_size for path in files if path.suffix == ".safetensors")
+    population = int(strategy.get("population") or 1)
+    need_bytes = 2 * model_bytes * (1 + population + int(strategy.get("survivors") or population))
+    failed, terminal = 0, Terminal(highlight=False)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for check in doctor.examine(launcher, root.parent, need_bytes, canary):
+        failed += not check.ok
+        mark = "[green]ok  [/]" if check.ok else "[red]FAIL[/]"
+        terminal.print(f"{mark} {check.name:<14}", end="")
+        terminal.print(check.found + ("" if check.ok else f"\n     {'':<14}-> {check.advice}"), markup=False, soft_wrap=True)
+    if failed:
+        print(f"{failed} to mend" + (f"; the canary's logs are in {_short(root)}/jobs" if root.exists() else ""))
+        sys.exit(1)
+    shutil.rmtree(root, ignore_errors=True)
+    print(f"all is well; next: hpc-compress search {shlex.join(words)}")
 
 
 if __name__ == "__main__":

@@ -77,6 +77,12 @@ class RunConfig(Record):
     name: str = Field(min_length=1, description="the run folder is results/NAME")
     seed: int = Field(default=0, ge=0, description="every random choice follows from it")
     generations: int = Field(default=10, ge=0, description="at the most")
+    select_after: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="share of a generation that must be in before selection; below 1 the late ones join the next",
+    )
     required_quality: float | None = Field(
         default=None, description="stop once a candidate smaller than the base model reaches this quality on the search split"
     )

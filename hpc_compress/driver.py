@@ -4,7 +4,14 @@ Resuming is not a case of its own: a driver always starts from the base model an
 answer is not sent. Since every choice follows from the seed and the outcomes, it comes to where it was.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import errno
+import math
+import os
+import re
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +20,7 @@ import numpy as np
 from hpc_compress import identity
 from hpc_compress.config import ConfigError, RunConfig
 from hpc_compress.data import source
+from hpc_compress.dispatch import CANCELLED, HEARTBEAT_SECONDS, Dispatch, Heartbeat, Progress, SearchError, describe, figures
 from hpc_compress.launch import Launcher
 from hpc_compress.models import checkpoint
 from hpc_compress.operators import operator
@@ -23,7 +31,6 @@ from hpc_compress.types import (
     Base,
     Candidate,
     Dataset,
-    Failure,
     Genome,
     Measurement,
     Outcome,
@@ -46,13 +53,6 @@ class Strategy(Protocol):
     def deploys(self) -> Sequence[Step]: ...
     def ask(self, rng: np.random.Generator, population: Sequence[Candidate]) -> list[Proposal]: ...
     def tell(self, population: Sequence[Candidate], candidates: Sequence[Candidate]) -> tuple[Candidate, ...]: ...
-
-
-class Progress(Protocol):
-    """Where the driver says what is going on."""
-
-    def say(self, text: str) -> None: ...
-    def working(self, what: str, done: int, total: int) -> None: ...
 
 
 class Plan(Record):
@@ -83,6 +83,7 @@ class Generation(Record):
     number: int
     born: tuple[Proposal, ...]
     born_ids: tuple[str, ...]  # in the order of `born`
+    told: tuple[str, ...]  # what selection looked at, besides the population before: of late generations too, without the late
     population: tuple[str, ...]  # survivors, fittest first
 
 
@@ -94,10 +95,6 @@ class Result(Record):
     reported: tuple[str, ...]  # candidate ids measured on the report split, fittest first
     generations: int
     stopped: str  # why
-
-
-class SearchError(RuntimeError):
-    """The run can't go on; the message says why and what to do."""
 
 
 def search(
@@ -116,10 +113,41 @@ def search(
 
     Raises: ConfigError before any work for what a user can mend; SearchError when work goes on to fail.
     """
+    with _open(config, strategy_settings, objective_settings, make, launcher, root, progress, retries) as opened:
+        return opened.run()
+
+
+def rehearse(
+    config: RunConfig,
+    strategy_settings: Mapping[str, Any],
+    objective_settings: Mapping[str, Any],
+    make: Callable[[Mapping[str, Any], str], Any],
+    launcher: Launcher,
+    root: Path,
+    progress: Progress,
+) -> None:
+    """Only the probe of a search: every kind of step that it would use, on a few sentences.
+
+    Raises: as `search`.
+    """
+    with _open(config, strategy_settings, objective_settings, make, launcher, root, progress, retries=0) as opened:
+        opened.probe()
+
+
+@contextmanager
+def _open(
+    config: RunConfig,
+    strategy_settings: Mapping[str, Any],
+    objective_settings: Mapping[str, Any],
+    make: Callable[[Mapping[str, Any], str], Any],
+    launcher: Launcher,
+    root: Path,
+    progress: Progress,
+    retries: int,
+) -> Iterator["_Search"]:
+    """Check everything that can be checked without work, and be the run's only driver."""
     store = Store(root)
-    with store.lock("driver", wait=False) as alone:
-        if not alone:
-            raise SearchError(f"another driver is at work in {root}; wait for it, or choose another name=")
+    with _alone(store), _room(store.root):
         objective: Objective = make(objective_settings, "objective")
         plan = _plan(store, config, strategy_settings, objective_settings, progress)
 
@@ -129,8 +157,65 @@ def search(
         rehearsal = strategy(lambda measurement: 0.0)
         for step in (*plan.base.preparation, *rehearsal.steps, *rehearsal.deploys):
             operator(step)
-        store.write("run.json", plan)  # after the last check: what is written can't be changed any more
-        return _Search(store, plan, config, objective, launcher, progress, retries).run(strategy, rehearsal)
+        with launcher.open(store.root, progress.working, progress.say) as jobs:
+            store.write("run.json", plan)  # after the last check: what is written can't be changed any more
+            yield _Search(store, plan, config, objective, strategy, Dispatch(store, jobs, progress, retries), progress)
+
+
+@contextmanager
+def _alone(store: Store) -> Iterator[None]:
+    """Hold a run folder that nobody else may write to, as its only driver.
+
+    Raises: ConfigError when others may write there, SearchError when another driver is at work.
+    """
+    store.root.mkdir(parents=True, exist_ok=True)
+    if not (store.root / "run.json").exists():
+        store.root.chmod(0o700)
+    status = store.root.stat()
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        what = "is not yours" if status.st_uid != os.getuid() else "can be written to by others"
+        raise ConfigError(
+            f"{store.root} {what}, and what lies there runs on the nodes in your name; choose another name=, or chmod go-w it "
+            "(colleagues may read it: chmod -R g+rX)"
+        )
+    with store.lock("driver", wait=False) as held:
+        if not held or _lives_elsewhere(store):
+            raise SearchError(f"another driver is at work in {store.root}; wait for it, or choose another name=")
+        (store.root / CANCELLED).unlink(missing_ok=True)
+        store.write("driver.json", Heartbeat.here())
+        yield
+
+
+@contextmanager
+def _room(root: Path) -> Iterator[None]:
+    """Raises: SearchError where the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise SearchError(
+            f"no room left for {root} ({error.strerror}); free some, and the same search command goes on: nothing is lost"
+        ) from None
+
+
+def _lives_elsewhere(store: Store) -> bool:
+    """Whether a driver on another node shows signs of life. Many shared filesystems have locks within one node only."""
+    path, last = store.root / "driver.json", store.read("driver.json", Heartbeat)
+    if last is None or last.host == Heartbeat.here().host:
+        return False
+    beat = path.stat().st_mtime_ns
+    # By the filesystem's own clock on both sides: those of two nodes differ.
+    probe = store.root / ".clock"
+    probe.touch()
+    patience = 3 * HEARTBEAT_SECONDS - (probe.stat().st_mtime_ns - beat) / 1e9
+    probe.unlink()
+    while patience > 0:
+        time.sleep(1)
+        patience -= 1
+        if path.stat().st_mtime_ns != beat:
+            return True
+    return False
 
 
 def _plan(
@@ -187,21 +272,23 @@ class _Search:
         plan: Plan,
         config: RunConfig,
         objective: Objective,
-        launcher: Launcher,
+        strategy: Callable[[Callable[[Measurement], float]], Strategy],
+        dispatch: Dispatch,
         progress: Progress,
-        retries: int,
     ) -> None:
-        self.store, self.plan, self.config, self.objective = store, plan, config, objective
-        self.launcher, self.progress, self.retries = launcher, progress, retries
-        self.candidates: dict[str, Candidate] = {}  # every one that was ever born
+        self.store, self.plan, self.config = store, plan, config
+        self.objective, self.strategy = objective, strategy
+        self.dispatch, self.progress = dispatch, progress
+        self.candidates: dict[str, Candidate] = {}  # every one that was ever told
+        self.late: dict[str, Proposal] = {}  # sent, and told to no selection yet
 
-    def run(self, make_strategy: Callable[[Callable[[Measurement], float]], Strategy], rehearsal: Strategy) -> Result:
+    def run(self) -> Result:
         if self.config.probe and self.config.generations:
-            self._probe(rehearsal)
+            self.probe()
         base = self._first()
         base_measurement = base.measurement
         assert base_measurement is not None
-        strategy = make_strategy(lambda measurement: self.objective(measurement, base_measurement))
+        strategy = self.strategy(lambda measurement: self.objective(measurement, base_measurement))
         population: tuple[Candidate, ...] = (base,)
         number, stopped = 0, "all generations are done"
         for number in range(1, self.config.generations + 1):
@@ -209,30 +296,33 @@ class _Search:
             if self._good_enough(population, base):
                 stopped = f"required_quality={self.config.required_quality} is reached"
                 break
+        if self.late:
+            self.dispatch.abandon()
         result = self._report(population, base, number, stopped)
         self.store.write("result.json", result)
         return result
 
     def _first(self) -> Candidate:
         """The base model, measured before any other candidate: every ratio divides by it."""
-        outcome = self._settle([self._task(Genome())], "base model", again=True)[0]
+        outcome = self.dispatch.settle([self._task(Genome())], "base model", again=True)[0]
         if outcome.failure:
-            raise SearchError(f"the base model could not be measured: {_describe(outcome.failure)}")
+            raise SearchError(f"the base model could not be measured: {describe(outcome.failure)}")
         base = Candidate(id=identity.task_id(outcome.task), genome=Genome(), measurement=outcome.measurement)
         self.candidates[base.id] = base
         return base
 
-    def _probe(self, strategy: Strategy) -> None:
+    def probe(self) -> None:
         """Every kind of step once, on a few sentences: a broken environment shows before anything long is sent."""
+        strategy = self.strategy(lambda measurement: 0.0)
         genomes = [Genome(steps=(step,)) for step in strategy.steps] + [Genome(deploy=step) for step in strategy.deploys]
         protocol = self.config.protocol.model_copy(update={"min_passes": 2, "max_passes": 2, "warmup_passes": 0})
         tasks = [
             self._task(genome).model_copy(update={"limit": self.config.protocol.batch_size, "protocol": protocol})
             for genome in genomes
         ]
-        broken = [outcome for outcome in self._settle(tasks, "probe", again=True) if outcome.failure]
+        broken = [outcome for outcome in self.dispatch.settle(tasks, "probe", again=True) if outcome.failure]
         if broken:
-            reasons = "\n  ".join(f"{outcome.task.genome}: {_describe(outcome.failure)}" for outcome in broken)  # type: ignore[arg-type]
+            reasons = "\n  ".join(f"{outcome.task.genome}: {describe(outcome.failure)}" for outcome in broken)  # type: ignore[arg-type]
             raise SearchError(
                 f"these steps fail on a few sentences already, so nothing else was started:\n  {reasons}\n"
                 f"mend them and start again; tracebacks are in {self.store.root}/tasks/*/outcome.json"
@@ -244,15 +334,18 @@ class _Search:
         rng = np.random.default_rng(identity.derive(self.config.seed, number, "variation"))
         proposals = strategy.ask(rng, population)
         what = f"generation {number}/{self.config.generations}"
-        outcomes = self._settle([self._task(proposal.genome) for proposal in proposals], what)
-        born = {}
-        for proposal, outcome in zip(proposals, outcomes, strict=True):
-            task_id = identity.task_id(outcome.task)
+        born_ids = self.dispatch.send([self._task(proposal.genome) for proposal in proposals], what)
+        self.late |= {task_id: p for task_id, p in zip(born_ids, proposals, strict=True) if task_id not in self.candidates}
+        earlier = self.store.read(f"generations/{number:04d}.json", Generation)
+        told = self._told(number, born_ids, earlier)
+        outcomes = {task_id: self.dispatch.outcome(task_id) for task_id in told}
+        self._stop_if_all_fail_alike(what, list(outcomes.values()))
+        for task_id, outcome in outcomes.items():
+            proposal = self.late.pop(task_id, None) or proposals[born_ids.index(task_id)]
             candidate = Candidate(id=task_id, genome=proposal.genome, parent=proposal.parent, measurement=outcome.measurement)
-            born[task_id] = self.candidates.setdefault(task_id, candidate)
-        # By id: the order in which outcomes arrived must not matter.
+            self.candidates.setdefault(task_id, candidate)
         try:
-            survivors = strategy.tell(population, [born[task_id] for task_id in sorted(born)])
+            survivors = strategy.tell(population, [self.candidates[task_id] for task_id in told])
         except ValueError as error:
             raise SearchError(
                 f"{what} can't be judged: {error}; delete the outcomes that differ in tasks/, and go on"
@@ -260,21 +353,53 @@ class _Search:
         record = Generation(
             number=number,
             born=tuple(proposals),
-            born_ids=tuple(identity.task_id(outcome.task) for outcome in outcomes),
+            born_ids=tuple(born_ids),
+            told=told,
             population=tuple(candidate.id for candidate in survivors),
         )
-        if self.store.read(f"generations/{number:04d}.json", Generation) != record:
+        if earlier != record:
             # Not when a resumed run passes by again: the living of later generations have artifacts already.
             self._bury(survivors, base)
             (self.store.root / "result.json").unlink(missing_ok=True)
             self.store.write(f"generations/{number:04d}.json", record)
-        best = survivors[0]
-        self.progress.say(f"{what}: {len(born)} born, {len(survivors)} alive, best {self._line(best)}")
+        late = f", {len(self.late)} late" if self.late else ""
+        self.progress.say(
+            f"{what}: {len(told)} judged{late}, {len(survivors)} alive, best {survivors[0].genome}: "
+            f"{figures(survivors[0].measurement)}"  # type: ignore[arg-type]
+        )
         return survivors
 
+    def _told(self, number: int, born_ids: Sequence[str], earlier: Generation | None) -> tuple[str, ...]:
+        """Wait for what selection shall look at: by id, since the order in which outcomes arrive must not matter."""
+        if earlier is not None and earlier.born_ids == tuple(born_ids):
+            # Who was late is chance, so a resumed run keeps to what was written down.
+            self.dispatch.wait(earlier.told)
+            return earlier.told
+        everyone = sorted({*self.late, *born_ids})
+        if self.config.select_after == 1 or number == self.config.generations:
+            self.dispatch.wait(everyone)
+        else:
+            self.dispatch.wait(born_ids, math.ceil(self.config.select_after * len(set(born_ids))))
+        return tuple(task_id for task_id in everyone if task_id not in self.dispatch.open)
+
+    def _stop_if_all_fail_alike(self, what: str, outcomes: Sequence[Outcome]) -> None:
+        """A generation that dies of one cause has met something that its user must mend."""
+        reasons = [describe(outcome.failure) for outcome in outcomes if outcome.failure]
+        causes = {re.sub(r"\b(0x)?[0-9a-f]*\d[0-9a-f]*\b", "#", reason.partition(", at last")[0]) for reason in reasons}
+        if len(reasons) == len(outcomes) >= 3 and len(causes) == 1:
+            for outcome in outcomes:
+                self.store.forget_failure(identity.task_id(outcome.task))  # so that a new start tries again
+            raise SearchError(
+                f"all {len(outcomes)} tasks of {what} failed alike: {reasons[0]}\nmend it, and the same search command goes on"
+            )
+
     def _bury(self, alive: Iterable[Candidate], base: Candidate) -> None:
-        """Delete the artifacts of the dead."""
-        tasks = [self._task(candidate.genome) for candidate in (*alive, base)]
+        """Delete the artifacts of the dead, but for those that late children start from."""
+        parents = {proposal.parent for proposal in self.late.values()}
+        genomes = [candidate.genome for candidate in (*alive, base)]
+        genomes += [self.candidates[parent].genome for parent in parents if parent in self.candidates]
+        genomes += [proposal.genome for proposal in self.late.values()]
+        tasks = [self._task(genome) for genome in genomes]
         keys = {key(task) for task in tasks for key in (identity.master_key, identity.deployed_key)}
         self.store.keep_artifacts(keys | {"tokenizer"})
 
@@ -290,7 +415,7 @@ class _Search:
         """Measure the fittest and the base model on the report split, which the search never saw."""
         reported = population[: self.config.report_candidates]
         tasks = [self._task(candidate.genome, "report") for candidate in {c.id: c for c in (base, *reported)}.values()]
-        self._settle(tasks, "report", again=True)
+        self.dispatch.settle(tasks, "report", again=True)
         return Result(
             best=population[0].id,
             base=base.id,
@@ -298,8 +423,6 @@ class _Search:
             generations=generations,
             stopped=stopped,
         )
-
-    # --- from tasks to outcomes ---
 
     def _task(self, genome: Genome, split: Split = "search") -> Task:
         return Task(
@@ -310,68 +433,3 @@ class _Search:
             genome=genome,
             split=split,
         )
-
-    def _settle(self, tasks: Sequence[Task], what: str, again: bool = False) -> list[Outcome]:
-        """An outcome for each task, in order; what the store can answer is not sent, and equal tasks are sent once.
-
-        again: try once more what failed in an earlier run of the driver, since its user may have mended the cause.
-        """
-        wanted = {self.store.add_task(task): task for task in tasks}
-        for task_id in wanted if again else ():
-            self.store.forget_failure(task_id)
-        open_ids = [task_id for task_id in wanted if self.store.outcome(task_id) is None]
-        arrived = len(wanted) - len(open_ids)
-        if open_ids:
-            known = f", {arrived} known already" if arrived else ""
-            self.progress.say(f"{what}: {len(open_ids)} {'task' if len(open_ids) == 1 else 'tasks'}{known}")
-
-        def poll() -> None:
-            nonlocal arrived
-            for task_id in list(open_ids):
-                outcome = self.store.outcome(task_id)
-                if outcome is not None:
-                    open_ids.remove(task_id)
-                    arrived += 1
-                    self.progress.say(f"  {arrived}/{len(wanted)} {self._outcome_line(outcome)}")
-
-        for attempt in range(1 + self.retries):
-            if open_ids:
-                # Every other time from the end, so that a task that kills its job can't keep those behind it from being tried.
-                order = open_ids[::-1] if attempt % 2 else list(open_ids)
-                self.launcher.run(self.store.root, _bundles({i: wanted[i] for i in order}), poll, self.progress.working)
-                poll()
-        for task_id in open_ids:
-            # Written down, so that a resumed run sees the same end of this task.
-            message = f"its job died {1 + self.retries} times without an outcome; see the logs in {self.store.root}/jobs"
-            self.store.settle(Outcome(task=wanted[task_id], failure=Failure(kind="lost", stage="job", message=message)))
-        poll()
-        outcomes = [self.store.outcome(identity.task_id(task)) for task in tasks]
-        assert all(outcomes)
-        return outcomes  # type: ignore[return-value]
-
-    def _outcome_line(self, outcome: Outcome) -> str:
-        if outcome.failure:
-            return f"{outcome.task.genome}: FAILED, {_describe(outcome.failure)}"
-        seconds = sum(outcome.seconds.values())
-        return f"{outcome.task.genome}: {_figures(outcome.measurement)}  ({seconds:.0f} s)"  # type: ignore[arg-type]
-
-    def _line(self, candidate: Candidate) -> str:
-        return f"{candidate.genome}: {_figures(candidate.measurement)}"  # type: ignore[arg-type]
-
-
-def _bundles(tasks: Mapping[str, Task]) -> list[tuple[str, ...]]:
-    """Tasks that share a master go to one process, one after another, so that its training is done once."""
-    bundles: dict[str, list[str]] = {}
-    for task_id, task in tasks.items():
-        bundles.setdefault(identity.master_key(task), []).append(task_id)
-    return [tuple(ids) for ids in bundles.values()]
-
-
-def _figures(measurement: Measurement) -> str:
-    name, quality = next(iter(measurement.metrics.items()))
-    speed = float(np.median(measurement.base_latency_ms) / np.median(measurement.latency_ms))
-    return f"{name} {quality:.3f}, {measurement.model_bytes / 1e6:.1f} MB, {speed:.2f}x speed"
-
-
-def _describe(failure: Failure) -> str:
-    return f"{failure.kind} while at {failure.stage}: {failure.message}"

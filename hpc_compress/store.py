@@ -6,6 +6,7 @@ RUN/data/<split>.parquet         rows of train, search and report split
 RUN/tasks/<id>/task.json         one task, one folder
 RUN/tasks/<id>/outcome.json      written last, whole or not at all; the first valid one wins
 RUN/artifacts/<key>/             fp32 masters and deployed models of the living
+RUN/checkpoints/<key>.pt         state of a training under way; deleted when its master is stored
 RUN/generations/<number>.json    who was born and who survived
 RUN/result.json                  the end of the search
 """
@@ -47,6 +48,11 @@ class Store:
             return kind.model_validate_json((self.root / name).read_bytes())
         except (FileNotFoundError, ValidationError):
             return None
+
+    def read_all(self, pattern: str, kind: type[R]) -> list[R]:
+        """The records of every `RUN/pattern`, in the order of their paths; those that can't be read are left out."""
+        names = sorted(str(path.relative_to(self.root)) for path in self.root.glob(pattern))
+        return [record for name in names if (record := self.read(name, kind)) is not None]
 
     def add_task(self, task: Task) -> str:
         """Describe a task in its folder, so that a worker needs only its id."""
@@ -91,6 +97,10 @@ class Store:
         """The folder of a stored artifact; None when there is none."""
         return self.path(key) if self.path(key).is_dir() else None
 
+    def checkpoint(self, key: str) -> Path:
+        """The file in which the training that leads to a key may keep its state."""
+        return self.root / "checkpoints" / f"{key}.pt"
+
     @contextlib.contextmanager
     def new_artifact(self, key: str) -> Iterator[Path]:
         """A fresh folder to write an artifact into; it takes its place when the block ends without an error."""
@@ -109,7 +119,10 @@ class Store:
             raise OSError(f"{final} could not be put in place; is the folder writable?")
 
     def keep_artifacts(self, keys: Set[str]) -> int:
-        """Delete every artifact but these; returns the bytes set free. What is deleted can be computed again."""
+        """Delete every artifact but these, and what failed trainings left; returns the bytes set free.
+
+        What is deleted can be computed again.
+        """
         freed = 0
         for folder in self.path("").iterdir() if self.path("").is_dir() else ():
             # A draft that its writer puts in place in this very moment is no longer there under its name.
@@ -122,6 +135,12 @@ class Store:
                 doomed = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
                 folder.rename(doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
+        for file in (self.root / "checkpoints").glob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                status = file.stat()
+                if time.time() - status.st_mtime >= DRAFT_SECONDS:
+                    file.unlink()
+                    freed += status.st_size
         return freed
 
     # --- locks ---

@@ -1,6 +1,8 @@
 """The one function that runs on a node: from task ids to outcomes. Knows the store, the models and the device; no Slurm."""
 
+import errno
 import logging
+import os
 import platform
 import time
 import traceback
@@ -11,6 +13,7 @@ from typing import Any, TypeVar
 
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -18,10 +21,12 @@ from hpc_compress import identity, measure
 from hpc_compress.data import metrics
 from hpc_compress.data.batches import Encoded, encode
 from hpc_compress.models import artifact, surgery
-from hpc_compress.operators import Context, operator
+from hpc_compress.operators import Checkpoint, Context, operator
 from hpc_compress.store import Store
 from hpc_compress.types import Failure, Measurement, Outcome, Step, Task
 
+log = logging.getLogger(__name__)
+MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS)
 T = TypeVar("T")
 Report = Callable[[str, int, int], None]  # what is being done, units done, units in all
 
@@ -30,16 +35,21 @@ def run(
     root: str,
     task_ids: Sequence[str],
     report: Report | None = None,
-    settled: Callable[[], None] | None = None,
     interrupts: tuple[type[Exception], ...] = (),
-) -> None:
-    """Bring every task to an outcome; a task that has one already is left alone. Raises nothing but `interrupts`."""
+    checkpoint_seconds: float = 300.0,
+) -> Iterator[str]:
+    """Bring every task to an outcome; yields the id of each as soon as it has one. A task that has one is left alone.
+
+    What is wrong with a task becomes its outcome. `interrupts`, and what is wrong with the machine, is raised: the task may
+    do well elsewhere.
+
+    checkpoint_seconds: wall-clock time of training that a task may lose when it is interrupted and run again.
+    """
     store = Store(root)
-    job = Job(store, report or (lambda what, done, total: None), interrupts)
+    job = Job(store, report or (lambda what, done, total: None), interrupts, checkpoint_seconds)
     for task_id in task_ids:
         job.settle(store.task(task_id))
-        if settled:
-            settled()
+        yield task_id
 
 
 def restore(root: Path, task: Task) -> None:
@@ -52,12 +62,19 @@ def restore(root: Path, task: Task) -> None:
 class Job:
     """One process on one device. Keeps the data and the base model from task to task."""
 
-    def __init__(self, store: Store, report: Report, interrupts: tuple[type[Exception], ...] = ()) -> None:
+    def __init__(
+        self,
+        store: Store,
+        report: Report,
+        interrupts: tuple[type[Exception], ...] = (),
+        checkpoint_seconds: float = 300.0,
+    ) -> None:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         # One warning for each int8 layer in each forward on a CPU.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         self.store, self.report, self.interrupts = store, report, interrupts
+        self.checkpoint_seconds = checkpoint_seconds
         self.device = measure.device()
         self._kept: dict[tuple[str, ...], Any] = {}
 
@@ -77,6 +94,8 @@ class Job:
         except self.interrupts:
             raise
         except Exception as error:
+            if _is_of_the_machine(error):
+                raise
             failure = _failure(error, stages.current)
         if failure and self.device.type == "cuda":
             # Not in the handler: there the error still holds the model. After some errors the device does nothing more.
@@ -121,12 +140,35 @@ class Job:
         if found := self.store.artifact(key):
             return found
         model, done = self._start(task, steps)
-        pending = steps[done:] if steps else task.base.preparation
-        for index, step in enumerate(pending, done + 1):
-            model = operator(step)(model.to(self.device), self._context(task, steps[:index], step))
+        chain = steps or task.base.preparation
+        checkpoints = [self._checkpoint(task, steps, number) for number in range(1, len(chain) + 1)]
+        saved = time.monotonic()
+        for number, step in enumerate(chain[done:], done + 1):
+            context = self._context(task, steps[:number], step, checkpoints[number - 1])
+            model = operator(step)(model.to(self.device), context)
+            if number < len(steps) and time.monotonic() - saved >= self.checkpoint_seconds:
+                self._save_prefix(model, identity.master_key(task, steps[:number]))
+                saved = time.monotonic()
         with self.store.new_artifact(key) as folder:
             artifact.save(model, folder)
+        for checkpoint in checkpoints:
+            checkpoint.path.unlink(missing_ok=True)
         return self.store.path(key)
+
+    def _checkpoint(self, task: Task, steps: tuple[Step, ...], number: int) -> Checkpoint:
+        """Of the training in step `number`, counted from 1; without steps, of the base model's preparation."""
+        key = identity.master_key(task, steps[:number])
+        # All of the preparation leads to one key, so its steps are told apart by their number.
+        key = key if steps else identity.content_hash("preparation", key, number)
+        return Checkpoint(self.store.checkpoint(key), self.checkpoint_seconds)
+
+    def _save_prefix(self, model: PreTrainedModel, key: str) -> None:
+        """Store the model between two steps, for `_start` to find when the task is interrupted."""
+        try:
+            with self.store.new_artifact(key) as folder:
+                artifact.save(model, folder)
+        except (OSError, ValueError, SafetensorError) as error:  # the last one is how a full disk shows
+            log.warning("the task goes on without storing its model so far: %s", error)
 
     def _start(self, task: Task, steps: tuple[Step, ...]) -> tuple[PreTrainedModel, int]:
         """The model to go on from, and how many of the steps it has behind it."""
@@ -153,7 +195,7 @@ class Job:
 
     # --- what tasks of one job share ---
 
-    def _context(self, task: Task, prefix: tuple[Step, ...], step: Step) -> Context:
+    def _context(self, task: Task, prefix: tuple[Step, ...], step: Step, checkpoint: Checkpoint | None = None) -> Context:
         return Context(
             train=self._examples(task, "train"),
             device=self.device,
@@ -161,6 +203,7 @@ class Job:
             seed=identity.derive(task.seed, "step", prefix),
             teacher=lambda: self._base_model(task),
             progress=lambda done, total: self.report(step.operator, done, total),
+            checkpoint=checkpoint,
         )
 
     def _base_model(self, task: Task) -> PreTrainedModel:
@@ -208,6 +251,17 @@ class Stages:
 
     def rounded(self) -> dict[str, float]:
         return {stage: round(seconds, 3) for stage, seconds in self.seconds.items()}
+
+
+def _is_of_the_machine(error: Exception) -> bool:
+    """A full disk, a stale mount, a GPU that has fallen over: after some errors a CUDA device does nothing more."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
+        return True
+    text = str(error)
+    # safetensors says in words what the system told it in numbers.
+    return any(os.strerror(number) in text for number in MACHINE_ERRORS) or "CUDA error" in text
 
 
 def _failure(error: Exception, stage: str) -> Failure:

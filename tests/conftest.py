@@ -3,6 +3,7 @@
 import copy
 import functools
 import os
+import random
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -92,6 +93,35 @@ def compose() -> Callable[..., dict[str, Any]]:
         return values
 
     return lambda *overrides: copy.deepcopy(composed(*overrides))
+
+
+@pytest.fixture(scope="session")
+def setup(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..., Path], compose: Any) -> Any:
+    """A `searches.Setup`: a search that takes seconds."""
+    import pandas as pd
+    from searches import Setup
+
+    folder = tmp_path_factory.mktemp("setup")
+    words = random.Random(0)
+    rows = [(words.choice(["good", "great", "bad", "dull"]), words.choice(["film", "plot"])) for _ in range(120)]
+    table = pd.DataFrame({"text": [" ".join(row) for row in rows], "label": [row[0] in ("good", "great") for row in rows]})
+    table.assign(label=table["label"].map({True: "pos", False: "neg"})).to_csv(folder / "rows.csv", index=False)
+    model = tiny_checkpoint("bert", layers=3, heads=4, hidden=32, ffn=48, head=False)
+    overrides = [
+        f"model.path={model}",
+        "model.fine_tune={epochs: 2, learning_rate: 1e-3, batch_size: 16}",
+        "dataset=file",
+        f"dataset.train={folder / 'rows.csv'}",
+        "dataset.name=words",
+        "protocol={batch_size: 8, sentences: 16, warmup_passes: 0, min_passes: 2, max_passes: 2}",
+        "generations=2",
+        "strategy.population=4",
+        "strategy.fine_tune.learning_rate=1e-3",
+        "strategy.distill.learning_rate=1e-3",
+        "objective.b=0",  # what was timed must not decide, so that runs can be compared
+        "name=test",
+    ]
+    return Setup(overrides, compose)
 
 
 def _save_tokenizer(folder: Path, pair_types: bool) -> None:

@@ -1,26 +1,35 @@
 """Contracts of surgery, operators and artifacts on tiny random encoders of every family, against exact oracles."""
 
 import copy
+import dataclasses
+import hashlib
+import io
+import itertools
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
+from hpc_compress import identity, worker
 from hpc_compress.config import ConfigError
 from hpc_compress.data.batches import Encoded, eval_batches
 from hpc_compress.models import artifact, modeling_hpc_compress, surgery
 from hpc_compress.models.modeling_hpc_compress import linear_of
-from hpc_compress.operators import OPERATORS, Context, criteria, losses, operator, training
+from hpc_compress.operators import OPERATORS, Checkpoint, Context, criteria, losses, operator, training
 from hpc_compress.operators.quantization import quantize
-from hpc_compress.types import Step
+from hpc_compress.store import Store
+from hpc_compress.types import Base, Dataset, Genome, Protocol, Step, Task
 
 FAMILIES = ["bert", "roberta", "distilbert", "electra"]
 SCHEMES = ["fp16", "bf16", "int8", "nf4", "fp4"]
@@ -332,6 +341,242 @@ def test_words_that_no_example_uses_keep_their_embeddings(tiny_checkpoint: Calla
     unused = np.setdiff1d(np.arange(len(before)), [*used, data.pad_id])
     assert torch.equal(embedding.weight[unused], before[unused])
     assert not torch.equal(embedding.weight[used], before[used])
+
+
+# --- interrupted training ---
+
+TRAINED = [
+    Step(operator=name, params={"epochs": 2, "batch_size": 4, "learning_rate": 1e-3}) for name in ("fine_tune", "distill")
+]
+UPDATES = 12  # of 24 examples in batches of 4; 6 an epoch
+
+
+class InterruptError(Exception):
+    """As a signal handler of the launcher raises it."""
+
+
+class Trained:
+    """What a step makes of the tiny checkpoint: from its start or its checkpoint, to its end or to an interruption."""
+
+    def __init__(self, folder: Path, step: Step, checkpoint: Checkpoint | None = None, until: int = 0, seed: int = 0) -> None:
+        self.done: list[int] = []  # updates, as reported
+        self.weights: dict[str, torch.Tensor] = {}
+
+        def progress(done: int, total: int) -> None:
+            assert total == UPDATES
+            self.done.append(done)
+            if done == until:
+                raise InterruptError
+
+        around = dataclasses.replace(context(load(folder), seed), progress=progress, checkpoint=checkpoint)
+        try:
+            self.weights = operator(step)(load(folder), around).state_dict()
+        except InterruptError:
+            assert until
+
+    def equals(self, other: "Trained") -> bool:
+        return same_weights(self.weights, other.weights)
+
+
+def same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.fixture
+def bert(tiny_checkpoint: Callable[..., Path]) -> Path:
+    return tiny_checkpoint("bert")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Checkpoint:
+    return Checkpoint(tmp_path / "not yet" / "state.pt", 0)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+@pytest.mark.parametrize("step", TRAINED, ids=str)
+def test_an_interrupted_training_goes_on_to_equal_weights(
+    family: str, step: Step, tiny_checkpoint: Callable[..., Path], checkpoint: Checkpoint
+):
+    folder = tiny_checkpoint(family)
+    whole = Trained(folder, step)
+    parts = [Trained(folder, step, checkpoint, until) for until in (4, 6, 9, 0)]  # 6: the border of two epochs
+    assert [part.done for part in parts] == [[1, 2, 3, 4], [5, 6], [7, 8, 9], [10, 11, 12]]
+    assert parts[-1].equals(whole)
+    assert [path.name for path in checkpoint.path.parent.iterdir()] == ["state.pt"]
+    unlike = operator(step)(load(folder), context(load(folder), seed=1)).state_dict()
+    assert not same_weights(unlike, whole.weights)
+
+
+def test_a_training_that_went_on_tells_the_same_loss(bert: Path, checkpoint: Checkpoint):
+    step = operator(TRAINED[0])
+    whole = training.fit(load(bert), examples(), losses.task_loss, step, 0, CPU)
+    Trained(bert, TRAINED[0], checkpoint, 11)  # the mean goes over the last two updates, of which it saw one
+    assert training.fit(load(bert), examples(), losses.task_loss, step, 0, CPU, checkpoint=checkpoint) == whole
+
+
+def test_a_checkpoint_is_not_saved_before_its_time(bert: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch):
+    clock = itertools.count()  # a second at every look
+    monkeypatch.setattr(training.time, "monotonic", lambda: next(clock))
+    Trained(bert, TRAINED[0], Checkpoint(checkpoint.path, 100.0), 11)
+    assert not checkpoint.path.exists()
+    Trained(bert, TRAINED[0], Checkpoint(checkpoint.path, 3.0), 5)  # saved after 3 updates
+    assert Trained(bert, TRAINED[0], checkpoint).done[0] == 4
+
+
+class Harm:
+    """Runs code where it is unpickled."""
+
+    done: ClassVar[list[str]] = []
+
+    def __reduce__(self) -> Any:
+        return _harm, ()
+
+
+def _harm() -> None:
+    Harm.done.append("harm")
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda content: b"",
+    "short": lambda content: content[:20],
+    "cut off": lambda content: content[: len(content) // 2],
+    "one byte cut off": lambda content: content[:-1],
+    "one bit of a weight": lambda content: (
+        (at := len(content) // 2) and content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+    ),
+    "page of zeros": lambda content: content[:8192] + bytes(4096) + content[12288:],
+    "text": lambda content: b"no checkpoint at all\n" * 100,
+    "pickle": lambda content: pickle.dumps({"signature": ""}),
+    "other values": lambda content: _digested(["no", "dict"]),
+    "what could do harm": lambda content: _digested({"signature": Harm()}),
+}
+
+
+def _digested(values: object) -> bytes:
+    stream = io.BytesIO()
+    torch.save(values, stream)
+    return stream.getvalue() + hashlib.sha256(stream.getvalue()).digest()
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_ignored(
+    damage: Callable[[bytes], bytes], bert: Path, checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture
+):
+    Trained(bert, TRAINED[0], checkpoint, 5)
+    checkpoint.path.write_bytes(damage(checkpoint.path.read_bytes()))
+    again = Trained(bert, TRAINED[0], checkpoint)
+    assert again.done[0] == 1
+    assert again.equals(Trained(bert, TRAINED[0]))
+    assert not Harm.done
+    assert [record.levelname for record in caplog.records if "starts anew" in record.message] == ["WARNING"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"learning_rate": 2e-3}, {"warmup": 0.5}, {"seed": 1}, {"operator": "distill"}, {"family": "roberta"}, {"layers": 1}],
+    ids=str,
+)
+def test_the_checkpoint_of_another_training_is_ignored(
+    other: dict[str, Any], tiny_checkpoint: Callable[..., Path], checkpoint: Checkpoint
+):
+    Trained(tiny_checkpoint("bert"), TRAINED[0], checkpoint, 5)
+    other = dict(other)
+    folder = tiny_checkpoint(other.pop("family", "bert"), layers=other.pop("layers", 2))
+    seed, name = other.pop("seed", 0), other.pop("operator", "fine_tune")
+    step = Step(operator=name, params={**TRAINED[0].params, **other})
+    again = Trained(folder, step, checkpoint, seed=seed)
+    assert again.done[0] == 1
+    assert again.equals(Trained(folder, step, seed=seed))
+
+
+@pytest.mark.parametrize("where", ["below a file", "a folder"])
+def test_a_checkpoint_that_can_not_be_saved_fails_no_training(
+    where: str, bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    path = tmp_path / "file" / "state.pt" if where == "below a file" else tmp_path / "folder"
+    assert Trained(bert, TRAINED[0], Checkpoint(path, 0)).equals(Trained(bert, TRAINED[0]))
+    assert sum("goes on without" in record.message for record in caplog.records) == UPDATES - 1
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
+
+
+def test_what_is_not_finite_is_not_saved(bert: Path, checkpoint: Checkpoint):
+    updates = itertools.count(1)
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        return losses.task_loss(model, batch) * (torch.nan if next(updates) == 4 else 1)
+
+    with pytest.raises(FloatingPointError):
+        training.fit(load(bert), examples(), loss, operator(TRAINED[0]), 0, CPU, checkpoint=checkpoint)
+    assert Trained(bert, TRAINED[0], checkpoint).done[0] == 4
+
+
+CHAIN = ["fine_tune", "fine_tune", "fine_tune", "distill"]  # two steps prepare the base model; the last two are the task's
+REPORTS = [(name, done, UPDATES) for name in CHAIN for done in range(1, UPDATES + 1)]
+
+
+def _run_folder(root: Path, checkpoint: Path) -> tuple[Store, Task]:
+    """A run folder with one task, ready for a worker."""
+    store = Store(root)
+    shutil.copytree(checkpoint, root / "base")
+    (root / "data").mkdir()
+    texts = [f"the {film} is {how}" for film in ("film", "plot", "end") for how in ("good", "great", "bad", "dull")] * 2
+    table = pd.DataFrame({"text": texts, "text2": "", "label": [int("d" in text[-4:]) for text in texts]})
+    for split in ("train", "search"):
+        table.to_parquet(root / "data" / f"{split}.parquet", index=False)
+    task = Task(
+        base=Base(name="tiny", fingerprint="0" * 16, preparation=(TRAINED[0], TRAINED[0])),
+        dataset=Dataset(
+            name="words", fingerprint="0" * 16, problem="classification", labels=("no", "yes"), metrics=("accuracy",)
+        ),
+        protocol=Protocol(batch_size=8, sentences=8, warmup_passes=0, min_passes=2, max_passes=2),
+        seed=0,
+        genome=Genome(steps=(TRAINED[0], Step(operator="drop_layers"), TRAINED[1])),
+    )
+    store.add_task(task)
+    return store, task
+
+
+@pytest.mark.parametrize(
+    ("died_after", "goes_on_with"),
+    [
+        (17, [REPORTS[11], *REPORTS[17:]]),  # the last update of a step is not saved, since its model is about to be
+        (29, REPORTS[29:]),
+        (36, REPORTS[35:]),
+        (40, REPORTS[40:]),
+    ],
+)
+def test_a_task_that_was_interrupted_goes_on_where_it_was(
+    died_after: int, goes_on_with: list[tuple[str, int, int]], tiny_checkpoint: Callable[..., Path], tmp_path: Path
+):
+    folder = tiny_checkpoint("bert", layers=3, head=False)
+    store, task = _run_folder(tmp_path / "interrupted", folder)
+    other, _ = _run_folder(tmp_path / "whole", folder)
+    task_id, key = identity.task_id(task), identity.master_key(task)
+    told: list[tuple[str, int, int]] = []
+
+    def report(*what: Any) -> None:
+        told.append(what)
+        if len(told) == died_after:
+            raise InterruptError
+
+    with pytest.raises(InterruptError):
+        list(worker.run(str(store.root), [task_id], report, interrupts=(InterruptError,), checkpoint_seconds=0))
+    assert told == REPORTS[:died_after]
+    assert store.outcome(task_id) is None
+    assert any((store.root / "checkpoints").iterdir())
+    if died_after > 36:
+        assert store.artifact(identity.master_key(task, task.genome.steps[:2]))
+    list(worker.run(str(store.root), [task_id], report, interrupts=(InterruptError,), checkpoint_seconds=0))
+    assert told[died_after:] == goes_on_with
+    assert not any((store.root / "checkpoints").iterdir())
+
+    list(worker.run(str(other.root), [task_id]))
+    assert not (other.root / "checkpoints").exists()
+    assert {path.name for path in other.path("").iterdir()} == {key, identity.master_key(task, ()), "tokenizer"}
+    assert same_weights(*(artifact.load(run.path(key)).state_dict() for run in (store, other)))
+    assert store.outcome(task_id).measurement.metrics == other.outcome(task_id).measurement.metrics
 
 
 # --- steps and artifacts ---

@@ -1,6 +1,5 @@
 """Whole searches on a tiny encoder: what they leave behind, how they resume, what a user's own operator may do."""
 
-import dataclasses
 import json
 import os
 import random
@@ -9,72 +8,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from searches import Setup, story
 
 import hpc_compress
-from hpc_compress import analysis, config, driver, export, identity
+from hpc_compress import analysis, driver, export, identity
 from hpc_compress.config import ConfigError
-from hpc_compress.launch import Debug, packed
+from hpc_compress.launch import Debug, Ended, InProcess, packed
 from hpc_compress.store import Store
 from hpc_compress.types import Outcome
-
-
-class Silent:
-    """Progress that remembers what was said."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-
-    def working(self, what: str, done: int, total: int) -> None: ...
-
-
-@dataclasses.dataclass
-class Setup:
-    """A search on a tiny checkpoint and two-word sentences, as overrides of the command line."""
-
-    overrides: list[str]
-    compose: Callable[..., dict[str, Any]]
-
-    def run(self, root: Path, *more: str, launcher: Any = None) -> driver.Result:
-        values = self.compose(*self.overrides, *more)
-        parts = {name: values.pop(name) for name in ("strategy", "objective", "launcher", "retries")}
-        settings = config.validate(config.RunConfig, values)
-        return driver.search(
-            settings, parts["strategy"], parts["objective"], config.build, launcher or Debug(), root, Silent(), parts["retries"]
-        )
-
-
-@pytest.fixture(scope="module")
-def setup(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..., Path], compose: Any) -> Setup:
-    folder = tmp_path_factory.mktemp("setup")
-    words = random.Random(0)
-    rows = [(words.choice(["good", "great", "bad", "dull"]), words.choice(["film", "plot"])) for _ in range(120)]
-    table = pd.DataFrame({"text": [" ".join(row) for row in rows], "label": [row[0] in ("good", "great") for row in rows]})
-    table.assign(label=table["label"].map({True: "pos", False: "neg"})).to_csv(folder / "rows.csv", index=False)
-    model = tiny_checkpoint("bert", layers=3, heads=4, hidden=32, ffn=48, head=False)
-    overrides = [
-        f"model.path={model}",
-        "model.fine_tune={epochs: 2, learning_rate: 1e-3, batch_size: 16}",
-        "dataset=file",
-        f"dataset.train={folder / 'rows.csv'}",
-        "dataset.name=words",
-        "protocol={batch_size: 8, sentences: 16, warmup_passes: 0, min_passes: 2, max_passes: 2}",
-        "generations=2",
-        "strategy.population=4",
-        "strategy.fine_tune.learning_rate=1e-3",
-        "strategy.distill.learning_rate=1e-3",
-        "objective.b=0",  # what was timed must not decide, so that runs can be compared
-        "name=test",
-    ]
-    return Setup(overrides, compose)
 
 
 @pytest.fixture(scope="module")
@@ -82,16 +31,6 @@ def finished(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("finished")
     setup.run(root)
     return root
-
-
-def story(root: Path) -> Any:
-    """All that a search decided, without what it timed."""
-    run = analysis.open_run(root)
-    scores = {
-        id: (str(o.task.genome), o.task.split, o.measurement and (o.measurement.metrics, o.measurement.model_bytes))
-        for id, o in run.outcomes.items()
-    }
-    return run.generations, run.result, scores
 
 
 def test_a_run_leaves_what_it_promises(finished: Path):
@@ -173,26 +112,44 @@ def test_the_search_stops_at_the_required_quality(setup: Setup, tmp_path: Path):
 
 
 class Unreliable:
-    """A launcher whose jobs die: the first time it is asked for anything, and always for the tasks in `doomed`."""
+    """A launcher whose jobs die: each task's first one, and all of those that prune heads."""
 
     def __init__(self) -> None:
-        self.runs: list[int] = []
+        self.tried: Counter[str] = Counter()
+        self.dead: list[Ended] = []
 
-    def run(self, root: Path, bundles: Any, poll: Any, report: Any) -> None:
-        self.runs.append(sum(map(len, bundles)))
-        survivors = [ids for ids in bundles if len(self.runs) == 1 or not self._doomed(root, ids)]
-        Debug().run(root, survivors if len(self.runs) % 2 else survivors[:1], poll, report)
+    @contextmanager
+    def open(self, root: Path, report: Any, say: Any) -> Iterator[Any]:
+        self.store, self.inner = Store(root), InProcess(str(root), Debug(worker="light.run"), report)
+        yield self
 
-    def _doomed(self, root: Path, ids: Any) -> bool:
-        return any(step.operator == "prune_heads" for i in ids for step in Store(root).task(i).genome.steps)
+    def submit(self, bundles: Any, alone: bool = False) -> None:
+        for task_id in (task_id for bundle in bundles for task_id in bundle):
+            self.tried[task_id] += 1
+            if self.tried[task_id] == 1 or "prune_heads" in str(self.store.task(task_id).genome):
+                self.dead.append(Ended((task_id,), "killed by a test"))
+            else:
+                self.inner.submit([(task_id,)])
+
+    def poll(self) -> list[Ended]:
+        dead, self.dead = self.dead, []
+        return [*dead, *self.inner.poll()]
+
+    def in_flight(self) -> set[str]:
+        return set()
+
+    def counts(self) -> Counter[str]:
+        return Counter()
+
+    def cancel(self) -> None: ...
 
 
 def test_jobs_that_die_are_sent_again_and_then_are_lost(setup: Setup, tmp_path: Path):
-    setup.run(tmp_path, "probe=false", "retries=8", launcher=Unreliable())
+    setup.run(tmp_path, "probe=false", "retries=3", launcher=Unreliable())
     outcomes = analysis.open_run(tmp_path).outcomes.values()
     lost = [o for o in outcomes if o.failure]
     assert lost
-    assert all(o.failure.kind == "lost" and "died 9 times" in o.failure.message for o in lost)
+    assert all(o.failure.kind == "lost" and "died 4 times" in o.failure.message for o in lost)
     assert all("prune_heads" in str(o.task.genome) for o in lost)
     assert all("prune_heads" not in str(o.task.genome) for o in outcomes if o.measurement)
 
@@ -364,8 +321,8 @@ def test_an_exported_model_answers_as_it_was_measured(finished: Path, tmp_path: 
 
 
 def test_tasks_that_share_a_master_stay_together():
-    assert packed([("a", "b"), ("c",), ("d",)], 1) == [("a", "b"), ("c",), ("d",)]
-    assert packed([("a", "b"), ("c",), ("d",)], 3) == [("a", "b", "c"), ("d",)]
+    assert packed([("a", "b"), ("c",), ("d",)], 1) == [(("a", "b"),), (("c",),), (("d",),)]
+    assert packed([("a", "b"), ("c",), ("d",)], 3) == [(("a", "b"), ("c",)), (("d",),)]
 
 
 # --- kill -9 ---

@@ -113,6 +113,17 @@ def test_the_dead_are_deleted_and_living_writers_are_not(store: Store):
     assert sorted(path.name for path in store.path("").iterdir()) == ["alive", "being written"]
 
 
+def test_checkpoints_of_failed_trainings_are_deleted_and_of_living_ones_are_not(store: Store):
+    assert store.keep_artifacts(set()) == 0
+    store.checkpoint("k").parent.mkdir(parents=True)
+    for path in (store.checkpoint("old"), store.checkpoint("young"), store.checkpoint("old").with_name(".old.pt.1234")):
+        path.write_bytes(b"x" * 10)
+        if "old" in path.name:
+            os.utime(path, (0, 0))
+    assert store.keep_artifacts({"alive"}) == 20
+    assert list(store.checkpoint("k").parent.iterdir()) == [store.checkpoint("young")]
+
+
 def test_a_lock_keeps_others_out_and_dies_with_its_holder(tmp_path: Path):
     store = Store(tmp_path)
     context = multiprocessing.get_context("fork")

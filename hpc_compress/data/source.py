@@ -4,6 +4,7 @@ The search split is held out of train, so that the official validation rows are 
 """
 
 import csv
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,8 +94,9 @@ def _read_hub(config: DatasetConfig, split: str) -> pd.DataFrame:
     except Exception as error:
         # `datasets` raises many kinds here, most of them when there is no network.
         raise ConfigError(
-            f"split {split!r} of dataset {config.path} {config.subset or ''} could not be loaded ({error}); check the names, "
-            "or load it once where there is a network, with HF_HOME on the shared filesystem"
+            f"split {split!r} of dataset {config.path} {config.subset or ''} could not be loaded ({error}); check the names, or "
+            f"fetch it where there is a network: hpc-compress prefetch dataset.path={shlex.quote(str(config.path))}"
+            f"{f' dataset.subset={shlex.quote(config.subset)}' if config.subset else ''}, with the other words of this search"
         ) from error
 
 

@@ -7,6 +7,7 @@ operator is named in the config by its dotted path.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import Field, field_validator
@@ -22,6 +23,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """Where a long training keeps its state, so that a later process goes on with it. Whoever gives it deletes the file."""
+
+    path: Path  # one file, of one training alone; need not exist, nor its folder
+    seconds: float  # wall-clock time between two savings
+
+
+@dataclass(frozen=True)
 class Context:
     """What an operator may use besides the model."""
 
@@ -30,6 +39,7 @@ class Context:
     seed: int  # of this step: all randomness of the operator follows from it
     teacher: "Callable[[], PreTrainedModel]"  # the base model, in eval mode on `device`; loaded when first asked for
     progress: Callable[[int, int], None] | None = None  # told (updates done, updates in all)
+    checkpoint: Checkpoint | None = None  # for a long training; a user's own operator may hand it to `training.fit` too
 
 
 class Operator(Protocol):
@@ -97,7 +107,8 @@ class FineTune(Training):
     def __call__(self, model: "PreTrainedModel", context: Context) -> "PreTrainedModel":
         from hpc_compress.operators import losses, training
 
-        training.fit(model, context.train, losses.task_loss, self, context.seed, context.device, context.progress)
+        loss = losses.task_loss
+        training.fit(model, context.train, loss, self, context.seed, context.device, context.progress, context.checkpoint)
         return model
 
 
@@ -110,7 +121,7 @@ class Distill(Training):
         from hpc_compress.operators import losses, training
 
         loss = losses.distillation_loss(context.teacher(), self.temperature)
-        training.fit(model, context.train, loss, self, context.seed, context.device, context.progress)
+        training.fit(model, context.train, loss, self, context.seed, context.device, context.progress, context.checkpoint)
         return model
 
 

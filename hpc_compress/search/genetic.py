@@ -95,12 +95,12 @@ class Genetic(Record):
             # As published, a child that was seen before is a child all the same; with redraws it is left out.
             if child != parent.genome and (self.redraw == 0 or canonical(child) not in known):
                 known.add(canonical(child))
+                self._seen.add(canonical(child))
                 proposals.append(Proposal(genome=child, parent=parent.id))
         return proposals
 
     def tell(self, population: Sequence[Candidate], candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
-        """Learn what became of the children; returns the survivors, fittest first."""
-        self._seen.update(canonical(candidate.genome) for candidate in candidates)
+        """Returns the survivors of parents and children, fittest first."""
         rivals = {candidate.id: candidate for candidate in (*population, *candidates) if candidate.measurement}
         ranked = sorted(rivals.values(), key=self._rank, reverse=True)
         return tuple(ranked[: self.survivors or self.population])

@@ -1,0 +1,186 @@
+"""From tasks to outcomes: sends what the store can't answer, reads what came of it, sends the lost again. Imports no torch."""
+
+import os
+import platform
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from pydantic import Field
+
+from hpc_compress import identity
+from hpc_compress.launch import Jobs
+from hpc_compress.store import Store
+from hpc_compress.types import Failure, Measurement, Outcome, Record, Task
+
+HEARTBEAT_SECONDS = 15.0  # between two signs of life of a driver that has no news
+CANCELLED = "cancelled"  # a file in the run folder that asks the driver to stop
+
+
+class SearchError(RuntimeError):
+    """The run can't go on; the message says why and what to do."""
+
+
+class Progress(Protocol):
+    """Where the driver says what is going on."""
+
+    def say(self, text: str) -> None: ...
+    def working(self, what: str, done: int, total: int) -> None: ...
+
+
+class Heartbeat(Record):
+    """What the driver is at; RUN/driver.json, whose time of writing is its last sign of life."""
+
+    host: str
+    pid: int
+    job_id: str | None  # of the Slurm job that the driver lives in
+    job_name: str | None
+    doing: str = "starting"
+    done: int = 0  # tasks of it that are settled
+    total: int = 0
+    jobs: Mapping[str, int] = Field(default={})  # by state
+
+    @classmethod
+    def here(cls) -> "Heartbeat":
+        job_id, job_name = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_JOB_NAME")
+        return cls(host=platform.node(), pid=os.getpid(), job_id=job_id, job_name=job_name)
+
+
+class Dispatch:
+    """The tasks of one run that have been sent, and those among them that are still open."""
+
+    def __init__(self, store: Store, jobs: Jobs, progress: Progress, retries: int) -> None:
+        self.store, self.jobs, self.progress, self.retries = store, jobs, progress, retries
+        self.open: dict[str, Task] = {}
+        self.losses: Counter[str] = Counter()
+        self.heartbeat, self.beaten = Heartbeat.here(), 0.0
+        self.arrived = self.total = 0
+
+    def send(self, tasks: Sequence[Task], what: str, again: bool = False) -> list[str]:
+        """See that every task is on its way, equal ones once; returns their ids, in order.
+
+        again: try once more what failed in an earlier run of the driver, since its user may have mended the cause.
+        """
+        wanted = {self.store.add_task(task): task for task in tasks}
+        for task_id in wanted if again else ():
+            self.store.forget_failure(task_id)
+        new = {
+            task_id: task
+            for task_id, task in wanted.items()
+            if task_id not in self.open and self.store.outcome(task_id) is None
+        }
+        if new:
+            known = len(wanted) - len(new)
+            tasks_text = f"{len(new)} {'task' if len(new) == 1 else 'tasks'}"
+            self.progress.say(f"{what}: {tasks_text}{f', {known} known already' if known else ''}")
+        self.open |= new
+        flying = self.jobs.in_flight() if new else set()
+        self.jobs.submit(_bundles({task_id: task for task_id, task in new.items() if task_id not in flying}))
+        self.arrived, self.total = len(wanted) - len(new), len(wanted)
+        self.heartbeat = self.heartbeat.model_copy(update={"doing": what})
+        return [identity.task_id(task) for task in tasks]
+
+    def wait(self, task_ids: Sequence[str], enough: int | None = None) -> None:
+        """Until so many of them, or all, are settled.
+
+        Raises: SearchError when somebody cancels the run.
+        """
+        distinct = set(task_ids)
+        enough = len(distinct) if enough is None else enough
+        while len(distinct - self.open.keys()) < enough:
+            self._turn()
+        self._beat()
+
+    def settle(self, tasks: Sequence[Task], what: str, again: bool = False) -> list[Outcome]:
+        """An outcome for each task, in order."""
+        task_ids = self.send(tasks, what, again)
+        self.wait(task_ids)
+        return [self.outcome(task_id) for task_id in task_ids]
+
+    def abandon(self) -> None:
+        """Nobody waits any more for what is still open."""
+        self.jobs.cancel()
+        self.open.clear()
+
+    def outcome(self, task_id: str) -> Outcome:
+        outcome = self.store.outcome(task_id)
+        if outcome is None:
+            raise SearchError(f"{self.store.root}/tasks/{task_id}/outcome.json was there and is gone; start the search again")
+        return outcome
+
+    def _turn(self) -> None:
+        if (self.store.root / CANCELLED).exists():
+            self.jobs.cancel()
+            raise SearchError("cancelled; the same search command goes on with it")
+        ended = self.jobs.poll()
+        for task_id in list(self.open):
+            outcome = self.store.outcome(task_id)
+            if outcome is not None:
+                self._arrive(task_id, outcome)
+        again = []
+        for job in ended:
+            for task_id in job.task_ids:
+                if task_id in self.open and self._lost(task_id, job.reason):
+                    again.append(task_id)
+        # Alone, so that a task that kills its job takes no other with it.
+        self.jobs.submit([(task_id,) for task_id in again], alone=True)
+        self._beat()
+
+    def _arrive(self, task_id: str, outcome: Outcome) -> None:
+        del self.open[task_id]
+        self.arrived += 1
+        self.progress.say(f"  {self.arrived}/{self.total} {_outcome_line(outcome)}")
+
+    def _lost(self, task_id: str, reason: str) -> bool:
+        """Whether to send a task again whose job ended without an outcome."""
+        # A network filesystem believes for a while that a file is not there; a look at the folder teaches it better.
+        os.listdir(self.store.root / "tasks" / task_id)
+        outcome = self.store.outcome(task_id)
+        if outcome is None:
+            self.losses[task_id] += 1
+            left = self.retries + 1 - self.losses[task_id]
+            self.progress.say(f"  {self.open[task_id].genome}: lost, {reason}; {f'{left} tries left' if left else 'given up'}")
+            if left:
+                return True
+            # Written down, so that a resumed run sees the same end of this task.
+            message = f"its job died {self.losses[task_id]} times without an outcome, at last: {reason}"
+            outcome = self.store.settle(
+                Outcome(task=self.open[task_id], failure=Failure(kind="lost", stage="job", message=message))
+            )
+        self._arrive(task_id, outcome)
+        return False
+
+    def _beat(self) -> None:
+        """Say in the run folder that the driver lives, and what it is at."""
+        jobs = dict(sorted(self.jobs.counts().items()))
+        news = self.heartbeat.model_copy(update={"done": self.arrived, "total": self.total, "jobs": jobs})
+        if news != self.heartbeat or time.monotonic() - self.beaten > HEARTBEAT_SECONDS:
+            self.store.write("driver.json", news)
+            self.heartbeat, self.beaten = news, time.monotonic()
+
+
+def _bundles(tasks: Mapping[str, Task]) -> list[tuple[str, ...]]:
+    """Tasks that share a master go to one process, one after another, so that its training is done once."""
+    bundles: dict[str, list[str]] = {}
+    for task_id, task in tasks.items():
+        bundles.setdefault(identity.master_key(task), []).append(task_id)
+    return [tuple(ids) for ids in bundles.values()]
+
+
+def describe(failure: Failure) -> str:
+    return f"{failure.kind} while at {failure.stage}: {failure.message}"
+
+
+def figures(measurement: Measurement) -> str:
+    name, quality = next(iter(measurement.metrics.items()))
+    speed = float(np.median(measurement.base_latency_ms) / np.median(measurement.latency_ms))
+    return f"{name} {quality:.3f}, {measurement.model_bytes / 1e6:.1f} MB, {speed:.2f}x speed"
+
+
+def _outcome_line(outcome: Outcome) -> str:
+    if outcome.measurement is None:
+        assert outcome.failure is not None
+        return f"{outcome.task.genome}: FAILED, {describe(outcome.failure)}"
+    return f"{outcome.task.genome}: {figures(outcome.measurement)}  ({sum(outcome.seconds.values()):.0f} s)"

@@ -1,0 +1,241 @@
+"""What can be wrong with a cluster, found before a long run: check after check, and a sentence of advice for each failure."""
+
+import json
+import os
+import platform
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hpc_compress.launch.commands import CommandError, Commands, RefusedError
+from hpc_compress.launch.slurm import Slurm
+
+COMMANDS = ("sbatch", "srun", "squeue", "sacct", "scancel", "scontrol", "sinfo")
+NODE_MINUTES = 10.0  # that the first job may take to come back; a full cluster takes longer
+SKEW_SECONDS = 5.0  # between two clocks that nobody would notice
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    ok: bool
+    found: str
+    advice: str = ""  # what to do when it is not ok
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a job saw where it ran."""
+
+    host: str
+    time: float  # of day there, when it looked
+    python: str
+    seen: bool  # the file that the login node had written
+    locks: bool
+    device: str  # "" where torch sees no GPU
+    cuda: str  # "" for a build of torch without it
+    bitsandbytes: str  # "" when it works
+
+
+@dataclass(frozen=True)
+class Look:
+    """What runs on the node."""
+
+    folder: str
+
+    def __call__(self) -> None:
+        from hpc_compress.store import Store, write_atomically
+
+        store = Store(self.folder)
+        with store.lock("node", wait=False) as locks:
+            device, cuda, bitsandbytes = _gpu()
+            node = Node(
+                host=platform.node(),
+                time=time.time(),
+                python=sys.version.split()[0],
+                seen=(store.root / "hello").is_file(),
+                locks=locks,
+                device=device,
+                cuda=cuda,
+                bitsandbytes=bitsandbytes,
+            )
+        write_atomically(store.root / "node.json", json.dumps(asdict(node)))
+
+
+def _gpu() -> tuple[str, str, str]:
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        import bitsandbytes
+
+        layer = bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4").to(device)
+        layer(torch.zeros(1, 64, device=device))
+        trouble = ""
+    except Exception as error:  # whatever it is, it is the answer
+        trouble = f"{type(error).__name__}: {error}"
+    return torch.cuda.get_device_name() if device.type == "cuda" else "", torch.version.cuda or "", trouble
+
+
+def examine(
+    settings: Slurm, folder: Path, need_bytes: int, canary: Callable[[], None], commands: Commands | None = None
+) -> Iterator[Check]:
+    """Look at everything that a search needs, cheapest first; ends early where the rest can't work.
+
+    folder: where runs are kept. need_bytes: that the search may take there. canary: runs a task of every kind of step on
+    the cluster and raises when one fails.
+    """
+    commands = commands or Commands()
+    missing = [name for name in COMMANDS if shutil.which(name) is None]
+    yield Check("commands", not missing, ", ".join(missing or COMMANDS), "start from a login node; or load Slurm's module")
+    if missing:
+        return
+    yield from _partition(settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    yield Check(
+        "disk",
+        free > need_bytes,
+        f"{free / 1e9:.1f} GB free on {folder}, the search may need {need_bytes / 1e9:.1f} GB (a quota is not seen here)",
+        "free some, choose a folder on a larger filesystem, or lower strategy.population",
+    )
+    accounting = subprocess.run(["sacct", "-nX", "--starttime=now-1minutes"], capture_output=True, text=True, timeout=60)
+    yield Check(
+        "accounting",
+        accounting.returncode == 0,
+        accounting.stderr.strip() or "answers",
+        "without sacct a job that dies is noticed later and its reason is not known; raise retries",
+    )
+    came_back = True
+    for check in _node(settings, folder, commands):
+        came_back = check.ok or check.name != "job"
+        yield check
+    if came_back:
+        yield _canary(canary)
+
+
+def _partition(settings: Slurm) -> Iterator[Check]:
+    cluster = settings.cluster
+    chosen = [f"--partition={cluster.partition}"] if cluster.partition else []
+    lines = _lines("sinfo", "--noheader", *chosen, "--format=%P|%D|%G|%l|%m|%c")
+    names = sorted({line.split("|")[0].rstrip("*") for line in _lines("sinfo", "--noheader", "--format=%P")})
+    yield Check(
+        "partition",
+        bool(lines),
+        f"{cluster.partition or 'the default one'}: {'; '.join(lines) or 'not there'}",
+        f"set cluster.partition to one of {', '.join(names) or 'those that sinfo shows'}",
+    )
+    if cluster.gpus_per_node:
+        gres = sorted({line.split("|")[2] for line in lines})
+        wanted = f"gpu:{cluster.gpu_type}" if cluster.gpu_type else "gpu"
+        has = any(wanted in item for item in gres)
+        yield Check(
+            "gres", has, f"{wanted} in {', '.join(gres) or 'none'}", "set cluster.gpu_type as sinfo -o %G names it, or null"
+        )
+    options = cluster.options("doctor", Path("/"), round(1024 * cluster.mem_gb) * cluster.processes, ())
+    words = {key: value for key, value in options.items() if key not in ("setup", "srun_args", "array_parallelism")}
+    words |= words.pop("additional_parameters")
+    flags = [f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}") for key, value in words.items()]
+    tested = subprocess.run(
+        ["sbatch", "--test-only", *flags, "--wrap=true"], capture_output=True, text=True, timeout=60, errors="replace"
+    )
+    said = tested.stderr.strip().replace("sbatch: ", "").replace("error: ", "")
+    yield Check(
+        "sbatch", tested.returncode == 0, said, "mend account, qos, timeout_min, cpus_per_task, mem_gb or sbatch of cluster"
+    )
+
+
+def _node(settings: Slurm, folder: Path, commands: Commands) -> Iterator[Check]:
+    """A job of its own, to see the run folder, the GPU and the clock of a node."""
+    room = folder / f".doctor-{secrets.token_hex(4)}"
+    room.mkdir(mode=0o700)
+    (room / "hello").touch()
+    cluster = settings.cluster
+    options = cluster.options(room.name.lstrip("."), room, round(1024 * cluster.mem_gb) * cluster.processes, ())
+    begin = time.time()
+    try:
+        job_id = commands.submit(room, [Look(str(room))], {**options, "ntasks_per_node": 1, "time": 10})
+    except RefusedError as error:
+        yield Check("job", False, f"sbatch: {error}", "mend what it names among the keys of cluster")
+        return
+    try:
+        state = _wait_for(commands, job_id, room / "node.json")
+        if not (room / "node.json").exists():
+            logs = [path for path in sorted(room.iterdir()) if path.suffix in (".log", ".err", ".out") and path.stat().st_size]
+            tail = " | ".join(line for path in logs for line in path.read_text(errors="replace").splitlines()[-3:])
+            advice = (
+                "the cluster is full or the request can't be met: try again later, or see `squeue --start`"
+                if state == "PENDING"
+                else f"see that {folder} and {sys.executable} are on a filesystem that the nodes share, and that "
+                "cluster.modules and cluster.setup do what Python needs"
+            )
+            yield Check("job", False, f"job {job_id} is {state} and left nothing; {tail or 'no log'}", advice)
+            return
+        seen = time.time()
+        node = Node(**json.loads((room / "node.json").read_text()))
+        yield Check("job", True, f"ran on {node.host} with Python {node.python}, {seen - begin:.0f} s after sbatch")
+        yield Check(
+            "shared folder", node.seen, f"{folder} seen and written from {node.host}", "keep results/ on a shared filesystem"
+        )
+        yield Check(
+            "locks",
+            node.locks,
+            "work on the run folder" if node.locks else "do not work there",
+            "two jobs may compute the same; no harm but time. Ask for flock on that mount",
+        )
+        skew = max(begin - node.time, node.time - seen, 0.0)
+        yield Check(
+            "clock", skew < SKEW_SECONDS, f"{skew:.0f} s apart at the least", "nothing breaks; but logs will be out of order"
+        )
+        wanted = cluster.gpus_per_node > 0 and cluster.require_cuda
+        yield Check(
+            "CUDA",
+            bool(node.device) or not wanted,
+            node.device or f"no device; torch is built for {node.cuda or 'CPUs'}",
+            "install the CUDA build of torch, and see that cluster.modules suit the driver of the node (nvidia-smi)",
+        )
+        yield Check(
+            "bitsandbytes", not node.bitsandbytes, node.bitsandbytes or "4-bit layer works", "leave int8, nf4 and fp4 out"
+        )
+    finally:
+        commands.cancel([job_id])
+        shutil.rmtree(room, ignore_errors=True)
+
+
+def _wait_for(commands: Commands, job_id: str, path: Path) -> str:
+    """The state of the job when it has left the file, is over, or has taken too long."""
+    state, end = "PENDING", time.monotonic() + 60 * NODE_MINUTES
+    while time.monotonic() < end and not path.exists():
+        time.sleep(1)
+        os.listdir(path.parent)
+        try:
+            rows = [row.state for row in commands.squeue() if row.job_id == job_id]
+            if not rows:
+                time.sleep(2)  # for what it wrote to be seen here
+                return next((row.state for row in commands.sacct([job_id])), "over")
+            state = rows[0]
+        except CommandError:
+            continue
+    return state
+
+
+def _canary(canary: Callable[[], None]) -> Check:
+    begin = time.monotonic()
+    try:
+        canary()
+    except Exception as error:  # whatever it is, it is the answer
+        return Check("canary", False, str(error), "mend it and run the doctor again")
+    return Check("canary", True, f"a task of every kind of step, {time.monotonic() - begin:.0f} s")
+
+
+def _lines(*command: str) -> list[str]:
+    done: Any = subprocess.run(command, capture_output=True, text=True, timeout=60, errors="replace")
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []

@@ -1,0 +1,239 @@
+"""Where tasks run: in this process, in local processes, or in Slurm arrays. Names the worker and does not import it.
+
+A launcher opens the jobs of a run folder. Whoever opened them submits bundles of task ids and polls; what came of a task is
+read from the run folder, so jobs have nothing to return, and nothing that they leave behind is unpickled.
+"""
+
+import os
+import platform
+import subprocess
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import Field
+
+from hpc_compress.config import locate
+from hpc_compress.types import Record
+
+Bundle = tuple[str, ...]  # ids of tasks that one process works off, one after another
+Report = Callable[[str, int, int], None]  # what is being done, units done, units in all
+
+WORKER = "hpc_compress.worker.run"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A job that came to its end, well or not. Tasks of it that have no outcome now are lost."""
+
+    task_ids: Bundle
+    reason: str  # for people: how it ended and where its log lies
+
+
+class Jobs(Protocol):
+    """The jobs of one run."""
+
+    def submit(self, bundles: Sequence[Bundle], alone: bool = False) -> None:
+        """Take on bundles. alone: in jobs of their own, since one of them may have killed its job."""
+
+    def poll(self) -> list[Ended]:
+        """Work or wait a little, then say what has ended since the last call."""
+
+    def in_flight(self) -> set[str]:
+        """Ids of tasks in jobs that have not ended; perhaps jobs of a driver before this one."""
+
+    def counts(self) -> Counter[str]:
+        """Jobs by state, for people."""
+
+    def cancel(self) -> None:
+        """End all jobs."""
+
+
+class Launcher(Protocol):
+    def open(self, root: Path, report: Report, say: Callable[[str], None]) -> AbstractContextManager[Jobs]: ...
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a job runs. Only here, on the node, is the worker imported."""
+
+    root: str
+    bundles: tuple[Bundle, ...]
+    worker: str = WORKER
+    checkpoint_seconds: float = 300.0
+    threads: int | None = None
+    gpu: str | None = None
+    shared: bool = False  # all processes of one Slurm job run this, and share the bundles and the job's GPUs
+    cuda: bool = False  # die rather than measure on a CPU
+
+    def __call__(self) -> None:
+        bundles, gpu = self.bundles, self.gpu
+        if self.shared:
+            rank, ranks = int(os.environ.get("SLURM_PROCID", 0)), int(os.environ.get("SLURM_NTASKS", 1))
+            bundles = bundles[rank::ranks]
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            gpu = visible[rank] if ranks > 1 and len(visible) >= ranks else None
+        if gpu is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+        if self.threads is not None:
+            os.environ["OMP_NUM_THREADS"] = str(self.threads)  # before torch is imported
+        if self.cuda:
+            import torch
+
+            if not torch.cuda.is_available():
+                raise RuntimeError(f"no CUDA device on {platform.node()}, though the job was given a GPU")
+        from submitit.core.utils import UncompletedJobError
+
+        run = locate(self.worker)
+        task_ids = [task_id for bundle in bundles for task_id in bundle]
+        # Submitit's signal handler raises that error where the job cannot be put back into the queue once more.
+        for _ in run(self.root, task_ids, interrupts=(UncompletedJobError,), checkpoint_seconds=self.checkpoint_seconds):
+            pass
+
+    def checkpoint(self) -> Any:
+        """What Submitit puts back into the queue at a time limit: the same work, of which finished tasks are skipped."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+# --- in this process ---
+
+
+class Debug(Record):
+    """Everything in this process, one task after another: for demos, debuggers and single machines."""
+
+    worker: str = Field(default=WORKER, description="dotted path of what brings tasks to outcomes")
+    checkpoint_minutes: float = Field(default=5.0, gt=0, description="a longer training is saved this often, to go on from")
+
+    @contextmanager
+    def open(self, root: Path, report: Report, say: Callable[[str], None]) -> Iterator[Jobs]:
+        yield InProcess(str(root), self, report)
+
+
+class InProcess:
+    """Jobs that run while they are polled, a task at a time."""
+
+    def __init__(self, root: str, settings: Debug, report: Report) -> None:
+        self.root, self.settings, self.report = root, settings, report
+        self.waiting: list[str] = []
+        self.running: Iterator[str] | None = None
+
+    def submit(self, bundles: Sequence[Bundle], alone: bool = False) -> None:
+        self.waiting += [task_id for bundle in bundles for task_id in bundle]
+
+    def poll(self) -> list[Ended]:
+        if self.running is None:
+            task_ids, self.waiting = self.waiting, []
+            run = locate(self.settings.worker)
+            self.running = run(
+                self.root, task_ids, report=self.report, checkpoint_seconds=60 * self.settings.checkpoint_minutes
+            )
+        assert self.running is not None
+        if next(self.running, None) is None:
+            self.running = None
+        return []
+
+    def in_flight(self) -> set[str]:
+        return set()
+
+    def counts(self) -> Counter[str]:
+        return Counter()
+
+    def cancel(self) -> None:
+        self.waiting, self.running = [], None
+
+
+# --- processes on this machine ---
+
+
+class Local(Record):
+    """Processes on this machine, at most `workers` at a time, each on its own GPU where there are any."""
+
+    workers: int | None = Field(default=None, ge=1, description="processes at a time; null: one for each GPU, 2 without GPUs")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of each; null: an equal share of the cores")
+    tasks_per_job: int = Field(default=1, ge=1, description="tasks that one process works off")
+    worker: str = Field(default=WORKER, description="dotted path of what brings tasks to outcomes")
+    checkpoint_minutes: float = Field(default=5.0, gt=0, description="a longer training is saved this often, to go on from")
+
+    @contextmanager
+    def open(self, root: Path, report: Report, say: Callable[[str], None]) -> Iterator[Jobs]:
+        jobs = Processes(root, self, visible_gpus())
+        try:
+            yield jobs
+        finally:
+            jobs.cancel()
+
+
+class Processes:
+    """Local jobs. They end with the driver, unless that is killed."""
+
+    def __init__(self, root: Path, settings: Local, gpus: Sequence[str]) -> None:
+        import submitit
+
+        self.root, self.settings, self.gpus = root, settings, gpus
+        self.workers = settings.workers or len(gpus) or 2
+        # Threads that wait for each other on a core that is taken slow a small model down threefold and more.
+        self.threads = settings.threads or max(1, len(os.sched_getaffinity(0)) // self.workers)
+        folder = root / "jobs" / f"local-{time.time_ns():x}"  # never an old one: submitit believes the results that it finds
+        self.executor = submitit.LocalExecutor(folder=str(folder))
+        self.executor.update_parameters(timeout_min=7 * 24 * 60, tasks_per_node=1)
+        self.waiting: deque[Sequence[Bundle]] = deque()
+        self.running: dict[int, tuple[Any, Sequence[Bundle]]] = {}  # by place: a worker, and with it a GPU
+
+    def submit(self, bundles: Sequence[Bundle], alone: bool = False) -> None:
+        self.waiting += packed(bundles, 1 if alone else self.settings.tasks_per_job)
+
+    def poll(self) -> list[Ended]:
+        time.sleep(0.2)
+        ended = []
+        for place, (job, pack) in list(self.running.items()):
+            if job.done():
+                del self.running[place]
+                ended.append(Ended(sum(pack, ()), f"its process ended; log: {job.paths.stderr}"))
+        for place in range(self.workers):
+            if self.waiting and place not in self.running:
+                pack = self.waiting.popleft()
+                gpu = self.gpus[place % len(self.gpus)] if self.gpus else None
+                settings = self.settings
+                work = Work(str(self.root), tuple(pack), settings.worker, 60 * settings.checkpoint_minutes, self.threads, gpu)
+                self.running[place] = self.executor.submit(work), pack
+        return ended
+
+    def in_flight(self) -> set[str]:
+        return set()
+
+    def counts(self) -> Counter[str]:
+        return Counter({"running": len(self.running), "waiting": len(self.waiting)})
+
+    def cancel(self) -> None:
+        for job, _ in self.running.values():
+            job.cancel()
+        self.waiting.clear()
+        self.running.clear()
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may be set to for one GPU each; empty without GPUs. Asks no CUDA library."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
+    try:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [str(number) for number, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU")]
+
+
+def packed(bundles: Sequence[Bundle], size: int) -> list[tuple[Bundle, ...]]:
+    """Join bundles to packs of `size` tasks or a little more, in their order; a bundle is never torn."""
+    packs: list[tuple[Bundle, ...]] = []
+    for bundle in bundles:
+        if packs and sum(map(len, packs[-1])) < size:
+            packs[-1] = (*packs[-1], bundle)
+        else:
+            packs.append((bundle,))
+    return packs

@@ -1,0 +1,397 @@
+"""Tasks as Slurm arrays that this module watches with its own eyes. Knows sbatch's options and states; no task's content.
+
+RUN/jobs/<name>/submission.json   what is about to be submitted under this job name, written before sbatch is called
+RUN/jobs/<name>/sent.json         the job id that sbatch gave
+RUN/jobs/<name>/ends.json         how its elements ended
+RUN/jobs/<name>/...               Submitit's files and the logs
+
+A driver that was killed at any instruction reads these and finds its jobs again, by their names where it has no id. An id
+alone is never believed: a controller that lost its state gives old ones again.
+
+What squeue lists has not ended, whatever the accounting says of it: a preempted job, or one whose node failed, is waiting
+there to run again. What squeue does not list has ended when the accounting has a final state of it and says so for
+`settle_seconds`; what neither of them knows for `lost_seconds` is lost. A command that fails says nothing.
+"""
+
+import re
+import secrets
+import shutil
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, PrivateAttr
+
+from hpc_compress.config import ConfigError
+from hpc_compress.launch import WORKER, Bundle, Ended, Jobs, Report, Work, packed
+from hpc_compress.launch.commands import CommandError, Commands, Limits, RefusedError, Row, batch_lines
+from hpc_compress.store import Store
+from hpc_compress.types import Record
+
+Pack = tuple[Bundle, ...]  # what one element of an array works off
+
+UNFINISHED = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "RESIZING", "STOPPED", "SIGNALING"}
+NODE_STATES = {"NODE_FAIL", "BOOT_FAIL"}
+KILLED = {"9:0", "0:9", "137:0", "0:125"}  # how a job out of memory ends, where its state doesn't say so
+BACK_OFF_SECONDS = (5.0, 300.0)  # after a refusal; doubled up to the second
+HELD = ("launch failed requeued held", "JobHoldMaxRequeue")  # Slurm gave up: it waits until somebody lets it go
+BAD_DEATHS = 3  # of jobs of this run on one node, by themselves, that make the node a bad one
+
+
+class Cluster(Record):
+    """A site: what a job asks for there, and what it needs before Python starts."""
+
+    partition: str | None = Field(default=None, description="null: the cluster's default")
+    account: str | None = None
+    qos: str | None = None
+    timeout_min: int = Field(default=240, ge=1, description="time limit of a job, minutes")
+    gpus_per_node: int = Field(default=1, ge=0, description="GPUs of a job, one process each; 0 for CPU nodes")
+    gpu_type: str | None = Field(default=None, description="as the site's gres names it, such as a100")
+    require_cuda: bool = Field(default=True, description="a process that was given a GPU and sees none ends at once")
+    cpus_per_task: int = Field(default=8, ge=1, description="of each process")
+    mem_gb: float = Field(default=32, gt=0, description="of each process")
+    max_mem_gb: float | None = Field(default=None, gt=0, description="after out-of-memory; null: what a node has")
+    modules: tuple[str, ...] = Field(default=(), description="loaded before Python starts, such as cuda/12.4")
+    setup: tuple[str, ...] = Field(default=(), description="shell lines before Python starts")
+    sbatch: dict[str, Any] = Field(default={}, description="any other option by its long name, such as {constraint: a100}")
+    array_parallelism: int = Field(default=64, ge=1, description="elements of an array that run at a time (%)")
+
+    @property
+    def processes(self) -> int:
+        return max(1, self.gpus_per_node)
+
+    def options(self, name: str, folder: Path, mem_mb: int, exclude: Sequence[str]) -> dict[str, Any]:
+        """As Submitit takes them."""
+        gres = ":".join(["gpu", *([self.gpu_type] if self.gpu_type else []), str(self.gpus_per_node)])
+        options = {
+            "job_name": name,
+            "partition": self.partition,
+            "account": self.account,
+            "qos": self.qos,
+            "time": self.timeout_min,
+            "nodes": 1,
+            "ntasks_per_node": self.processes,
+            "gres": gres if self.gpus_per_node else None,
+            "cpus_per_task": self.cpus_per_task,
+            "mem": f"{mem_mb}M",  # sbatch takes whole numbers only
+            "exclude": ",".join(exclude) or None,
+            "array_parallelism": self.array_parallelism,
+            "setup": batch_lines(folder, self.modules, self.setup),
+            "additional_parameters": {"output": "/dev/null", "error": "/dev/null", **self.sbatch},
+            # Slurm's older default does not hand a job's CPUs on to srun.
+            "srun_args": [f"--cpus-per-task={self.cpus_per_task}"],
+        }
+        return {key: value for key, value in options.items() if value is not None}
+
+
+class Submission(Record):
+    """One array, as it was meant to be submitted."""
+
+    name: str  # of the job: unique
+    packs: tuple[Pack, ...]  # by array index
+    mem_mb: int
+    exclude: tuple[str, ...] = ()
+
+
+class Sent(Record):
+    job_id: str
+
+
+class End(Record):
+    """How an element ended."""
+
+    state: str
+    exit_code: str = ""
+    node: str = ""
+    seconds: int = 0  # of all its lives
+
+    def __str__(self) -> str:
+        return f"{self.state}" + (f" {self.exit_code}" if self.exit_code else "") + (f" on {self.node}" if self.node else "")
+
+
+class Ends(Record):
+    ends: dict[int, End] = Field(default={})  # by array index
+    gpus: int = 0  # of each element
+
+
+class Slurm(Record):
+    """Arrays on a cluster, one process and one GPU a task. The run folder must lie on a filesystem that the nodes share."""
+
+    cluster: Cluster = Cluster()
+    tasks_per_job: int = Field(default=1, ge=1, description="tasks that one process works off; its start takes 20 s or more")
+    worker: str = Field(default=WORKER, description="dotted path of what brings tasks to outcomes")
+    checkpoint_minutes: float = Field(default=5.0, gt=0, description="a longer training is saved this often, to go on from")
+    poll_seconds: float = Field(default=5.0, gt=0, description="between two looks at the jobs")
+    settle_seconds: float = Field(default=10.0, ge=0, description="for which an end must last to be believed")
+    lost_seconds: float = Field(default=120.0, ge=0, description="after which a job that Slurm does not know is lost")
+    _commands: Commands = PrivateAttr(default_factory=Commands)
+
+    @contextmanager
+    def open(self, root: Path, report: Report, say: Callable[[str], None]) -> Iterator[Jobs]:
+        # Whatever ends the driver, its jobs go on, and the next driver finds them.
+        yield Arrays(root, self, self._commands, say)
+
+
+class Arrays:
+    """The arrays of one run."""
+
+    def __init__(self, root: Path, settings: Slurm, commands: Commands, say: Callable[[str], None]) -> None:
+        if "%" in str(root):
+            raise ConfigError(
+                f"the run folder {root} has a % in its path, which Slurm reads as a pattern; choose another name="
+            )
+        self.store, self.settings, self.commands, self.say = Store(root), settings, commands, say
+        cluster = settings.cluster
+        self.limits: Limits = commands.limits(cluster.partition, cluster.account, cluster.qos)
+        self.waiting: deque[Pack] = deque()
+        self.chunk = self.limits.array_size
+        self.delay_seconds, self.not_before = BACK_OFF_SECONDS[0], 0.0
+        self.flying: dict[str, _Array] = {}  # by job name
+        self.mem_mb: dict[str, int] = {}  # by task id, after out-of-memory
+        self.bad_nodes: set[str] = set()
+        self.deaths: Counter[str] = Counter()  # by node
+        self.crowd = 0  # elements of this user in the queue, as far as is known
+        self.complaint = ""
+        for submission in self.store.read_all("jobs/*/submission.json", Submission):
+            array = _Array(self.store, submission, settings.cluster.gpus_per_node)
+            for index, end in array.ends.items():
+                self._learn(array, index, end)
+            if array.open:
+                self.flying[submission.name] = array
+        if self.flying:
+            say(f"{len(self.flying)} arrays of an earlier driver are looked after")
+
+    # --- what whoever opened the run asks ---
+
+    def submit(self, bundles: Sequence[Bundle], alone: bool = False) -> None:
+        settings = self.settings
+        self.waiting += packed(bundles, 1 if alone else settings.tasks_per_job * settings.cluster.processes)
+
+    def in_flight(self) -> set[str]:
+        packs = [pack for array in self.flying.values() for pack in array.open.values()]
+        return {task_id for pack in packs for bundle in pack for task_id in bundle}
+
+    def counts(self) -> Counter[str]:
+        counts = Counter(state for array in self.flying.values() for state in array.states.values())
+        return counts + Counter({"not submitted yet": len(self.waiting)})
+
+    def cancel(self) -> None:
+        self.waiting.clear()
+        cancel(self.store, self.commands)
+        self.flying.clear()
+
+    def poll(self) -> list[Ended]:
+        self._send()
+        self.commands.sleep(self.settings.poll_seconds)
+        try:
+            return self._look()
+        except CommandError as error:
+            if str(error) != self.complaint:  # once, and again when it is another one
+                self.say(f"Slurm does not answer, waiting: {error}")
+            self.complaint = str(error)
+            return []
+
+    # --- sending ---
+
+    def _send(self) -> None:
+        while self.waiting and self.commands.now() >= self.not_before:
+            room = self.chunk if self.limits.submitted is None else min(self.chunk, self.limits.submitted - self.crowd)
+            if room < 1:
+                return
+            mem_mb = self._memory(self.waiting[0])
+            packs: list[Pack] = []
+            while self.waiting and len(packs) < room and self._memory(self.waiting[0]) == mem_mb:
+                packs.append(self.waiting.popleft())
+            name = f"{_slug(self.store.root.name)}-{secrets.token_hex(4)}"
+            bad_nodes = tuple(sorted(self.bad_nodes))
+            array = _Array.new(
+                self.store, Submission(name=name, packs=tuple(packs), mem_mb=mem_mb, exclude=bad_nodes), self.settings
+            )
+            try:
+                job_id = self.commands.submit(array.folder, self._works(array), self._options(array))
+            except RefusedError as error:
+                self._refused(array, error)
+            else:
+                array.sent(job_id)
+                self.flying[name] = array
+                self.crowd += len(packs)
+                self.chunk, self.delay_seconds = min(2 * self.chunk, self.limits.array_size), BACK_OFF_SECONDS[0]
+
+    def _refused(self, array: "_Array", error: RefusedError) -> None:
+        """Later, fewer or not at all."""
+        if error.kind == "busy":
+            # It may have taken them all the same: they are looked for by name, and sent again when nobody knows them.
+            self.flying[array.submission.name] = array
+        else:
+            self.waiting.extendleft(reversed(array.submission.packs))
+            shutil.rmtree(array.folder)
+            if error.kind == "never" and not array.submission.exclude:
+                raise ConfigError(
+                    f"sbatch refused the jobs: {error}; mend the keys of cluster (hpc-compress doctor checks them)"
+                )
+            if error.kind == "never":  # perhaps for want of a node that is left
+                self.bad_nodes.clear()
+                self.deaths.clear()
+                return
+        if error.kind == "full" and len(array.submission.packs) > 1:
+            self.chunk = len(array.submission.packs) // 2
+            return
+        self.say(f"sbatch says {error}; trying again in {self.delay_seconds:.0f} s")
+        self.not_before = self.commands.now() + self.delay_seconds
+        self.delay_seconds = min(2 * self.delay_seconds, BACK_OFF_SECONDS[1])
+
+    def _memory(self, pack: Pack) -> int:
+        """Megabytes of one element."""
+        own = round(1024 * self.settings.cluster.mem_gb) * self.settings.cluster.processes
+        return max([own, *(self.mem_mb.get(task_id, 0) for bundle in pack for task_id in bundle)])
+
+    def _options(self, array: "_Array") -> dict[str, Any]:
+        submission = array.submission
+        return self.settings.cluster.options(submission.name, array.folder, submission.mem_mb, submission.exclude)
+
+    def _works(self, array: "_Array") -> list[Work]:
+        settings = self.settings
+        cluster, root, seconds = settings.cluster, str(self.store.root), 60 * settings.checkpoint_minutes
+        cuda = cluster.require_cuda and cluster.gpus_per_node > 0
+        return [Work(root, pack, settings.worker, seconds, shared=True, cuda=cuda) for pack in array.submission.packs]
+
+    # --- looking ---
+
+    def _look(self) -> list[Ended]:
+        queue = self.commands.squeue()
+        self.crowd = len(queue)
+        queued = {(row.name, row.index): row for row in queue}
+        missing: list[tuple[_Array, int]] = []
+        for array in self.flying.values():
+            for index in list(array.open):
+                row = queued.get((array.submission.name, index))
+                if row is None:
+                    missing.append((array, index))
+                elif row.state == "PENDING" and row.reason.startswith(HELD):
+                    self.commands.cancel([f"{row.job_id}_{index}" if len(array.submission.packs) > 1 else row.job_id])
+                    array.states[index] = f"held ({row.reason})"
+                else:
+                    array.seen(index, row)
+            if array.job_id is None:
+                self._attach(array, next((row.job_id for row in queue if row.name == array.submission.name), None))
+        rows = self._accounted({array.job_id for array, _ in missing if array.job_id is not None})
+        self.complaint = ""
+        ended = [found for array, index in missing if (found := self._missing(array, index, rows))]
+        for array in {array.submission.name: array for array, _ in missing}.values():
+            array.record()
+        self.flying = {name: array for name, array in self.flying.items() if array.open}
+        return ended
+
+    def _attach(self, array: "_Array", job_id: str | None) -> None:
+        """Give a submission of which only the name is known its job, if there is one."""
+        job_id = job_id or self.commands.accounted(array.submission.name)
+        if job_id is not None:
+            array.sent(job_id)
+            self.commands.attach(array.folder, self._works(array), job_id, self.settings.cluster.timeout_min)
+
+    def _accounted(self, job_ids: set[str]) -> dict[tuple[str, int], list[Row]]:
+        """Rows of the accounting by job name and index, older before newer."""
+        rows: dict[tuple[str, int], list[Row]] = {}
+        for row in self.commands.sacct(sorted(job_ids)) if job_ids else ():
+            rows.setdefault((row.name, row.index), []).append(row)
+        return rows
+
+    def _missing(self, array: "_Array", index: int, rows: dict[tuple[str, int], list[Row]]) -> Ended | None:
+        """Judge an element that squeue does not list."""
+        now, lives = self.commands.now(), rows.get((array.submission.name, index), [])
+        final = lives[-1].state if lives and lives[-1].state not in UNFINISHED else None
+        state = final or "unknown"
+        if array.states.get(index) != state:
+            array.states[index], array.since[index] = state, now
+        patience = self.settings.settle_seconds if final else self.settings.lost_seconds
+        if now - array.since.get(index, now) < patience:
+            return None
+        pack = array.open.pop(index)
+        if final is None and array.job_id is None:
+            self.waiting.append(pack)  # it never came to Slurm
+            array.ends[index] = End(state="NEVER_SUBMITTED")
+            return None
+        last = lives[-1] if lives else None
+        end = End(
+            state=final or "LOST",
+            exit_code=last.exit_code if last else "",
+            node=last.node if last else "",
+            seconds=sum(row.seconds for row in lives),
+        )
+        array.ends[index] = end
+        for row in lives:
+            self._learn(array, index, End(state=row.state, exit_code=row.exit_code, node=row.node))
+        return Ended(sum(pack, ()), f"{end}; logs: {array.folder}/*_{index}_*, batch-{index}.log")
+
+    def _learn(self, array: "_Array", index: int, end: End) -> None:
+        """More memory after out-of-memory, other nodes after a node failed or when jobs keep dying there."""
+        self.deaths[end.node] += end.state == "FAILED"
+        if end.node and (end.state in NODE_STATES or self.deaths[end.node] >= BAD_DEATHS):
+            self.bad_nodes.add(end.node)
+        if end.state == "OUT_OF_MEMORY" or (end.state == "FAILED" and end.exit_code in KILLED):
+            most = self.settings.cluster.max_mem_gb
+            most_mb = self.limits.node_memory_mb if most is None else round(1024 * most) * self.settings.cluster.processes
+            more = min(2 * array.submission.mem_mb, most_mb or 2 * array.submission.mem_mb)
+            for bundle in array.submission.packs[index]:
+                self.mem_mb |= {task_id: max(more, self.mem_mb.get(task_id, 0)) for task_id in bundle}
+
+
+class _Array:
+    """One submission and what is known of its elements."""
+
+    def __init__(self, store: Store, submission: Submission, gpus: int) -> None:
+        self.store, self.submission = store, submission
+        sent = store.read(f"{self._name}/sent.json", Sent)
+        self.job_id = sent.job_id if sent else None
+        ends = store.read(f"{self._name}/ends.json", Ends) or Ends(gpus=gpus)
+        self.ends, self.gpus, self.recorded = dict(ends.ends), ends.gpus, len(ends.ends)
+        self.open = {index: pack for index, pack in enumerate(submission.packs) if index not in self.ends}
+        self.states: dict[int, str] = dict.fromkeys(self.open, "submitted")
+        self.since: dict[int, float] = {}  # by clock, of a state that may be the last one
+
+    @classmethod
+    def new(cls, store: Store, submission: Submission, settings: Slurm) -> "_Array":
+        store.write(f"jobs/{submission.name}/submission.json", submission)
+        return cls(store, submission, settings.cluster.gpus_per_node)
+
+    @property
+    def _name(self) -> str:
+        return f"jobs/{self.submission.name}"
+
+    @property
+    def folder(self) -> Path:
+        return self.store.root / self._name
+
+    def sent(self, job_id: str) -> None:
+        self.job_id = job_id
+        self.store.write(f"{self._name}/sent.json", Sent(job_id=job_id))
+
+    def seen(self, index: int, row: Row) -> None:
+        """It is in the queue, so nothing that was said of it before holds."""
+        waits = row.state == "PENDING" and row.reason not in ("", "None")
+        self.states[index] = f"pending ({row.reason})" if waits else row.state.lower()
+        self.since.pop(index, None)
+
+    def record(self) -> None:
+        for index in self.ends:
+            self.states.pop(index, None)
+        if len(self.ends) > self.recorded:
+            self.store.write(f"{self._name}/ends.json", Ends(ends=self.ends, gpus=self.gpus))
+            self.recorded = len(self.ends)
+
+
+def cancel(store: Store, commands: Commands, own_job: tuple[str, str | None] | None = None) -> int:
+    """Cancel every job of a run that Slurm still knows, and no other; returns how many elements there were.
+
+    own_job: id and name of the job that the driver lives in.
+    """
+    names = {submission.name for submission in store.read_all("jobs/*/submission.json", Submission)}
+    rows = [row for row in commands.squeue() if row.name in names or (row.job_id, row.name) == own_job]
+    commands.cancel(sorted({row.job_id for row in rows}))
+    return len(rows)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_]+", "-", name)[:30].strip("-") or "run"

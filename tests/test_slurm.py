@@ -1,0 +1,528 @@
+"""Searches on a real Slurm: what a cluster does to jobs, and that the same population comes out.
+
+The cluster is the one of slurm/lab, started for these tests. Where Slurm is not installed they are skipped.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from searches import Setup, Silent, story
+
+from hpc_compress import analysis, driver
+from hpc_compress.launch import Debug
+from hpc_compress.launch.commands import Commands
+from hpc_compress.launch.slurm import Cluster, Slurm, Submission
+from hpc_compress.store import Store
+
+TESTS = Path(__file__).parent
+REPOSITORY = TESTS.parent
+NEEDED = ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd")
+MISSING = [name for name in NEEDED if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.xdist_group("slurm"),  # one cluster for all of them
+    pytest.mark.skipif(bool(MISSING), reason=f"Slurm is not installed: no {', '.join(MISSING)}"),
+]
+
+
+class Lab:
+    """The private cluster."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as probe:  # a free range of ports, most likely
+            probe.bind(("127.0.0.1", 0))
+            self.port = 20000 + probe.getsockname()[1] % 10000
+        self.start()
+
+    def start(self) -> None:
+        """Start it, or what of it has died."""
+        command = [sys.executable, REPOSITORY / "slurm/lab/lab.py", "start", self.folder, "--port", str(self.port)]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+
+    def stop(self) -> None:
+        command = [sys.executable, REPOSITORY / "slurm/lab/lab.py", "stop", self.folder, "--purge"]
+        subprocess.run(command, check=True, timeout=120)
+
+    def kill(self, daemon: str) -> None:
+        os.kill(int((self.folder / "run" / f"{daemon}.pid").read_text().split()[0]), signal.SIGKILL)
+
+
+def call(*words: str) -> str:
+    """A command of Slurm; some need to be tried again while the controller is busy."""
+    for _ in range(20):
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        if done.returncode == 0:
+            return done.stdout.strip()
+        time.sleep(0.5)
+    raise AssertionError(f"{words}: {done.stderr}")
+
+
+def wait_for(what: Callable[[], Any], seconds: float = 90) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.1)
+    return found
+
+
+@pytest.fixture(scope="session")
+def lab() -> Iterator[Lab]:
+    # A short path in memory: sockets lie there, and the disk of a busy machine is slow.
+    parent = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path("/tmp")
+    lab = Lab(parent / f"hpcc-{os.getpid()}")
+    os.environ["SLURM_CONF"] = str(lab.folder / "etc" / "slurm.conf")
+    yield lab
+    del os.environ["SLURM_CONF"]
+    lab.stop()
+
+
+@pytest.fixture(scope="module")
+def wanted(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The story of the search that nothing happens to."""
+    root = tmp_path_factory.mktemp("wanted")
+    setup.run(root, *LIGHT, launcher=Debug(worker="light.run"))
+    return story(root)
+
+
+LIGHT = ("probe=false", "retries=3")
+
+
+def launcher(commands: Commands | None = None, **cluster: Any) -> Slurm:
+    site = {"gpu_type": "a100", "require_cuda": False, "cpus_per_task": 1, "mem_gb": 0.5, "timeout_min": 5, **cluster}
+    setup = (f"export PYTHONPATH={TESTS}", *cluster.pop("setup", ()))
+    site = Cluster(**{**site, "setup": setup})
+    made = Slurm(cluster=site, worker="light.run", poll_seconds=0.5, settle_seconds=2, lost_seconds=6)
+    if commands is not None:
+        made._commands = commands
+    return made
+
+
+class Running(threading.Thread):
+    """A search that goes on while a test does something to its cluster."""
+
+    def __init__(self, setup: Setup, root: Path, slurm: Slurm) -> None:
+        super().__init__(daemon=True)
+        self.setup, self.root, self.slurm = setup, root, slurm
+        self.progress = Silent()
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.setup.run(self.root, *LIGHT, launcher=self.slurm, progress=self.progress)
+        except BaseException as error:
+            self.error = error
+
+    def hanging(self) -> dict[str, str]:
+        """Where a task hangs that took the fault `hang`."""
+        wait_for((self.root / "hanging").exists)
+        where = json.loads((self.root / "hanging").read_text())
+        where["element"] = f"{where['SLURM_ARRAY_JOB_ID']}_{where['SLURM_ARRAY_TASK_ID']}"
+        return where
+
+    def end(self) -> Any:
+        self.join(240)
+        assert not self.is_alive(), self.progress.lines[-5:]
+        if self.error:
+            raise self.error
+        return story(self.root)
+
+
+@pytest.fixture
+def start(lab: Lab, setup: Setup, tmp_path: Path) -> Callable[..., Running]:
+    def begin(fault: str | None = None, slurm: Slurm | None = None) -> Running:
+        root = tmp_path / "run"
+        root.mkdir(mode=0o700)
+        if fault:
+            (root / f"fault-{fault}").touch()
+        return Running(setup, root, slurm or launcher())
+
+    return begin
+
+
+def run_again(element: str) -> None:
+    """Spare a requeued job its two minutes of waiting."""
+    wait_for(lambda: "PENDING" in call("squeue", "-h", "-j", element, "-o", "%T"))
+    call("scontrol", "update", f"jobid={element}", "starttime=now")
+
+
+def said(running: Running, words: str) -> bool:
+    return any(words in line for line in running.progress.lines)
+
+
+# --- nothing happens ---
+
+
+def test_a_search_is_the_same_on_a_cluster_in_a_folder_of_any_name(lab: Lab, setup: Setup, wanted: Any, tmp_path: Path):
+    root = tmp_path / "a b'c\"d\n日本 $(touch oops) `id` ;"
+    os.environ["HF_TOKEN"] = "hf_secret"
+    try:
+        setup.run(root, *LIGHT, launcher=launcher(array_parallelism=2))
+    finally:
+        del os.environ["HF_TOKEN"]
+    assert story(root) == wanted
+    assert root.stat().st_mode & 0o077 == 0
+    text = b"".join(path.read_bytes() for path in root.rglob("*") if path.is_file())
+    assert b"hf_secret" not in text
+    assert not Path("oops").exists()
+
+
+def test_a_job_of_several_gpus_spreads_its_tasks_one_process_a_gpu(lab: Lab, setup: Setup, wanted: Any, tmp_path: Path):
+    setup.run(tmp_path, *LIGHT, launcher=launcher(gpus_per_node=2))
+    assert story(tmp_path) == wanted
+    packs = [len(submission.packs) for submission in Store(tmp_path).read_all("jobs/*/submission.json", Submission)]
+    assert max(packs) == 2  # four tasks on two jobs of two
+    logs = [path.name for path in tmp_path.glob("jobs/*/*_log.out")]
+    assert any(name.endswith("_1_log.out") for name in logs)  # of the second process
+
+
+# --- one row of the table of failures after the other ---
+
+
+@pytest.mark.parametrize("fault", ["exception", "exit-3", "exit-0", "kill", "segfault"])
+def test_a_process_that_dies(start: Any, wanted: Any, fault: str):
+    running = start(fault)
+    assert running.end() == wanted
+    assert said(running, "COMPLETED" if fault == "exit-0" else "FAILED")
+    assert said(running, "3 tries left")
+    assert not said(running, "2 tries left")  # siblings in the array were not sent again
+
+
+def test_out_of_memory_gets_more_of_it(start: Any, wanted: Any):
+    running = start("memory")
+    assert running.end() == wanted
+    sizes = {submission.mem_mb for submission in Store(running.root).read_all("jobs/*/submission.json", Submission)}
+    assert sizes == {512, 1024}
+
+
+def test_scancel_of_an_element(start: Any, wanted: Any):
+    running = start("hang")
+    call("scancel", running.hanging()["element"])
+    assert running.end() == wanted
+    assert said(running, "CANCELLED")
+
+
+@pytest.mark.slow
+def test_the_time_limit(start: Any, wanted: Any):
+    running = start("deaf", launcher(timeout_min=1))
+    assert running.end() == wanted
+    assert said(running, "TIMEOUT")
+
+
+def test_the_signal_before_the_time_limit(start: Any, wanted: Any):
+    running = start("hang")
+    element = running.hanging()["element"]
+    call("scancel", "--signal=USR2", element)
+    run_again(element)
+    assert running.end() == wanted
+    assert not said(running, "lost"), running.progress.lines
+
+
+def test_preemption(start: Any, wanted: Any):
+    running = start("hang")
+    where = running.hanging()
+    node = where["SLURMD_NODENAME"]
+    urgent = call("sbatch", "--parsable", "-p", "urgent", "-w", node, "--gres=gpu:a100:2", "-o", "/dev/null", "--wrap=sleep 30")
+    run_again(where["element"])
+    call("scancel", urgent)
+    assert running.end() == wanted
+    assert not said(running, "lost"), running.progress.lines
+
+
+def test_a_node_set_down(start: Any, wanted: Any):
+    running = start("hang")
+    where = running.hanging()
+    call("scontrol", "update", f"nodename={where['SLURMD_NODENAME']}", "state=down", "reason=test")
+    try:
+        run_again(where["element"])
+        assert running.end() == wanted
+    finally:
+        call("scontrol", "update", f"nodename={where['SLURMD_NODENAME']}", "state=resume")
+    assert not said(running, "lost"), running.progress.lines
+
+
+def test_a_node_that_fails_for_good_is_left_out(start: Any, wanted: Any):
+    running = start("hang", launcher(sbatch={"no-requeue": True}))
+    node = running.hanging()["SLURMD_NODENAME"]
+    call("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    try:
+        assert running.end() == wanted
+    finally:
+        call("scontrol", "update", f"nodename={node}", "state=resume")
+    assert said(running, "NODE_FAIL")
+    submissions = Store(running.root).read_all("jobs/*/submission.json", Submission)
+    assert (node,) in {submission.exclude for submission in submissions}
+
+
+def test_a_dead_slurmd_whose_task_goes_on_and_runs_twice(lab: Lab, start: Any, wanted: Any):
+    running = start("hang")
+    where = running.hanging()
+    lab.kill(f"slurmd-{where['SLURMD_NODENAME']}")
+    try:
+        run_again(where["element"])
+        (running.root / "go-on").touch()  # the first one answers too
+        assert running.end() == wanted
+    finally:
+        lab.start()
+    assert not said(running, "lost"), running.progress.lines
+
+
+def test_suspended(start: Any, wanted: Any):
+    running = start("hang")
+    element = running.hanging()["element"]
+    call("scontrol", "suspend", element)
+    time.sleep(4)  # longer than an end must last to be believed
+    (running.root / "go-on").touch()
+    assert running.is_alive()
+    call("scontrol", "resume", element)
+    assert running.end() == wanted
+    assert not said(running, "lost"), running.progress.lines
+
+
+class Forgetful(Commands):
+    """A cluster whose controller is killed in the moment after it took the second array."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab, self.submitted = lab, 0
+
+    def submit(self, *arguments: Any) -> str:
+        job_id = super().submit(*arguments)
+        self.submitted += 1
+        if self.submitted == 2:
+            self.lab.kill("slurmctld")
+            self.lab.start()
+        return job_id
+
+
+def test_a_controller_killed_just_after_sbatch(lab: Lab, start: Any, wanted: Any):
+    assert start(slurm=launcher(Forgetful(lab))).end() == wanted
+
+
+def test_accounting_is_down_when_a_task_dies(lab: Lab, start: Any, wanted: Any):
+    running = start("hang")
+    where = running.hanging()
+    lab.kill("slurmdbd")
+    os.kill(int(where["pid"]), signal.SIGKILL)
+    wait_for(lambda: said(running, "Slurm does not answer"))
+    time.sleep(7)  # longer than a job that nobody knows would live
+    assert not said(running, "lost"), running.progress.lines
+    lab.start()
+    assert running.end() == wanted
+
+
+class Damaging(Commands):
+    """Does something to the files of an array before it starts."""
+
+    def __init__(self, damage: Callable[[Path, str], None]) -> None:
+        self.damage, self.submitted = damage, 0
+
+    def submit(self, folder: Path, works: Any, options: dict[str, Any]) -> str:
+        self.submitted += 1
+        if self.submitted != 2:
+            return super().submit(folder, works, options)
+        held = {**options["additional_parameters"], "hold": True}
+        job_id = super().submit(folder, works, {**options, "additional_parameters": held})
+        self.damage(folder, job_id)
+        call("scontrol", "release", job_id)
+        return job_id
+
+
+def test_a_truncated_pickle(lab: Lab, start: Any, wanted: Any):
+    def truncate(folder: Path, job_id: str) -> None:
+        path = folder / f"{job_id}_0_submitted.pkl"
+        path.write_bytes(path.read_bytes()[:20])
+
+    assert start(slurm=launcher(Damaging(truncate))).end() == wanted
+
+
+def test_a_left_over_draft_of_submitit(lab: Lab, start: Any, wanted: Any):
+    def leave(folder: Path, job_id: str) -> None:
+        for path in folder.glob(f"{job_id}_*_submitted.pkl"):
+            path.with_name(f"{path.name}.save_tmp").touch()
+
+    running = start("hang", launcher(Damaging(leave)))
+    call("scancel", "--signal=USR2", running.hanging()["element"])
+    assert running.end() == wanted
+
+
+def test_a_full_disk(lab: Lab, setup: Setup, wanted: Any, tmp_path: Path):
+    room = tmp_path / "room"
+    room.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m,mode=700", "tmpfs", room], capture_output=True).returncode:
+        pytest.skip("this user may not mount a small filesystem")
+    try:
+        root = room / "run"
+        root.mkdir(mode=0o700)
+        (root / "fault-hang").touch()
+        running = Running(setup, root, launcher())
+        running.hanging()
+        with (room / "hog").open("wb", buffering=0) as hog, suppress(OSError):
+            while hog.write(bytes(1024)):
+                pass
+        assert shutil.disk_usage(room).free < 4096
+        (root / "go-on").touch()
+        with pytest.raises(driver.SearchError, match="no room left"):
+            running.end()
+        (room / "hog").unlink()
+        assert Running(setup, root, launcher()).end() == wanted
+    finally:
+        subprocess.run(["umount", "--lazy", room], check=True)
+
+
+def test_outcomes_that_are_not_one(start: Any, wanted: Any):
+    running = start("hang")
+    running.hanging()
+    folders = wait_for(lambda: [path for path in running.root.glob("tasks/*") if not (path / "outcome.json").exists()])
+    base = next(path for path in running.root.glob("tasks/*/outcome.json"))
+    for content in (b"", b'{"task": {', base.read_bytes()):
+        for folder in folders:
+            (folder / "outcome.json").write_bytes(content)
+        time.sleep(1.2)  # two polls
+    (running.root / "go-on").touch()
+    assert running.end() == wanted
+
+
+def test_a_node_whose_clock_is_an_hour_off(start: Any, wanted: Any, tmp_path: Path):
+    (tmp_path / "sitecustomize.py").write_text("import time\nreal = time.time\ntime.time = lambda: real() + 3600\n")
+    running = start("kill", launcher(setup=(f'export PYTHONPATH="$PYTHONPATH:{tmp_path}"',)))
+    assert running.end() == wanted
+
+
+# --- drivers ---
+
+
+def command(setup: Setup, *more: str) -> list[str]:
+    lines = f'["export PYTHONPATH={TESTS}"]'
+    own = ["launcher=slurm", "cluster=lab", "cluster.mem_gb=0.5", f"cluster.setup={lines}", "+launcher.worker=light.run"]
+    own += ["launcher.poll_seconds=0.3", "launcher.settle_seconds=2", "launcher.lost_seconds=6", *LIGHT]
+    return [sys.executable, "-m", "hpc_compress.cli", "search", *setup.overrides, *own, *more]
+
+
+@pytest.mark.slow
+def test_twenty_kills_of_the_driver(lab: Lab, setup: Setup, tmp_path: Path):
+    longer = "generations=8"
+    setup.run(tmp_path / "wanted", *LIGHT, longer, launcher=Debug(worker="light.run"))
+    chance, kills, output = random.Random(1), 0, b""
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+    for _ in range(60):
+        process = subprocess.Popen(
+            command(setup, longer), cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        # The first seconds are imports.
+        try:
+            output, _ = process.communicate(timeout=chance.uniform(2.5, 5.5) if kills < 20 else 200)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            kills += 1
+            output, _ = process.communicate()
+        if process.returncode == 0:
+            break
+    assert process.returncode == 0, output.decode()
+    assert kills == 20
+    root = tmp_path / "results" / "test"
+    assert story(root) == story(tmp_path / "wanted")
+    # Nothing was computed twice but for what a kill between sbatch and its record may cost.
+    submissions = Store(root).read_all("jobs/*/submission.json", Submission)
+    sent = [task_id for submission in submissions for pack in submission.packs for bundle in pack for task_id in bundle]
+    assert len(sent) <= 1.2 * len(set(sent))
+
+
+def test_a_second_driver_refuses(start: Any, setup: Setup, wanted: Any):
+    running = start("hang")
+    running.hanging()
+    with pytest.raises(driver.SearchError, match="another driver"):
+        setup.run(running.root, *LIGHT, launcher=launcher())
+    (running.root / "go-on").touch()
+    assert running.end() == wanted
+
+
+def test_cancel_ends_a_runs_jobs_and_no_others(start: Any, setup: Setup, wanted: Any):
+    other = call("sbatch", "--parsable", "-o", "/dev/null", "--wrap=sleep 60")
+    running = start("hang")
+    element = running.hanging()["element"]
+    status = analysis.status(running.root)
+    assert "driver at work" in status
+    assert "1 running" in status
+    done = subprocess.run(
+        [sys.executable, "-m", "hpc_compress.cli", "cancel", running.root], capture_output=True, text=True, check=True
+    )
+    assert "jobs cancelled" in done.stdout
+    with pytest.raises(driver.SearchError, match="cancelled"):
+        running.end()
+    wait_for(lambda: element.partition("_")[0] not in call("squeue", "-h", "-o", "%F"))
+    assert other in call("squeue", "-h", "-o", "%F")
+    call("scancel", other)
+    assert Running(setup, running.root, launcher()).end() == wanted
+
+
+@pytest.mark.slow
+def test_a_driver_in_a_job_goes_on_after_its_time_limit(lab: Lab, setup: Setup, tmp_path: Path):
+    """With real tasks: sbatch slurm/driver.sbatch, requeued twice, equals the same search in one process."""
+    setup.run(tmp_path / "wanted")
+    words = [*setup.overrides, "cluster=lab", "cluster.gpus_per_node=0", "launcher.tasks_per_job=2", "launcher.poll_seconds=1"]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    submit = ["sbatch", "--parsable", "--mem=1G", "--time=60", REPOSITORY / "slurm/driver.sbatch", *words]
+    done = subprocess.run(submit, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    job_id, root = done.stdout.strip(), tmp_path / "results" / "test"
+    for tasks in (1, 9):
+        wait_for(lambda tasks=tasks: len(list(root.glob("tasks/*/outcome.json"))) >= tasks, 180)
+        call("scancel", "--batch", "--signal=USR1", job_id)
+        run_again(job_id)
+    wait_for((root / "result.json").exists, 300)
+    log = (tmp_path / f"hpc_compress_driver-{job_id}.log").read_text()
+    assert log.count("back into the queue") == 2
+    assert log.count("going on with the run") == 2
+    assert story(root) == story(tmp_path / "wanted")
+    wait_for(lambda: job_id not in call("squeue", "-h", "-o", "%F"))
+    assert "COMPLETED" in call("sacct", "-nX", "-j", job_id, "-o", "state")
+
+
+def test_the_submit_limit_and_small_arrays(lab: Lab, setup: Setup, wanted: Any, tmp_path: Path):
+    call("sacctmgr", "-i", "modify", "qos", "normal", "set", "MaxSubmitJobsPerUser=2")
+    try:
+        assert Commands().limits(None, None, None).submitted == 2
+        slurm, progress = launcher(), Silent()
+        setup.run(tmp_path, *LIGHT, launcher=slurm, progress=progress)
+    finally:
+        call("sacctmgr", "-i", "modify", "qos", "normal", "set", "MaxSubmitJobsPerUser=-1")
+    assert story(tmp_path) == wanted
+    packs = [len(submission.packs) for submission in Store(tmp_path).read_all("jobs/*/submission.json", Submission)]
+    assert max(packs) == 2
+
+
+def test_the_doctor_finds_what_is_wrong(lab: Lab, setup: Setup, tmp_path: Path):
+    words = [*setup.overrides, "cluster=lab", "cluster.mem_gb=2"]
+
+    def doctor(*more: str) -> str:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-m", "hpc_compress.cli", "doctor", *words, *more],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode == 0) == ("FAIL" not in done.stdout), done.stdout + done.stderr
+        return done.stdout
+
+    wrong = doctor("cluster.partition=nowhere", "cluster.gpu_type=h100")
+    assert "set cluster.partition to one of main, urgent" in wrong
+    assert "FAIL gres" in wrong
+    well = doctor("launcher.tasks_per_job=4", "launcher.poll_seconds=1")
+    assert "all is well" in well
+    assert "canary" in well
