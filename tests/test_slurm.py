@@ -75,7 +75,8 @@ def call(*words: str) -> str:
 def wait_for(what: Callable[[], Any], seconds: float = 90) -> Any:
     end = time.monotonic() + seconds
     while not (found := what()):
-        assert time.monotonic() < end, "it did not happen"
+        if time.monotonic() > end:
+            raise AssertionError(f"it did not happen\n{call('squeue', '-a')}\n{call('sinfo')}")
         time.sleep(0.1)
     return found
 
@@ -156,13 +157,14 @@ def start(lab: Lab, setup: Setup, tmp_path: Path) -> Callable[..., Running]:
 
 
 def run_again(element: str) -> None:
-    """Spare a requeued job its two minutes of waiting."""
+    """Spare a requeued job most of its waiting."""
     wait_for(lambda: "PENDING" in call("squeue", "-h", "-j", element, "-o", "%T"))
+    time.sleep(3)  # what the first life's script still has to say would be taken for the end of the second one
     call("scontrol", "update", f"jobid={element}", "starttime=now")
 
 
-def said(running: Running, words: str) -> bool:
-    return any(words in line for line in running.progress.lines)
+def said(running: Running, words: str) -> list[str]:
+    return [line for line in running.progress.lines if words in line]
 
 
 # --- nothing happens ---
@@ -230,7 +232,7 @@ def test_the_signal_before_the_time_limit(start: Any, wanted: Any):
     call("scancel", "--signal=USR2", element)
     run_again(element)
     assert running.end() == wanted
-    assert not said(running, "lost"), running.progress.lines
+    assert not said(running, "lost")
 
 
 def test_preemption(start: Any, wanted: Any):
@@ -241,7 +243,7 @@ def test_preemption(start: Any, wanted: Any):
     run_again(where["element"])
     call("scancel", urgent)
     assert running.end() == wanted
-    assert not said(running, "lost"), running.progress.lines
+    assert not said(running, "lost")
 
 
 def test_a_node_set_down(start: Any, wanted: Any):
@@ -253,7 +255,7 @@ def test_a_node_set_down(start: Any, wanted: Any):
         assert running.end() == wanted
     finally:
         call("scontrol", "update", f"nodename={where['SLURMD_NODENAME']}", "state=resume")
-    assert not said(running, "lost"), running.progress.lines
+    assert not said(running, "lost")
 
 
 def test_a_node_that_fails_for_good_is_left_out(start: Any, wanted: Any):
@@ -279,7 +281,7 @@ def test_a_dead_slurmd_whose_task_goes_on_and_runs_twice(lab: Lab, start: Any, w
         assert running.end() == wanted
     finally:
         lab.start()
-    assert not said(running, "lost"), running.progress.lines
+    assert not said(running, "lost")
 
 
 def test_suspended(start: Any, wanted: Any):
@@ -291,7 +293,7 @@ def test_suspended(start: Any, wanted: Any):
     assert running.is_alive()
     call("scontrol", "resume", element)
     assert running.end() == wanted
-    assert not said(running, "lost"), running.progress.lines
+    assert not said(running, "lost")
 
 
 class Forgetful(Commands):
@@ -320,7 +322,7 @@ def test_accounting_is_down_when_a_task_dies(lab: Lab, start: Any, wanted: Any):
     os.kill(int(where["pid"]), signal.SIGKILL)
     wait_for(lambda: said(running, "Slurm does not answer"))
     time.sleep(7)  # longer than a job that nobody knows would live
-    assert not said(running, "lost"), running.progress.lines
+    assert not said(running, "lost")
     lab.start()
     assert running.end() == wanted
 
@@ -387,11 +389,14 @@ def test_a_full_disk(lab: Lab, setup: Setup, wanted: Any, tmp_path: Path):
 def test_outcomes_that_are_not_one(start: Any, wanted: Any):
     running = start("hang")
     running.hanging()
-    folders = wait_for(lambda: [path for path in running.root.glob("tasks/*") if not (path / "outcome.json").exists()])
-    base = next(path for path in running.root.glob("tasks/*/outcome.json"))
-    for content in (b"", b'{"task": {', base.read_bytes()):
-        for folder in folders:
-            (folder / "outcome.json").write_bytes(content)
+
+    def without() -> list[Path]:
+        return [path for path in running.root.glob("tasks/*") if not (path / "outcome.json").exists()]
+
+    wait_for(lambda: len(without()) == 1)  # its siblings are done
+    hanging, foreign = without()[0] / "outcome.json", next(running.root.glob("tasks/*/outcome.json"))
+    for content in (b"", b'{"task": {', foreign.read_bytes()):
+        hanging.write_bytes(content)
         time.sleep(1.2)  # two polls
     (running.root / "go-on").touch()
     assert running.end() == wanted
@@ -457,7 +462,7 @@ def test_cancel_ends_a_runs_jobs_and_no_others(start: Any, setup: Setup, wanted:
     element = running.hanging()["element"]
     status = analysis.status(running.root)
     assert "driver at work" in status
-    assert "1 running" in status
+    assert "running" in next(line for line in status.splitlines() if line.startswith("jobs"))
     done = subprocess.run(
         [sys.executable, "-m", "hpc_compress.cli", "cancel", running.root], capture_output=True, text=True, check=True
     )
@@ -502,7 +507,7 @@ def test_the_submit_limit_and_small_arrays(lab: Lab, setup: Setup, wanted: Any, 
         call("sacctmgr", "-i", "modify", "qos", "normal", "set", "MaxSubmitJobsPerUser=-1")
     assert story(tmp_path) == wanted
     packs = [len(submission.packs) for submission in Store(tmp_path).read_all("jobs/*/submission.json", Submission)]
-    assert max(packs) == 2
+    assert max(packs) <= 2
 
 
 def test_the_doctor_finds_what_is_wrong(lab: Lab, setup: Setup, tmp_path: Path):

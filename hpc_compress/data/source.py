@@ -94,8 +94,8 @@ def _read_hub(config: DatasetConfig, split: str) -> pd.DataFrame:
     except Exception as error:
         # `datasets` raises many kinds here, most of them when there is no network.
         raise ConfigError(
-            f"split {split!r} of dataset {config.path} {config.subset or ''} could not be loaded ({error}); check the names, or "
-            f"fetch it where there is a network: hpc-compress prefetch dataset.path={shlex.quote(str(config.path))}"
+            f"split {split!r} of dataset {config.path} {config.subset or ''} could not be loaded ({error}); check the names, "
+            f"or fetch it where there is a network: hpc-compress prefetch dataset.path={shlex.quote(str(config.path))}"
             f"{f' dataset.subset={shlex.quote(config.subset)}' if config.subset else ''}, with the other words of this search"
         ) from error
 

@@ -83,9 +83,9 @@ def _from_hub(config: ModelConfig) -> tuple[Path, str | None]:
     except Exception as error:
         # huggingface_hub raises many kinds here, most of them when there is no network.
         raise ConfigError(
-            f"model.path={config.path!r} is no local folder and could not be had from the hub ({error}); check the name, or fetch "
-            f"it where there is a network: hpc-compress prefetch model.path={shlex.quote(config.path)}, with the other words of "
-            "this search"
+            f"model.path={config.path!r} is no local folder and could not be had from the hub ({error}); check the name, or "
+            f"fetch it where there is a network: hpc-compress prefetch model.path={shlex.quote(config.path)}, with the other "
+            "words of this search"
         ) from error
     return folder, folder.name  # the snapshot's folder is named by its commit
 
