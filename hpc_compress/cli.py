@@ -104,7 +104,11 @@ def _refuse_unknown_keys(arguments: list[str]) -> None:
     for key in keys:
         parent, _, leaf = key.rpartition(".")
         node = OmegaConf.select(config, parent, throw_on_missing=False) if parent else config
-        if key in [item.key_or_group for item in groups] or key.startswith(("hydra.", "hydra/")) or not isinstance(node, DictConfig):
+        if (
+            key in [item.key_or_group for item in groups]
+            or key.startswith(("hydra.", "hydra/"))
+            or not isinstance(node, DictConfig)
+        ):
             continue
         if leaf not in node.keys():  # noqa: SIM118, `in` is false for a value that is ???
             allowed = sorted(str(name) for name in node if name != "hydra")

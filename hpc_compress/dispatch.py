@@ -56,14 +56,15 @@ class Dispatch:
         self.open: dict[str, Task] = {}
         self.losses: Counter[str] = Counter()
         self.heartbeat, self.beaten = Heartbeat.here(), 0.0
-        self.arrived = self.total = 0
+        self.wanted: set[str] = set()  # what was sent last
 
     def send(self, tasks: Sequence[Task], what: str, again: bool = False) -> list[str]:
         """See that every task is on its way, equal ones once; returns their ids, in order.
 
         again: try once more what failed in an earlier run of the driver, since its user may have mended the cause.
         """
-        wanted = {self.store.add_task(task): task for task in tasks}
+        task_ids = [self.store.add_task(task) for task in tasks]
+        wanted = dict(zip(task_ids, tasks, strict=True))
         for task_id in wanted if again else ():
             self.store.forget_failure(task_id)
         new = {
@@ -78,9 +79,9 @@ class Dispatch:
         self.open |= new
         flying = self.jobs.in_flight() if new else set()
         self.jobs.submit(_bundles({task_id: task for task_id, task in new.items() if task_id not in flying}))
-        self.arrived, self.total = len(wanted) - len(new), len(wanted)
+        self.wanted = set(wanted)
         self.heartbeat = self.heartbeat.model_copy(update={"doing": what})
-        return [identity.task_id(task) for task in tasks]
+        return task_ids
 
     def wait(self, task_ids: Sequence[str], enough: int | None = None) -> None:
         """Until so many of them, or all, are settled.
@@ -130,8 +131,11 @@ class Dispatch:
 
     def _arrive(self, task_id: str, outcome: Outcome) -> None:
         del self.open[task_id]
-        self.arrived += 1
-        self.progress.say(f"  {self.arrived}/{self.total} {_outcome_line(outcome)}")
+        place = f"{self._arrived()}/{len(self.wanted)}" if task_id in self.wanted else "late"
+        self.progress.say(f"  {place} {_outcome_line(outcome)}")
+
+    def _arrived(self) -> int:
+        return len(self.wanted - self.open.keys())
 
     def _lost(self, task_id: str, reason: str) -> bool:
         """Whether to send a task again whose job ended without an outcome."""
@@ -155,7 +159,7 @@ class Dispatch:
     def _beat(self) -> None:
         """Say in the run folder that the driver lives, and what it is at."""
         jobs = dict(sorted(self.jobs.counts().items()))
-        news = self.heartbeat.model_copy(update={"done": self.arrived, "total": self.total, "jobs": jobs})
+        news = self.heartbeat.model_copy(update={"done": self._arrived(), "total": len(self.wanted), "jobs": jobs})
         if news != self.heartbeat or time.monotonic() - self.beaten > HEARTBEAT_SECONDS:
             self.store.write("driver.json", news)
             self.heartbeat, self.beaten = news, time.monotonic()

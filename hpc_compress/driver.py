@@ -281,6 +281,7 @@ class _Search:
         self.dispatch, self.progress = dispatch, progress
         self.candidates: dict[str, Candidate] = {}  # every one that was ever told
         self.late: dict[str, Proposal] = {}  # sent, and told to no selection yet
+        self.artifacts: dict[str, tuple[str, str]] = {}  # of those that keep theirs: the keys of master and deployed model
 
     def run(self) -> Result:
         if self.config.probe and self.config.generations:
@@ -396,12 +397,15 @@ class _Search:
     def _bury(self, alive: Iterable[Candidate], base: Candidate) -> None:
         """Delete the artifacts of the dead, but for those that late children start from."""
         parents = {proposal.parent for proposal in self.late.values()}
-        genomes = [candidate.genome for candidate in (*alive, base)]
-        genomes += [self.candidates[parent].genome for parent in parents if parent in self.candidates]
-        genomes += [proposal.genome for proposal in self.late.values()]
-        tasks = [self._task(genome) for genome in genomes]
-        keys = {key(task) for task in tasks for key in (identity.master_key, identity.deployed_key)}
-        self.store.keep_artifacts(keys | {"tokenizer"})
+        kept = {candidate.id: candidate.genome for candidate in (*alive, base)}
+        kept |= {parent: self.candidates[parent].genome for parent in parents if parent in self.candidates}
+        kept |= {task_id: proposal.genome for task_id, proposal in self.late.items()}
+        self.artifacts = {task_id: self.artifacts.get(task_id) or self._artifacts(genome) for task_id, genome in kept.items()}
+        self.store.keep_artifacts({"tokenizer", *(key for keys in self.artifacts.values() for key in keys)})
+
+    def _artifacts(self, genome: Genome) -> tuple[str, str]:
+        task = self._task(genome)
+        return identity.master_key(task), identity.deployed_key(task)
 
     def _good_enough(self, population: Sequence[Candidate], base: Candidate) -> bool:
         """Whether a candidate that is smaller than the base model has the required quality."""

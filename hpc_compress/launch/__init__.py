@@ -225,7 +225,8 @@ def visible_gpus() -> list[str]:
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
-    return [str(number) for number, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU")]
+    gpus = [line for line in listed.stdout.splitlines() if line.startswith("GPU")]  # below them stand parts of a GPU
+    return [str(number) for number in range(len(gpus))]
 
 
 def packed(bundles: Sequence[Bundle], size: int) -> list[tuple[Bundle, ...]]:

@@ -17,6 +17,9 @@ SECONDS = 60.0  # that a command may take: a busy controller answers late, a dea
 
 # What a controller says that has too much to do, or is away: it may have taken the job or not.
 BUSY = (
+    "standby mode",
+    "authentication error",
+    "i/o error",
     "timed out",
     "unable to contact",
     "temporarily unable",
@@ -26,7 +29,15 @@ BUSY = (
     "try again",
 )
 # What it says when the user has enough jobs for now. It says the same of a job that is larger than it will ever admit.
-FULL = ("qos policy", "submit limit", "submitjoblimit", "submitjobs", "maxjobcount", "job count limit")
+FULL = (
+    "qos policy",
+    "submit limit",
+    "submitjoblimit",
+    "submitjobs",
+    "maxjobcount",
+    "job count limit",
+    "not available (inactive",
+)
 
 
 class CommandError(RuntimeError):
@@ -65,6 +76,7 @@ class Limits:
     array_size: int  # elements of one array
     submitted: int | None  # elements that one user may have in the queue
     node_memory_mb: int | None  # of the largest node
+    nodes: int | None = None
 
 
 class Commands:
@@ -118,12 +130,7 @@ class Commands:
         """
         # --duplicates: a requeued job has a row for each life.
         columns = "--format=JobID,State,ExitCode,NodeList,ElapsedRaw,JobName"
-        try:
-            out = _call("sacct", "-nPX", "--duplicates", f"--jobs={','.join(job_ids)}", columns)
-        except CommandError as error:
-            if "accounting storage is disabled" in str(error).lower():
-                return []
-            raise
+        out = _accounting("--duplicates", f"--jobs={','.join(job_ids)}", columns)
         rows = []
         for line in out.splitlines():
             full_id, state, exit_code, node, seconds, name = line.split("|", 5)
@@ -135,10 +142,7 @@ class Commands:
 
     def accounted(self, name: str) -> str | None:
         """The id of the job of this name, if the accounting knows of one."""
-        try:
-            found = _call("sacct", "-nPX", f"--name={name}", "--starttime=now-7days", "--format=JobID").split()
-        except CommandError:
-            return None
+        found = _accounting(f"--name={name}", "--starttime=now-7days", "--format=JobID").split()
         return found[0].partition("_")[0] if found else None
 
     def cancel(self, ids: Sequence[str]) -> None:
@@ -151,17 +155,18 @@ class Commands:
         """Ask the cluster what it admits; what it does not tell is left open."""
         config = _ask("scontrol", "show", "config")
         found = re.search(r"^MaxArraySize\s*=\s*(\d+)", config, re.M)
-        # The largest index is one below it, and it is the number of elements from 0 on.
-        array_size = int(found[1]) - 1 if found else 1000
+        # The largest index is one below it, so it is the number of elements from 0 on.
+        array_size = max(1, int(found[1])) if found else 1000
         chosen = [f"--partition={partition}"] if partition else []
-        memory = [int(word) for word in re.findall(r"^\d+", _ask("sinfo", "--noheader", *chosen, "--format=%m"), re.M)]
+        kinds = re.findall(r"^(\d+)\+?\|(\d+)", _ask("sinfo", "--noheader", *chosen, "--format=%m|%D"), re.M)
+        memory, nodes = [int(mb) for mb, _ in kinds], sum(int(number) for _, number in kinds)
         user = [f"account={account}"] if account else []
         of_user = _ask("sacctmgr", "-nP", "show", "assoc", "where", f"user={os.getuid()}", *user, "format=MaxSubmit,DefaultQOS")
         names = {qos or line.partition("|")[2] or "normal" for line in of_user.splitlines()} or {qos or "normal"}
         of_qos = _ask("sacctmgr", "-nP", "show", "qos", "where", f"name={','.join(sorted(names))}", "format=MaxSubmitPU")
         numbers = [line.partition("|")[0] for line in [*of_user.splitlines(), *of_qos.splitlines()]]
         submitted = min((int(number) for number in numbers if number.isdigit()), default=None)
-        return Limits(array_size, submitted, max(memory, default=None))
+        return Limits(array_size, submitted, max(memory, default=None), nodes or None)
 
     # Time is asked here too, so that a simulation can have its own. Never the time of day: it can be set back.
 
@@ -206,6 +211,16 @@ def _call(*command: str) -> str:
     if done.returncode:
         raise CommandError(f"{command[0]}: {done.stderr.strip() or f'exit code {done.returncode}'}")
     return done.stdout
+
+
+def _accounting(*options: str) -> str:
+    """What sacct says; nothing on a cluster without accounting."""
+    try:
+        return _call("sacct", "-nPX", *options)
+    except CommandError as error:
+        if "accounting storage is disabled" in str(error).lower():
+            return ""
+        raise
 
 
 def _ask(*command: str) -> str:

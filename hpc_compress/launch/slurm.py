@@ -145,12 +145,14 @@ class Arrays:
         self.store, self.settings, self.commands, self.say = Store(root), settings, commands, say
         cluster = settings.cluster
         self.limits: Limits = commands.limits(cluster.partition, cluster.account, cluster.qos)
+        if self.limits.submitted == 0:
+            raise ConfigError("Slurm admits no job of yours (MaxSubmitJobs=0); choose another cluster.account or cluster.qos")
         self.waiting: deque[Pack] = deque()
         self.chunk = self.limits.array_size
         self.delay_seconds, self.not_before = BACK_OFF_SECONDS[0], 0.0
         self.flying: dict[str, _Array] = {}  # by job name
         self.mem_mb: dict[str, int] = {}  # by task id, after out-of-memory
-        self.bad_nodes: set[str] = set()
+        self.bad_nodes: dict[str, None] = {}  # the worst last
         self.deaths: Counter[str] = Counter()  # by node
         self.crowd = 0  # elements of this user in the queue, as far as is known
         self.complaint = ""
@@ -170,7 +172,7 @@ class Arrays:
         self.waiting += packed(bundles, 1 if alone else settings.tasks_per_job * settings.cluster.processes)
 
     def in_flight(self) -> set[str]:
-        packs = [pack for array in self.flying.values() for pack in array.open.values()]
+        packs = [*self.waiting, *(pack for array in self.flying.values() for pack in array.open.values())]
         return {task_id for pack in packs for bundle in pack for task_id in bundle}
 
     def counts(self) -> Counter[str]:
@@ -179,8 +181,11 @@ class Arrays:
 
     def cancel(self) -> None:
         self.waiting.clear()
-        cancel(self.store, self.commands)
         self.flying.clear()
+        try:
+            cancel(self.store, self.commands)
+        except CommandError as error:
+            self.say(f"the jobs could not be cancelled ({error}); `hpc-compress cancel` tries again")
 
     def poll(self) -> list[Ended]:
         self._send()
@@ -191,6 +196,8 @@ class Arrays:
             if str(error) != self.complaint:  # once, and again when it is another one
                 self.say(f"Slurm does not answer, waiting: {error}")
             self.complaint = str(error)
+            for array in self.flying.values():
+                array.since.clear()  # patience begins anew: while Slurm was away, nothing could be seen
             return []
 
     # --- sending ---
@@ -205,7 +212,9 @@ class Arrays:
             while self.waiting and len(packs) < room and self._memory(self.waiting[0]) == mem_mb:
                 packs.append(self.waiting.popleft())
             name = f"{_slug(self.store.root.name)}-{secrets.token_hex(4)}"
-            bad_nodes = tuple(sorted(self.bad_nodes))
+            # Never most of them: when what is left is down, Slurm would not say so, and let the jobs wait.
+            most = (self.limits.nodes or 2) // 2
+            bad_nodes = tuple(self.bad_nodes)[-most:] if most else ()
             array = _Array.new(
                 self.store, Submission(name=name, packs=tuple(packs), mem_mb=mem_mb, exclude=bad_nodes), self.settings
             )
@@ -306,11 +315,13 @@ class Arrays:
         if array.states.get(index) != state:
             array.states[index], array.since[index] = state, now
         patience = self.settings.settle_seconds if final else self.settings.lost_seconds
-        if now - array.since.get(index, now) < patience:
+        if now - array.since.setdefault(index, now) < patience:
             return None
         pack = array.open.pop(index)
         if final is None and array.job_id is None:
-            self.waiting.append(pack)  # it never came to Slurm
+            # It never came to Slurm; or it did, and what came of it tells.
+            open_bundles = tuple(ids for ids in pack if any(self.store.outcome(task_id) is None for task_id in ids))
+            self.waiting.extend([open_bundles] if open_bundles else [])
             array.ends[index] = End(state="NEVER_SUBMITTED")
             return None
         last = lives[-1] if lives else None
@@ -327,10 +338,11 @@ class Arrays:
 
     def _learn(self, array: "_Array", index: int, end: End) -> None:
         """More memory after out-of-memory, other nodes after a node failed or when jobs keep dying there."""
-        self.deaths[end.node] += end.state == "FAILED"
+        hungry = end.state == "OUT_OF_MEMORY" or (end.state == "FAILED" and end.exit_code in KILLED)
+        self.deaths[end.node] += end.state == "FAILED" and not hungry
         if end.node and (end.state in NODE_STATES or self.deaths[end.node] >= BAD_DEATHS):
-            self.bad_nodes.add(end.node)
-        if end.state == "OUT_OF_MEMORY" or (end.state == "FAILED" and end.exit_code in KILLED):
+            self.bad_nodes[end.node] = self.bad_nodes.pop(end.node, None)
+        if hungry:
             most = self.settings.cluster.max_mem_gb
             most_mb = self.limits.node_memory_mb if most is None else round(1024 * most) * self.settings.cluster.processes
             more = min(2 * array.submission.mem_mb, most_mb or 2 * array.submission.mem_mb)

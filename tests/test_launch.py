@@ -1,0 +1,770 @@
+"""Tasks on a Slurm in virtual time: whatever it does to jobs, the outcomes are the same. Imports no torch."""
+
+import itertools
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import light
+import pytest
+from searches import Setup, Silent, story
+from simulated import PAUSE, Element, SimulatedSlurm, nothing_to_load
+
+from hpc_compress import analysis, driver, identity, store
+from hpc_compress.config import ConfigError
+from hpc_compress.dispatch import Dispatch
+from hpc_compress.launch import Debug, Work, packed, visible_gpus
+from hpc_compress.launch.commands import CommandError, Commands, Limits, RefusedError, Row, batch_lines
+from hpc_compress.launch.slurm import Arrays, Cluster, Ends, Slurm, Submission, cancel
+from hpc_compress.store import Store
+from hpc_compress.types import Base, Dataset, Genome, Outcome, Protocol, Step, Task
+
+Faults = Callable[[Element], str]
+
+
+def made_up(count: int, first: int = 0) -> list[Task]:
+    """Tasks of no model."""
+    base = Base(name="none", fingerprint="0" * 16)
+    dataset = Dataset(name="none", fingerprint="0" * 16, problem="classification", labels=("a", "b"), metrics=("accuracy",))
+    return [
+        Task(
+            base=base,
+            dataset=dataset,
+            protocol=Protocol(),
+            seed=0,
+            genome=Genome(steps=(Step(operator="fine_tune", params={"epochs": n}),)),
+        )
+        for n in range(first, first + count)
+    ]
+
+
+class Run:
+    """A run folder on a cluster, and a driver that does nothing but settle tasks."""
+
+    def __init__(self, root: Path, slurm: SimulatedSlurm, retries: int = 2, **settings: Any) -> None:
+        self.slurm, self.progress, self.store = slurm, Silent(), Store(root)
+        self.settings = Slurm(**settings)
+        self.settings._commands = slurm  # type: ignore[assignment]
+        self.arrays = Arrays(root, self.settings, slurm, self.progress.say)  # type: ignore[arg-type]
+        self.dispatch = Dispatch(self.store, self.arrays, self.progress, retries)
+
+    def settle(self, tasks: Sequence[Task]) -> list[Outcome]:
+        return self.dispatch.settle(tasks, "tasks")
+
+    def said(self, words: str) -> bool:
+        return any(words in line for line in self.progress.lines)
+
+    @property
+    def submissions(self) -> list[Submission]:
+        """In the order in which they were submitted."""
+        found = {submission.name: submission for submission in self.store.read_all("jobs/*/submission.json", Submission)}
+        return [found[name] for name in dict.fromkeys(e.name for e in self.slurm.elements) if name in found]
+
+
+def first_time(faults: dict[int, str]) -> Faults:
+    """Faults by the number of the element, in its first life."""
+    return lambda element: faults.get(element.number, "") if len(element.lives) <= 1 else ""
+
+
+def answers(tasks: Sequence[Task]) -> list[Outcome]:
+    return [light.answer(task) for task in tasks]
+
+
+ENDS = ("FAILED 9:0", "FAILED 1:0", "OUT_OF_MEMORY 0:125", "COMPLETED 0:0", "TIMEOUT 0:0", "CANCELLED 0:15", "NODE_FAIL 1:0")
+LOSSES = (*(f"die {end}" for end in ENDS), "hold", "forget", "reuse")  # what ends a job, so that its tasks must be sent again
+DELAYS = ("requeue PREEMPTED", "requeue NODE_FAIL", "requeue REQUEUED", "twice", "linger", "suspend", "blink 8")
+
+
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody cuts the power here."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+# --- faults ---
+
+
+@pytest.mark.parametrize("tasks_per_job", [1, 3])
+@pytest.mark.parametrize("fault", ["", *DELAYS, *LOSSES])
+def test_whatever_happens_to_jobs_the_outcomes_are_the_same(tmp_path: Path, fault: str, tasks_per_job: int):
+    tasks = made_up(7)
+    slurm = SimulatedSlurm(faults=first_time({0: fault, 2: fault}), seconds=lambda id: 100)
+    run = Run(tmp_path, slurm, tasks_per_job=tasks_per_job)
+    assert run.settle(tasks) == answers(tasks)
+    sent_again = fault in LOSSES or fault == "linger"  # whose process has more left to do than an end must last
+    assert run.said("2 tries left") == sent_again
+    assert (len(run.submissions) > 1) == sent_again
+    if fault in LOSSES:
+        again = [pack for submission in run.submissions[1:] for pack in submission.packs]
+        assert len(again) == (2 if tasks_per_job == 1 else 3)  # of 3, the first was done before the fault; of the last 1, none
+        assert all(len(pack) == 1 for pack in again), "a retry was not alone in its job"
+
+
+def test_a_process_that_outlives_its_job_is_waited_for(tmp_path: Path):
+    """A cancelled process may still write its outcome, within the seconds for which an end must last."""
+    run = Run(tmp_path, SimulatedSlurm(faults=first_time({0: "linger"}), seconds=lambda id: 16), settle_seconds=15)
+    assert run.settle(made_up(2)) == answers(made_up(2))
+    assert not run.said("lost")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_storm_of_faults_changes_no_outcome(tmp_path: Path, seed: int):
+    chance = random.Random(seed)
+
+    def faults(element: Element) -> str:
+        return chance.choice((*LOSSES, *DELAYS)) if chance.random() < 0.4 else ""
+
+    slurm = SimulatedSlurm(nodes=5, faults=faults, limits=Limits(7, 12, 64_000))
+    slurm.down = {"squeue": (1000, 1600), "sacct": (3000, 4500)}
+    slurm.lag = chance.choice([0, 20, 90])
+    slurm.refusals = [chance.choice(["", "taken: Socket timed out", "Unable to contact slurm controller"]) for _ in range(6)]
+    tasks = made_up(20)
+    run = Run(tmp_path, slurm, retries=30, tasks_per_job=chance.choice([1, 2]))
+    assert run.settle(tasks) == answers(tasks)
+    assert all(not outcome.failure for outcome in run.store.read_all("tasks/*/outcome.json", Outcome))
+
+
+# --- ends ---
+
+
+def test_a_task_that_kills_every_job_is_lost_in_the_end_and_its_failure_says_how(tmp_path: Path):
+    tasks = made_up(5)
+    killer = identity.task_id(tasks[2])
+    slurm = SimulatedSlurm(faults=lambda element: "die FAILED 11:0" if killer in element.task_ids else "")
+    run = Run(tmp_path, slurm, retries=3)
+    outcomes = run.settle(tasks)
+    failure = outcomes[2].failure
+    assert failure is not None
+    assert (failure.kind, failure.stage) == ("lost", "job")
+    for words in ("died 4 times", "FAILED 11:0 on n", "logs: ", "batch-0.log"):
+        assert words in failure.message
+    assert [o for o in outcomes if not o.failure] == answers([*tasks[:2], *tasks[3:]])
+    assert sum(killer in element.task_ids for element in slurm.elements) == 4
+
+
+def test_an_end_must_last(tmp_path: Path):
+    """Of a job that is away from squeue for a shorter time than `settle_seconds`, nothing is thought."""
+    for seconds, believed in ((15, False), (60, True)):
+        slurm = SimulatedSlurm(faults=first_time({0: f"blink {seconds}"}))
+        run = Run(tmp_path / str(seconds), slurm, settle_seconds=30)
+        run.settle(made_up(1))
+        assert run.said("lost, FAILED") == believed
+
+
+def test_an_unknown_job_is_lost_after_a_while_and_not_before(tmp_path: Path):
+    slurm = SimulatedSlurm(faults=first_time({0: "forget"}), seconds=lambda id: 100)
+    run = Run(tmp_path, slurm, lost_seconds=500)
+    moments: list[tuple[float, str]] = []
+    run.progress.say = lambda text: moments.append((slurm.clock, text))  # type: ignore[method-assign]
+    assert run.settle(made_up(1)) == answers(made_up(1))
+    lost = next(moment for moment, text in moments if "lost, LOST" in text)
+    assert 550 <= lost <= 560  # forgotten after 50 s
+
+
+@pytest.mark.parametrize("command", ["squeue", "sacct"])
+def test_a_job_is_not_lost_while_commands_fail(tmp_path: Path, command: str):
+    slurm = SimulatedSlurm(faults=first_time({0: "forget"}), seconds=lambda id: 100)
+    slurm.down = {command: (30, 2000)}
+    run = Run(tmp_path, slurm, lost_seconds=100)
+    run.dispatch.send(made_up(1), "tasks")
+    while slurm.clock < 2080:
+        run.dispatch._turn()
+    assert not run.said("lost")
+    assert [line for line in run.progress.lines if "does not answer" in line] == [
+        f"Slurm does not answer, waiting: {command}: down"
+    ]
+    run.dispatch.wait(list(run.dispatch.open))
+    assert run.said("lost, LOST")
+
+
+@pytest.mark.parametrize("command", ["squeue", "sacct"])
+def test_the_time_during_which_commands_fail_does_not_count(tmp_path: Path, command: str):
+    """The accounting may lag for a while after it was down."""
+    slurm = SimulatedSlurm(faults=first_time({0: "forget"}), seconds=lambda id: 100)
+    slurm.down = {command: (60, 2000)}  # it was looked for, and not found, once or twice
+    run = Run(tmp_path, slurm, lost_seconds=100)
+    run.dispatch.send(made_up(1), "tasks")
+    while slurm.clock < 2020:
+        run.dispatch._turn()
+    assert not run.said("lost")
+
+
+def test_the_accounting_may_lag(tmp_path: Path):
+    slurm = SimulatedSlurm(faults=first_time({0: "die FAILED 3:0"}), seconds=lambda id: 100)
+    slurm.lag = 80
+    run = Run(tmp_path, slurm)
+    assert run.settle(made_up(4)) == answers(made_up(4))
+    assert run.said("lost, FAILED 3:0")
+    assert not run.said("lost, LOST")
+
+
+def test_a_cluster_without_accounting(tmp_path: Path):
+    slurm = SimulatedSlurm(faults=first_time({1: "die FAILED 3:0"}))
+    slurm.lag = 1e7
+    assert Run(tmp_path, slurm).settle(made_up(4)) == answers(made_up(4))
+
+
+def test_a_suspended_job_is_waited_for_however_long(tmp_path: Path):
+    slurm = SimulatedSlurm(faults=first_time({0: "suspend"}), seconds=lambda id: 10)
+    run = Run(tmp_path, slurm, lost_seconds=20)
+    run.settle(made_up(1))
+    assert slurm.clock > PAUSE > 20
+    assert len(slurm.elements) == 1
+
+
+def test_a_held_job_is_cancelled_and_sent_again(tmp_path: Path):
+    slurm = SimulatedSlurm(faults=first_time({1: "hold"}))
+    run = Run(tmp_path, slurm)
+    assert run.settle(made_up(3)) == answers(made_up(3))
+    assert set(slurm.cancelled) == {"1_1"}
+
+
+def test_an_id_that_is_used_again_is_not_believed(tmp_path: Path):
+    slurm = SimulatedSlurm(faults=first_time({0: "reuse"}), seconds=lambda id: 100)
+    run = Run(tmp_path, slurm)
+    run.dispatch.send(made_up(1), "tasks")
+    while slurm.clock < 60:
+        run.dispatch._turn()
+    slurm.foreign.append(Row("1", 0, "of-another-user", "COMPLETED", "n0", "", "0:0"))
+    assert slurm.foreign[0].state == "RUNNING"
+    while slurm.clock < 140:
+        run.dispatch._turn()
+    assert not run.said("lost"), "the end of a foreign job was taken for one of ours"
+    run.dispatch.wait(list(run.dispatch.open))
+    assert run.said("lost, LOST")
+    assert not slurm.cancelled
+
+
+# --- memory and nodes ---
+
+
+@pytest.mark.parametrize(("max_mem_gb", "expected"), [(None, [10_240, 20_480, 40_960, 50_000]), (24, [10_240, 20_480, 24_576])])
+def test_more_memory_after_out_of_memory(tmp_path: Path, max_mem_gb: float | None, expected: list[int]):
+    tasks = made_up(3)
+    hungry = identity.task_id(tasks[1])
+
+    def faults(element: Element) -> str:
+        enough = int(element.options["mem"].removesuffix("M")) >= expected[-1]
+        return "die OUT_OF_MEMORY 0:125" if hungry in element.task_ids and not enough else ""
+
+    slurm = SimulatedSlurm(faults=faults, limits=Limits(1000, None, 50_000))
+    run = Run(tmp_path, slurm, retries=5, cluster=Cluster(mem_gb=10, max_mem_gb=max_mem_gb))
+    assert run.settle(tasks) == answers(tasks)
+    assert [submission.mem_mb for submission in run.submissions] == expected
+    assert [len(submission.packs) for submission in run.submissions] == [3, *[1] * (len(expected) - 1)]
+
+
+def test_memory_that_was_learnt_outlives_the_driver(tmp_path: Path):
+    slurm = SimulatedSlurm(faults=first_time({0: "die FAILED 9:0", 1: "die FAILED 1:0"}), seconds=lambda id: 100)
+    Run(tmp_path, slurm, retries=0, cluster=Cluster(mem_gb=4)).settle(made_up(2))
+    for path in tmp_path.glob("tasks/*/outcome.json"):
+        path.unlink()
+    run = Run(tmp_path, slurm, cluster=Cluster(mem_gb=4))
+    run.settle(made_up(2))
+    assert sorted(submission.mem_mb for submission in run.submissions[1:]) == [4096, 8192]
+
+
+def test_a_node_that_failed_for_good_is_left_out(tmp_path: Path):
+    slurm = SimulatedSlurm(faults=lambda element: "die NODE_FAIL 1:0" if element.lives[-1].node == "n1" else "")
+    run = Run(tmp_path, slurm)
+    assert run.settle(made_up(6)) == answers(made_up(6))
+    assert [submission.exclude for submission in run.submissions][:2] == [(), ("n1",)]
+    assert all(submission.exclude == ("n1",) for submission in run.submissions[1:])
+    assert {life.node for element in slurm.elements[6:] for life in element.lives} <= {"n0", "n2"}
+
+
+def test_a_node_on_which_jobs_keep_dying_is_left_out(tmp_path: Path):
+    """It is the first to be free each time, so without that it would kill every task of the run."""
+    slurm = SimulatedSlurm(
+        nodes=2, seconds=lambda id: 100, faults=lambda element: "die FAILED 1:0" if element.lives[-1].node == "n1" else ""
+    )
+    run = Run(tmp_path, slurm)
+    assert run.settle(made_up(8)) == answers(made_up(8))
+    left_out = [submission.exclude for submission in run.submissions]
+    assert set(left_out) == {(), ("n1",)}
+    assert left_out == sorted(left_out)  # once left out, it stays so
+
+
+def test_two_deaths_condemn_no_node(tmp_path: Path):
+    slurm = SimulatedSlurm(nodes=1, faults=first_time({0: "die FAILED 1:0", 1: "die FAILED 1:0"}))
+    run = Run(tmp_path, slurm)
+    run.settle(made_up(3))
+    assert {submission.exclude for submission in run.submissions} == {()}
+
+
+def test_nodes_are_taken_back_when_sbatch_finds_none_left(tmp_path: Path):
+    slurm = SimulatedSlurm(nodes=1, seconds=lambda id: 100, faults=first_time(dict.fromkeys(range(3), "die FAILED 1:0")))
+    run = Run(tmp_path, slurm)
+    submit = slurm.submit
+
+    def picky(folder: Path, works: Sequence[Work], options: dict[str, Any]) -> str:
+        if "n0" in options.get("exclude", ""):
+            raise RefusedError("Batch job submission failed: Requested node configuration is not available")
+        return submit(folder, works, options)
+
+    slurm.submit = picky  # type: ignore[method-assign]
+    assert run.settle(made_up(3)) == answers(made_up(3))
+    assert {submission.exclude for submission in run.submissions} == {()}
+    assert len(list(tmp_path.glob("jobs/*"))) == len(run.submissions), "what was refused left a folder"
+
+
+# --- sbatch says no ---
+
+
+@pytest.mark.parametrize(("limits", "most"), [(Limits(4, None, None), 4), (Limits(1000, 3, None), 3), (Limits(5, 7, None), 5)])
+def test_arrays_are_as_large_as_the_cluster_admits(tmp_path: Path, limits: Limits, most: int):
+    slurm = SimulatedSlurm(nodes=8, limits=limits)
+    assert Run(tmp_path, slurm).settle(made_up(11)) == answers(made_up(11))
+    assert max(slurm.sizes) == most
+    assert sum(slurm.sizes) == 11, "an array was refused"
+
+
+def test_a_limit_that_the_cluster_does_not_tell_is_found(tmp_path: Path):
+    slurm = SimulatedSlurm(limits=Limits(1000, 3, None), seconds=lambda id: 600)
+    slurm.limits = lambda *where: Limits(1000, None, None)  # type: ignore[method-assign]
+    run = Run(tmp_path, slurm)
+    assert run.settle(made_up(10)) == answers(made_up(10))
+    assert slurm.sizes[:3] == [10, 5, 2]
+    assert len(slurm.sizes) < 40  # with a pause that grows, not at every poll: it takes 40 min, 480 polls
+    assert run.said("trying again in 5 s")
+    assert run.said("trying again in 20 s")
+
+
+@pytest.mark.parametrize(
+    "message", ["Socket timed out on send/recv operation", "taken: Socket timed out on send/recv operation"]
+)
+def test_a_busy_controller_may_have_taken_the_jobs_or_not(tmp_path: Path, message: str):
+    slurm = SimulatedSlurm()
+    slurm.refusals = [message, message]
+    run = Run(tmp_path, slurm)
+    assert run.settle(made_up(6)) == answers(made_up(6))
+    assert max(slurm.answers.values()) == 1, "a task was worked off twice"
+    assert len(slurm.elements) == 6
+
+
+def test_what_can_never_be_admitted_ends_the_search_and_says_why(tmp_path: Path):
+    slurm = SimulatedSlurm()
+    slurm.refusals = ["Batch job submission failed: Invalid partition name specified"]
+    run = Run(tmp_path, slurm)
+    with pytest.raises(ConfigError, match="Invalid partition name"):
+        run.settle(made_up(2))
+    assert Run(tmp_path, slurm).settle(made_up(2)) == answers(made_up(2))
+
+
+SAYINGS = {
+    "QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: Job violates accounting/QOS policy "
+    "(job submit limit, user's size and/or time limits)": "full",
+    "AssocMaxSubmitJobLimit": "full",
+    "AssocGrpSubmitJobsLimit": "full",
+    "Batch job submission failed: Socket timed out on send/recv operation": "busy",
+    "Batch job submission failed: Unable to contact slurm controller (connect failure)": "busy",
+    "Slurm temporarily unable to accept job, sleeping and retrying": "busy",
+    "Batch job submission failed: Resource temporarily unavailable": "busy",
+    "Batch job submission failed: Zero Bytes were transmitted or received": "busy",
+    "Batch job submission failed: Unable to create job record, try again": "busy",
+    "Batch job submission failed: Invalid account or account/partition combination specified": "never",
+    "Batch job submission failed: Invalid qos specification": "never",
+    "Batch job submission failed: Requested node configuration is not available": "never",
+    "Memory specification can not be satisfied": "never",
+    "Batch job submission failed: Requested time limit is invalid (missing or exceeds some limit)": "never",
+    "Invalid generic resource (gres) specification": "never",
+    "unrecognized option '--nonsense'": "never",
+}
+
+
+@pytest.mark.parametrize(("message", "kind"), SAYINGS.items(), ids=range(len(SAYINGS)))
+def test_what_sbatch_means(message: str, kind: str):
+    assert RefusedError(f"sbatch: error: {message}").kind == kind
+
+
+# --- drivers that die ---
+
+
+class KilledError(BaseException):
+    """kill -9."""
+
+
+def test_a_driver_may_be_killed_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Before and after each write, and before, in and after each sbatch: nothing is lost, nothing submitted twice."""
+    tasks = made_up(5)
+    write, points = store.write_atomically, 0
+    for kill_at in itertools.count():
+        points = 0
+
+        def point(kill_at: int = kill_at) -> None:
+            nonlocal points
+            points += 1
+            if points == kill_at + 1:
+                raise KilledError
+
+        def killing(path: Path, text: str, point: Callable[[], None] = point) -> None:
+            if path.name == "outcome.json":  # of the cluster
+                return write(path, text)
+            point()
+            write(path, text)
+            return point()
+
+        monkeypatch.setattr(store, "write_atomically", killing)
+        slurm = SimulatedSlurm(faults=first_time({1: "die FAILED 1:0"}), seconds=lambda id: 100, limits=Limits(3, None, None))
+        slurm.point = point
+        root = tmp_path / str(kill_at)
+        try:
+            Run(root, slurm).settle(tasks)
+            break
+        except KilledError:
+            pass
+        run = Run(root, slurm)
+        assert run.settle(tasks) == answers(tasks), kill_at
+        times = sorted(slurm.answers.values())
+        assert times == [1] * 5, f"killed at {kill_at}: {times}"
+        assert len(slurm.elements) == 6, f"killed at {kill_at}: {[e.task_ids for e in slurm.elements]}"
+    assert kill_at > 20
+
+
+def test_a_new_driver_finds_the_jobs_of_the_one_before(tmp_path: Path):
+    slurm = SimulatedSlurm(nodes=2)
+    before = Run(tmp_path, slurm)
+    ids = before.dispatch.send(made_up(6), "tasks")
+    before.dispatch.wait(ids, 2)
+    after = Run(tmp_path, slurm)
+    assert after.said("1 arrays of an earlier driver")
+    assert after.arrays.in_flight() >= set(before.dispatch.open)
+    assert after.settle(made_up(8)) == answers(made_up(8))
+    assert len(slurm.elements) == 8
+    assert after.arrays.counts()["not submitted yet"] == 0
+
+
+def test_what_never_came_to_slurm_is_submitted_once(tmp_path: Path):
+    """A driver was killed before sbatch; the one after it finds that out before it asks for these tasks itself."""
+    slurm = SimulatedSlurm()
+    slurm.refusals = ["Unable to contact slurm controller"]
+    before = Run(tmp_path, slurm)
+    before.dispatch.send(made_up(3), "tasks")
+    before.dispatch._turn()
+    slurm.refusals = ["job submit limit"] * 9
+    after = Run(tmp_path, slurm)
+    while slurm.clock < 200:
+        after.arrays.poll()
+    assert after.settle(made_up(3)) == answers(made_up(3))
+    assert len(slurm.elements) == 3
+
+
+def test_ends_are_written_down_once(tmp_path: Path):
+    slurm = SimulatedSlurm(faults=first_time({1: "die TIMEOUT 0:0"}), seconds=lambda id: 100)
+    run = Run(tmp_path, slurm)
+    run.settle(made_up(3))
+    while run.arrays.flying:
+        run.arrays.poll()
+    ends = [end for ends in run.store.read_all("jobs/*/ends.json", Ends) for end in ends.ends.values()]
+    assert sorted((end.state, end.seconds) for end in ends) == [("COMPLETED", 100)] * 3 + [("TIMEOUT", 50)]
+    assert not Run(tmp_path, slurm).arrays.flying
+
+
+# --- cancelling ---
+
+
+def test_cancel_ends_the_jobs_of_this_run_and_no_others(tmp_path: Path):
+    slurm = SimulatedSlurm()
+    mine, other = Run(tmp_path / "run", slurm), Run(tmp_path / "other", slurm)
+    for run in (other, mine):
+        run.dispatch.send(made_up(9), "tasks")
+        run.dispatch._turn()
+    slurm.foreign.append(Row("77", 0, "run", "RUNNING", "n0"))
+    assert cancel(mine.store, slurm) == 9  # type: ignore[arg-type]
+    assert {element.name for element in slurm.queue} == {other.submissions[0].name}
+    assert slurm.cancelled == [slurm.elements[-1].job_id]
+    assert cancel(mine.store, slurm, own_job=("77", "run")) == 1  # type: ignore[arg-type]
+    assert cancel(mine.store, slurm, own_job=("77", "a-name-of-before")) == 0  # type: ignore[arg-type]
+    assert other.settle(made_up(9)) == answers(made_up(9))
+
+
+def test_a_driver_that_is_told_to_stop_takes_its_jobs_with_it(tmp_path: Path):
+    slurm = SimulatedSlurm()
+    run = Run(tmp_path, slurm)
+    run.dispatch.send(made_up(9), "tasks")
+    run.dispatch._turn()
+    (tmp_path / "cancelled").touch()
+    with pytest.raises(driver.SearchError, match="cancelled"):
+        run.dispatch._turn()
+    assert not slurm.queue
+    (tmp_path / "cancelled").unlink()
+    assert Run(tmp_path, slurm).settle(made_up(9)) == answers(made_up(9))
+
+
+def test_what_nobody_waits_for_any_more_can_be_dropped_while_slurm_does_not_answer(tmp_path: Path):
+    slurm = SimulatedSlurm()
+    run = Run(tmp_path, slurm)
+    run.dispatch.send(made_up(9), "tasks")
+    run.dispatch._turn()
+    slurm.down = {"squeue": (0, 1000)}
+    run.dispatch.abandon()
+    assert run.settle(made_up(2, first=20)) == answers(made_up(2, first=20))
+
+
+# --- Slurm's commands ---
+
+
+@pytest.fixture
+def printing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """A function that puts an executable on the PATH which prints a text; the path returned gets its arguments."""
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+
+    def make(name: str, out: str = "", error: str = "", code: int = 0) -> Path:
+        folder = tmp_path / "bin"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.out").write_text(out)
+        (folder / f"{name}.err").write_text(error)
+        lines = f'#!/bin/sh\nprintf "%s\\n" "$@" >{folder}/{name}.args\ncat {folder}/{name}.out\ncat {folder}/{name}.err >&2\n'
+        (folder / name).write_text(f"{lines}exit {code}\n")
+        (folder / name).chmod(0o755)
+        return folder / f"{name}.args"
+
+    return make
+
+
+def test_squeue_is_read(printing: Callable[..., Path]):
+    arguments = printing("squeue", "17|3|RUNNING|n1|None|run-1\n17|4|PENDING||Resources|run-1\n18|N/A|RUNNING|n2|None|a|b\n")
+    assert Commands().squeue() == [
+        Row("17", 3, "run-1", "RUNNING", "n1", "None"),
+        Row("17", 4, "run-1", "PENDING", "", "Resources"),
+        Row("18", 0, "a|b", "RUNNING", "n2", "None"),
+    ]
+    assert {"--array", f"--user={os.getuid()}"} <= set(arguments.read_text().split())
+
+
+def test_sacct_is_read(printing: Callable[..., Path]):
+    lines = (
+        "17_0|COMPLETED|0:0|n1|65|run-1",
+        "17_1|CANCELLED by 0|0:15|n1|3|run-1",
+        "17_2|PREEMPTED|0:0|n1|10|run-1",
+        "17_2|RUNNING|0:0|n2|5|run-1",
+        "17_[3-9%4]|PENDING|0:0|None assigned|0|run-1",
+        "17_10|OUT_OF_ME+|0:125|n3||run-1",
+        "18|FAILED|9:0|n2|7|a|b",
+    )
+    arguments = printing("sacct", "\n".join(lines) + "\n")
+    assert Commands().sacct(["17", "18"]) == [
+        Row("17", 0, "run-1", "COMPLETED", "n1", "", "0:0", 65),
+        Row("17", 1, "run-1", "CANCELLED", "n1", "", "0:15", 3),
+        Row("17", 2, "run-1", "PREEMPTED", "n1", "", "0:0", 10),
+        Row("17", 2, "run-1", "RUNNING", "n2", "", "0:0", 5),
+        Row("17", 10, "run-1", "OUT_OF_ME", "n3", "", "0:125", 0),
+        Row("18", 0, "a|b", "FAILED", "n2", "", "9:0", 7),
+    ]
+    assert {"--duplicates", "--jobs=17,18", "-nPX"} <= set(arguments.read_text().split())
+
+
+def test_a_command_that_fails_says_nothing(printing: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
+    printing("squeue", "17|3|RUNNING|n1|None|run-1\n", "slurm_load_jobs error: Unable to contact slurm controller", 1)
+    with pytest.raises(CommandError, match="Unable to contact"):
+        Commands().squeue()
+    printing("sacct", error="Slurm accounting storage is disabled", code=1)
+    assert Commands().sacct(["17"]) == []
+    printing("sacct", error="sacct: error: slurm_persist_conn_open: Connection refused", code=1)
+    with pytest.raises(CommandError, match="refused"):
+        Commands().sacct(["17"])
+    with pytest.raises(CommandError, match="refused"):
+        Commands().accounted("run-1")
+    printing("sacct", error="Slurm accounting storage is disabled", code=1)
+    assert Commands().accounted("run-1") is None
+    printing("scancel", error="scancel: error: Invalid job id", code=1)
+    Commands().cancel(["17"])
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(CommandError, match="not on this machine"):
+        Commands().squeue()
+
+
+def test_a_job_is_found_by_its_name(printing: Callable[..., Path]):
+    arguments = printing("sacct", "17_0\n17_[1-3]\n")
+    assert Commands().accounted("run-1") == "17"
+    assert "--name=run-1" in arguments.read_text()
+    printing("sacct")
+    assert Commands().accounted("run-1") is None
+
+
+def test_the_limits_of_a_cluster(printing: Callable[..., Path]):
+    printing("scontrol", "MaxArraySize            = 1001\nMaxJobCount = 10000\n")
+    printing("sinfo", "64000|3\n128000+|2\n")
+    printing("sacctmgr", "|normal\n50|\n")
+    assert Commands().limits("main", None, None) == Limits(1001, 50, 128_000, 5)
+    for name in ("scontrol", "sinfo", "sacctmgr"):
+        printing(name, error="down", code=1)
+    assert Commands().limits(None, None, None) == Limits(1000, None, None)
+
+
+@pytest.mark.parametrize("name", ["run", "a b'c\"d\n日本 $(touch oops) `id` ; % \\ *"])
+def test_the_lines_before_python_work_in_a_folder_of_any_name(tmp_path: Path, name: str):
+    folder = tmp_path / name
+    folder.mkdir()
+    lines = batch_lines(folder, (), ['export GREETING="good day"'])
+    script = "\n".join([*lines, 'echo "$GREETING $HF_HUB_OFFLINE ${HF_TOKEN-no token}"', "echo oh >&2"])
+    environment = {"PATH": os.environ["PATH"], "SLURM_ARRAY_TASK_ID": "3", "HF_TOKEN": "hf_secret"}
+    subprocess.run(["bash", "-c", script], env=environment, cwd=tmp_path, check=True)
+    assert (folder / "batch-3.log").read_text() == "good day 1 no token\noh\n"
+    assert not (tmp_path / "oops").exists()
+
+
+def test_a_module_that_can_not_be_loaded_ends_the_job(tmp_path: Path):
+    define = 'module() { [ "$2" = "cuda/12 4" ]; }'
+    for modules, code in ((["cuda/12 4"], 0), (["cuda/12 4", "gone"], 1)):
+        script = "\n".join([define, *batch_lines(tmp_path, modules, []), "exit 0"])
+        assert subprocess.run(["bash", "-c", script]).returncode == code
+
+
+# --- on the node ---
+
+
+def record(root: str, task_ids: Sequence[str], **ignored: Any) -> Iterator[str]:
+    """A worker that says what it was given."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "none")
+    (Path(root) / os.environ.get("SLURM_PROCID", "0")).write_text(f"{visible}: {' '.join(task_ids)}")
+    yield from task_ids
+
+
+@pytest.mark.parametrize(
+    ("processes", "visible", "expected"),
+    [
+        (1, "0", ["0: a b c d e"]),
+        (1, None, ["none: a b c d e"]),
+        (2, "2,5", ["2: a b d", "5: c e"]),
+        (2, "GPU-1,GPU-2,GPU-3", ["GPU-1: a b d", "GPU-2: c e"]),
+        (2, "7", ["7: a b d", "7: c e"]),  # Slurm gave each process its own already
+        (2, None, ["none: a b d", "none: c e"]),
+        (5, None, ["none: a b", "none: c", "none: d", "none: e", "none: "]),
+    ],
+)
+def test_the_processes_of_a_job_share_its_bundles_and_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, visible: str | None, expected: list[str]
+):
+    work = Work(str(tmp_path), (("a", "b"), ("c",), ("d",), ("e",)), worker="test_launch.record", shared=True)
+    for rank in range(processes):
+        monkeypatch.setenv("SLURM_PROCID", str(rank))
+        monkeypatch.setenv("SLURM_NTASKS", str(processes))
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+        work()
+    assert [(tmp_path / str(rank)).read_text() for rank in range(processes)] == expected
+
+
+def test_a_local_process_takes_the_gpu_and_threads_that_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")
+    monkeypatch.setenv("SLURM_PROCID", "3")  # of a driver that lives in a job; its own affair
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    Work(str(tmp_path), (("a",), ("b",)), worker="test_launch.record", threads=2, gpu="1")()
+    assert (tmp_path / "3").read_text() == "1: a b"
+    assert os.environ["OMP_NUM_THREADS"] == "2"
+
+
+def test_visible_gpus(printing: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
+    printing("nvidia-smi", "GPU 0: A100 (UUID: GPU-1)\n  MIG 1g\nGPU 1: A100 (UUID: GPU-2)\n")
+    for value, expected in (("0,3", ["0", "3"]), ("GPU-1", ["GPU-1"]), ("", [])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+        assert visible_gpus() == expected
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert visible_gpus() == ["0", "1"]
+    printing("nvidia-smi", code=9)
+    assert visible_gpus() == []
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 100])
+def test_packs_keep_every_bundle_whole_and_in_order(size: int):
+    bundles = [tuple(f"{n}.{m}" for m in range(n % 4 + 1)) for n in range(30)]
+    packs = packed(bundles, size)
+    assert [bundle for pack in packs for bundle in pack] == bundles
+    lengths = [sum(map(len, pack)) for pack in packs]
+    assert all(length >= size for length in lengths[:-1])
+    assert all(sum(map(len, pack[:-1])) < size for pack in packs)
+
+
+# --- whole searches ---
+
+
+@pytest.fixture(scope="module")
+def light_setup(tmp_path_factory: pytest.TempPathFactory, compose: Any) -> Setup:
+    """A search of which no model is ever loaded."""
+    overrides = nothing_to_load(tmp_path_factory.mktemp("light"))
+    search = ["generations=4", "strategy.population=6", "objective.b=0", "name=test", "retries=9"]
+    return Setup([*overrides, *search], compose)
+
+
+def on(slurm: SimulatedSlurm, **settings: Any) -> Slurm:
+    made = Slurm(**settings)
+    made._commands = slurm  # type: ignore[assignment]
+    return made
+
+
+@pytest.fixture(scope="module")
+def wanted(light_setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    root = tmp_path_factory.mktemp("wanted")
+    light_setup.run(root, launcher=Debug(worker="light.run"))
+    return story(root)
+
+
+@pytest.mark.parametrize("tasks_per_job", [1, 4])
+def test_a_search_on_a_cluster_of_faults_equals_one_in_a_process(
+    light_setup: Setup, wanted: Any, tmp_path: Path, tasks_per_job: int
+):
+    chance = random.Random(tasks_per_job)
+    slurm = SimulatedSlurm(faults=lambda e: chance.choice((*LOSSES, *DELAYS)) if chance.random() < 0.3 else "")
+    light_setup.run(tmp_path, launcher=on(slurm, tasks_per_job=tasks_per_job))
+    assert story(tmp_path) == wanted
+
+
+@pytest.fixture(scope="module")
+def without_barrier(light_setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("without_barrier")
+    light_setup.run(root, "select_after=0.5", launcher=on(SimulatedSlurm()))
+    return root
+
+
+def test_without_a_barrier_late_children_are_told_later_and_none_is_forgotten(without_barrier: Path):
+    generations = analysis.open_run(without_barrier).generations
+    told = [set(generation.told) for generation in generations]
+    born = [set(generation.born_ids) for generation in generations]
+    assert len(told[0]) == 3  # of 6
+    assert sum(map(len, told)) == len(set().union(*told)), "a child was told twice"
+    assert set().union(*told) == set().union(*born)
+    assert any(told[n] & born[n - 1] for n in range(1, 4)), "no child was late; the test shows nothing"
+
+
+@pytest.mark.parametrize("first_lost", [1, 2, 3, 4])
+def test_without_a_barrier_a_resumed_run_keeps_to_what_is_written(
+    light_setup: Setup, without_barrier: Path, tmp_path: Path, first_lost: int
+):
+    root = tmp_path / "run"
+    shutil.copytree(without_barrier, root)
+    for number in range(first_lost, 5):
+        (root / "generations" / f"{number:04d}.json").unlink()
+    (root / "result.json").unlink()
+    known = {path.parent.name for path in root.glob("tasks/*/outcome.json")}
+    # What had not been computed when the driver died; the run after it arrives in another order.
+    ids = [id for generation in analysis.open_run(without_barrier).generations[first_lost - 1 :] for id in generation.born_ids]
+    kept = {id for generation in analysis.open_run(root).generations for id in generation.told}
+    for id in set(ids[::2]) & known - kept:
+        (root / "tasks" / id / "outcome.json").unlink()
+    slurm = SimulatedSlurm(nodes=2, seconds=lambda id: int(id[:4], 16) / 50)
+    light_setup.run(root, "select_after=0.5", launcher=on(slurm))
+    old, new = analysis.open_run(without_barrier).generations, analysis.open_run(root).generations
+    assert new[: first_lost - 1] == old[: first_lost - 1]
+    assert len(new) == 4
+    assert (root / "result.json").exists()
+    assert not set(slurm.answers) & kept
+
+
+def test_a_simulation_is_as_it_says(tmp_path: Path):
+    """The oracle of the tests above must not lie: nodes work one at a time, and their time adds up."""
+    tasks = made_up(9)
+    slurm = SimulatedSlurm(nodes=4)
+    run = Run(tmp_path, slurm, cluster=Cluster(array_parallelism=2))
+    run.settle(tasks)
+    assert slurm.busy_seconds == pytest.approx(sum(slurm.seconds(identity.task_id(task)) for task in tasks))
+    lives = [life for element in slurm.elements for life in element.lives]
+    for life in lives:
+        assert sum(other.began <= life.began < (other.ended or 0) for other in lives) <= 2
+        assert sum(other.node == life.node and other.began <= life.began < (other.ended or 0) for other in lives) == 1
