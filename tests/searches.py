@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_compress import analysis, config, driver
-from hpc_compress.launch import Debug
+from hpc_compress.launch.local import Debug
 
 
 class Silent:

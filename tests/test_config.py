@@ -16,8 +16,10 @@ import pytest
 from safetensors.numpy import save_file
 
 import hpc_compress
-from hpc_compress import analysis, cli, config, driver, export, launch
+from hpc_compress import analysis, cli, config, driver, export
 from hpc_compress.config import ConfigError, DatasetConfig, ModelConfig, RunConfig
+from hpc_compress.launch.local import Debug, Local
+from hpc_compress.launch.slurm import Cluster, Slurm
 from hpc_compress.operators import operator
 from hpc_compress.search.genetic import Genetic
 from hpc_compress.search.objective import Product
@@ -30,7 +32,7 @@ OPTIONS = sorted(
 )
 GROUPS = sorted({option.partition("=")[0] for option in OPTIONS})
 MISSING = {"dataset=file": ["dataset.train=rows.csv"], "model=custom": ["model.path=my_model"]}  # values that are ???
-PARTS = ("strategy", "objective", "launcher")  # of the composed config; objects and no plain data
+PARTS = ("strategy", "objective", "launcher", "cluster")  # of the composed config; objects and no plain data
 
 Compose = Callable[..., dict[str, Any]]
 
@@ -55,7 +57,8 @@ def test_every_option_composes_validates_and_names_what_exists(compose: Compose,
     assert values.pop("retries") >= 0
     settings = config.validate(RunConfig, values)
 
-    assert callable(config.build(parts["launcher"], "launcher").run)
+    assert callable(config.build(parts["launcher"], "launcher").open)
+    assert config.validate(Cluster, parts["cluster"], "cluster").timeout_min > 0
     assert callable(config.build(parts["objective"], "objective"))
     whole = {**parts["strategy"], "shape": Shape(heads=(12,) * 6), "score": lambda measurement: 0.0}
     strategy = config.build(whole, "strategy")
@@ -80,9 +83,10 @@ FIELDS = {
     "protocol=standard": (Protocol, set()),
     "objective=product": (Product, set()),
     "strategy=genetic": (Genetic, {"shape", "score"}),
-    "launcher=debug": (launch.Debug, set()),
-    "launcher=local": (launch.Local, set()),
-    "launcher=slurm": (launch.Slurm, set()),
+    "launcher=debug": (Debug, {"worker"}),
+    "launcher=local": (Local, {"worker"}),
+    "launcher=slurm": (Slurm, {"worker"}),
+    "cluster=generic": (Cluster, set()),
 }
 
 
@@ -143,7 +147,7 @@ MISTAKES = {
     "seeed=1": (2, ["seeed is not a known key", "generations", "dataset", "launcher", "did you mean seed?"]),
     "strategy.populaton=3": (2, ["strategy.populaton", "crossover_probability", "did you mean strategy.population?"]),
     "dataset=sst2 dataset.trian=x": (2, ["dataset.trian", "search_on", "did you mean dataset.train?"]),
-    "launcher=slurm launcher.gpus=1": (2, ["launcher.gpus", "gpus_per_node"]),
+    "launcher=slurm cluster.gpus=1": (2, ["cluster.gpus", "gpus_per_node"]),
     "-m seed=0,1 sead=1": (2, ["sead is not a known key", "did you mean seed?"]),
     "+colour=red": (2, ["colour is not a known key", "seed", "strategy", "objective", "launcher", "retries"]),
     "+dataset.colour=red": (2, ["dataset.colour", "max_length"]),
@@ -189,13 +193,13 @@ def test_every_command_explains_itself(tmp_path: Path):
         overview = ask(tmp_path, *arguments)
         assert overview.code == 0
         assert all(command in overview.stdout for command in ("search", "status", "report", "export"))
-    for command in ("status", "report", "export"):
+    for command in ("status", "cancel", "report", "export", "prefetch", "doctor"):
         shown = ask(tmp_path, command, "--help")
         assert shown.code == 0
-        assert "results/demo" in shown.stdout or "RUN" in shown.stdout
+        assert any(example in shown.stdout for example in ("results/demo", "RUN", "model=bert_base"))
     unknown = ask(tmp_path, "serach")
     assert unknown.code != 0
-    assert "choose one of search, status, report, export" in unknown.stderr
+    assert "choose one of search, status, cancel, report, export, prefetch, doctor" in unknown.stderr
 
 
 @pytest.mark.slow
@@ -258,7 +262,7 @@ def test_a_run_with_a_mistake_leaves_no_run_behind(compose: Compose, tmp_path: P
             parts["strategy"],
             parts["objective"],
             config.build,
-            launch.Debug(),
+            Debug(),
             tmp_path / "run",
             Silent(),
             retries,
@@ -289,6 +293,7 @@ ROOMS = [  # from the ground up; a room imports only from rooms of its own line 
     {"models", "data"},
     {"search", "operators", "measure"},
     {"launch", "worker"},
+    {"dispatch", "doctor"},
     {"driver", "analysis", "export"},
     {"cli"},
 ]
@@ -300,6 +305,8 @@ LIGHT = {
     "driver",
     "analysis",
     "export",
+    "dispatch",
+    "doctor",
     "launch",
     "search",
     "operators/__init__",

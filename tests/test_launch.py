@@ -17,8 +17,9 @@ from simulated import PAUSE, Element, SimulatedSlurm, nothing_to_load
 from hpc_compress import analysis, driver, identity, store
 from hpc_compress.config import ConfigError
 from hpc_compress.dispatch import Dispatch
-from hpc_compress.launch import Debug, Work, packed, visible_gpus
+from hpc_compress.launch import Work, packed
 from hpc_compress.launch.commands import CommandError, Commands, Limits, RefusedError, Row, batch_lines
+from hpc_compress.launch.local import Debug, visible_gpus
 from hpc_compress.launch.slurm import Arrays, Cluster, Ends, Slurm, Submission, cancel
 from hpc_compress.store import Store
 from hpc_compress.types import Base, Dataset, Genome, Outcome, Protocol, Step, Task

@@ -21,7 +21,9 @@ from searches import Setup, story
 import hpc_compress
 from hpc_compress import analysis, driver, export, identity
 from hpc_compress.config import ConfigError
-from hpc_compress.launch import Debug, Ended, InProcess, packed
+from hpc_compress.dispatch import Heartbeat
+from hpc_compress.launch import Ended, packed
+from hpc_compress.launch.local import Debug, InProcess
 from hpc_compress.store import Store
 from hpc_compress.types import Outcome
 
@@ -280,6 +282,10 @@ def test_status_speaks_of_runs_in_any_state(finished: Path, tmp_path: Path):
     (tmp_path / "run" / "result.json").unlink()
     shutil.rmtree(tmp_path / "run" / "generations")
     assert "0 of 2 done" in analysis.status(tmp_path / "run")
+    assert "driver at work" in analysis.status(tmp_path / "run")  # this process
+    Store(tmp_path / "run").write("driver.json", Heartbeat(host="elsewhere", pid=1, job_id="17", job_name="driver"))
+    assert "driver at work on elsewhere in job 17" in analysis.status(tmp_path / "run")
+    os.utime(tmp_path / "run" / "driver.json", (0, 0))
     assert "goes on with it" in analysis.status(tmp_path / "run")
     with pytest.raises(ConfigError, match="not a run folder"):
         analysis.status(tmp_path)

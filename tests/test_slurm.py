@@ -22,8 +22,8 @@ import pytest
 from searches import Setup, Silent, story
 
 from hpc_compress import analysis, driver
-from hpc_compress.launch import Debug
 from hpc_compress.launch.commands import Commands
+from hpc_compress.launch.local import Debug
 from hpc_compress.launch.slurm import Cluster, Slurm, Submission
 from hpc_compress.store import Store
 
@@ -229,7 +229,7 @@ def test_the_time_limit(start: Any, wanted: Any):
 def test_the_signal_before_the_time_limit(start: Any, wanted: Any):
     running = start("hang")
     element = running.hanging()["element"]
-    call("scancel", "--signal=USR2", element)
+    call("scancel", "--batch", "--signal=USR2", element)
     run_again(element)
     assert running.end() == wanted
     assert not said(running, "lost")
@@ -358,7 +358,7 @@ def test_a_left_over_draft_of_submitit(lab: Lab, start: Any, wanted: Any):
             path.with_name(f"{path.name}.save_tmp").touch()
 
     running = start("hang", launcher(Damaging(leave)))
-    call("scancel", "--signal=USR2", running.hanging()["element"])
+    call("scancel", "--batch", "--signal=USR2", running.hanging()["element"])
     assert running.end() == wanted
 
 

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -91,7 +92,9 @@ class Commands:
 
         if shutil.which("sbatch") is None or shutil.which("srun") is None:
             raise RefusedError("Slurm's commands are not on this machine")
-        executor = submitit.SlurmExecutor(folder=str(folder))
+        python = shlex.quote(sys.executable)
+        # Without srun Python takes the place of the shell, which would keep signals to itself.
+        executor = submitit.SlurmExecutor(str(folder), python=python if options.get("use_srun", True) else f"exec {python}")
         executor.update_parameters(**options)
         try:
             # Submitit prints what sbatch says; whoever catches the error says it better.

@@ -65,7 +65,7 @@ class Cluster(Record):
     def options(self, name: str, folder: Path, mem_mb: int, exclude: Sequence[str]) -> dict[str, Any]:
         """As Submitit takes them."""
         gres = ":".join(["gpu", *([self.gpu_type] if self.gpu_type else []), str(self.gpus_per_node)])
-        options = {
+        options: dict[str, Any] = {
             "job_name": name,
             "partition": self.partition,
             "account": self.account,
@@ -80,9 +80,15 @@ class Cluster(Record):
             "array_parallelism": self.array_parallelism,
             "setup": batch_lines(folder, self.modules, self.setup),
             "additional_parameters": {"output": "/dev/null", "error": "/dev/null", **self.sbatch},
-            # Slurm's older default does not hand a job's CPUs on to srun.
-            "srun_args": [f"--cpus-per-task={self.cpus_per_task}"],
         }
+        if self.processes > 1:
+            # From Slurm 22.05 on a job's CPUs are not handed on to srun.
+            options["srun_args"] = [f"--cpus-per-task={self.cpus_per_task}"]
+        else:
+            # A process of its own needs no step of its own, which costs a start; the signal then goes to the script,
+            # whose place Python takes.
+            options["use_srun"] = False
+            options["additional_parameters"]["signal"] = "B:USR2@90"
         return {key: value for key, value in options.items() if value is not None}
 
 
