@@ -161,6 +161,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("typed", MISTAKES)
 def test_a_mistake_is_named_and_nothing_is_begun(typed: str, tmp_path: Path):
     code, words = MISTAKES[typed]

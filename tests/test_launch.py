@@ -112,7 +112,7 @@ def test_a_process_that_outlives_its_job_is_waited_for(tmp_path: Path):
     assert not run.said("lost")
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 def test_a_storm_of_faults_changes_no_outcome(tmp_path: Path, seed: int):
     chance = random.Random(seed)
 
@@ -707,7 +707,7 @@ def wanted(light_setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return story(root)
 
 
-@pytest.mark.parametrize("tasks_per_job", [1, 4])
+@pytest.mark.parametrize("tasks_per_job", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_search_on_a_cluster_of_faults_equals_one_in_a_process(
     light_setup: Setup, wanted: Any, tmp_path: Path, tasks_per_job: int
 ):
@@ -734,7 +734,7 @@ def test_without_a_barrier_late_children_are_told_later_and_none_is_forgotten(wi
     assert any(told[n] & born[n - 1] for n in range(1, 4)), "no child was late; the test shows nothing"
 
 
-@pytest.mark.parametrize("first_lost", [1, 2, 3, 4])
+@pytest.mark.parametrize("first_lost", [1, *(pytest.param(lost, marks=pytest.mark.slow) for lost in (2, 3, 4))])
 def test_without_a_barrier_a_resumed_run_keeps_to_what_is_written(
     light_setup: Setup, without_barrier: Path, tmp_path: Path, first_lost: int
 ):

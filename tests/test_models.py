@@ -31,12 +31,12 @@ from hpc_compress.operators.quantization import quantize
 from hpc_compress.store import Store
 from hpc_compress.types import Base, Dataset, Genome, Protocol, Step, Task
 
-FAMILIES = ["bert", "roberta", "distilbert", "electra"]
 SCHEMES = ["fp16", "bf16", "int8", "nf4", "fp4"]
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=FAMILIES)
+# Those in which the modules have names of their own are quick tests, the others slow ones.
+@pytest.fixture(params=["bert", "distilbert", *(pytest.param(name, marks=pytest.mark.slow) for name in ("roberta", "electra"))])
 def model(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path]) -> nn.Module:
     return load(tiny_checkpoint(request.param, layers=3, heads=4, hidden=64, ffn=96))
 
@@ -270,9 +270,8 @@ def test_an_int8_model_can_be_moved_at_any_time(model: nn.Module, tmp_path: Path
         assert torch.equal(logits(whole.model), expected)
 
 
+@pytest.mark.slow
 # --- training ---
-
-
 def test_training_learns_and_distillation_nears_the_teacher(tiny_checkpoint: Callable[..., Path]):
     model = load(tiny_checkpoint("distilbert", layers=3, heads=4, hidden=64, ffn=96))
     teacher = copy.deepcopy(model)
@@ -392,7 +391,8 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
     return Checkpoint(tmp_path / "not yet" / "state.pt", 0)
 
 
-@pytest.mark.parametrize("family", ["bert", "distilbert"])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["bert", pytest.param("distilbert", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("step", TRAINED, ids=str)
 def test_an_interrupted_training_goes_on_to_equal_weights(
     family: str, step: Step, tiny_checkpoint: Callable[..., Path], checkpoint: Checkpoint
@@ -458,6 +458,7 @@ def _digested(values: object) -> bytes:
     return stream.getvalue() + hashlib.sha256(stream.getvalue()).digest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_checkpoint_is_ignored(
     damage: Callable[[bytes], bytes], bert: Path, checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture
@@ -471,6 +472,7 @@ def test_a_damaged_checkpoint_is_ignored(
     assert [record.levelname for record in caplog.records if "starts anew" in record.message] == ["WARNING"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "other",
     [{"learning_rate": 2e-3}, {"warmup": 0.5}, {"seed": 1}, {"operator": "distill"}, {"family": "roberta"}, {"layers": 1}],
@@ -489,6 +491,7 @@ def test_the_checkpoint_of_another_training_is_ignored(
     assert again.equals(Trained(folder, step, seed=seed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["below a file", "a folder"])
 def test_a_checkpoint_that_can_not_be_saved_fails_no_training(
     where: str, bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -538,6 +541,7 @@ def _run_folder(root: Path, checkpoint: Path) -> tuple[Store, Task]:
     return store, task
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("died_after", "goes_on_with"),
     [

@@ -237,6 +237,7 @@ def test_a_broken_operator_shows_in_the_probe_and_can_be_mended(setup: Setup, tm
     assert (tmp_path / "run" / "result.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_operators")
 def test_without_a_probe_a_failure_is_data(setup: Setup, tmp_path: Path):
     broken = "+strategy.mutations.mine={weight: 3, operator: own_operators.Broken}"
