@@ -133,6 +133,9 @@ def _run(cfg: Any) -> None:
         with Console() as progress:
             driver.search(settings, strategy, objective, config.build, launcher, root, progress, retries)
         _answer(root, analysis, export)
+    except KeyboardInterrupt:
+        log.error(f"interrupted; the same command goes on with it. Jobs on a cluster go on: hpc-compress cancel {_short(root)}")
+        sys.exit(130)
     except (ConfigError, OmegaConfBaseException, driver.SearchError) as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             log.error(f"{root.name}: {error}")

@@ -141,7 +141,7 @@ def _partition(settings: Slurm) -> Iterator[Check]:
             "gres", has, f"{wanted} in {', '.join(gres) or 'none'}", "set cluster.gpu_type as sinfo -o %G names it, or null"
         )
     options = cluster.options("doctor", Path("/"), round(1024 * cluster.mem_gb) * cluster.processes, ())
-    words = {key: value for key, value in options.items() if key not in ("setup", "srun_args", "array_parallelism")}
+    words = {key: value for key, value in options.items() if key not in ("setup", "srun_args", "use_srun", "array_parallelism")}
     words |= words.pop("additional_parameters")
     flags = [f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}") for key, value in words.items()]
     tested = subprocess.run(

@@ -203,6 +203,35 @@ def test_every_command_explains_itself(tmp_path: Path):
     assert "choose one of search, status, cancel, report, export, prefetch, doctor" in unknown.stderr
 
 
+def test_prefetch_fetches_and_says_what_is_next(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def download(name: str, **options: Any) -> str:
+        assert (name, os.environ["HF_HUB_OFFLINE"]) == ("some/model", "0")
+        return str(tiny_checkpoint("bert"))
+
+    for name in ("HF_HOME", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")  # put back at the end
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    pd.DataFrame({"text": [f"row {i}" for i in range(40)], "label": [0, 1] * 20}).to_csv(tmp_path / "rows.csv", index=False)
+    words = ["model=custom", "model.path=some/model", "dataset=file", f"dataset.train={tmp_path / 'rows.csv'}"]
+    cli._prefetch([f"--to={tmp_path / 'hub folder'}", *words])
+    said = capsys.readouterr().out
+    assert "model    some/model" in said
+    assert "32 train, 4 search, 4 report rows" in said
+    assert f"export HF_HOME='{tmp_path / 'hub folder'}'; hpc-compress search model=custom" in said
+
+
+def test_what_is_missing_is_named_with_the_command_that_fetches_it():
+    from hpc_compress.data import source
+    from hpc_compress.models import checkpoint
+
+    with pytest.raises(ConfigError, match=r"hpc-compress prefetch model\.path=no/such"):
+        checkpoint.find(ModelConfig(path="no/such"))
+    with pytest.raises(ConfigError, match=r"hpc-compress prefetch dataset\.path=no/such dataset\.subset=cola"):
+        source.load(DatasetConfig(name="x", path="no/such", subset="cola"), 0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("flag", ["--config-dir mine", "--config-dir=mine", "-cd mine"])
 def test_a_dataset_in_a_folder_of_the_users_own_is_found(flag: str, tmp_path: Path):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import light
 import pandas as pd
 import pytest
 from searches import Setup, story
@@ -25,7 +27,7 @@ from hpc_compress.dispatch import Heartbeat
 from hpc_compress.launch import Ended, packed
 from hpc_compress.launch.local import Debug, InProcess
 from hpc_compress.store import Store
-from hpc_compress.types import Outcome
+from hpc_compress.types import Failure, Outcome
 
 
 @pytest.fixture(scope="module")
@@ -380,3 +382,63 @@ def _workers(root: Path) -> list[int]:
 def test_outcomes_are_json_that_any_tool_can_read(finished: Path):
     for path in finished.glob("tasks/*/outcome.json"):
         assert Outcome.model_validate(json.loads(path.read_text()))
+
+
+# --- a folder on a shared machine ---
+
+
+def lightly(setup: Setup, root: Path, worker: str = "light.run", *more: str) -> driver.Result:
+    return setup.run(root, "probe=false", *more, launcher=Debug(worker=worker))
+
+
+def test_a_run_folder_is_private_and_nobody_else_may_write_there(setup: Setup, tmp_path: Path):
+    root = tmp_path / "run"
+    lightly(setup, root)
+    assert root.stat().st_mode & 0o777 == 0o700
+    root.chmod(0o750)  # colleagues may read
+    lightly(setup, root)
+    root.chmod(0o770)
+    with pytest.raises(ConfigError, match="written to by others"):
+        lightly(setup, root)
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_driver_on_another_node_is_told_by_its_signs_of_life(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alive: bool
+):
+    """Where locks don't reach from node to node."""
+    monkeypatch.setattr(driver, "HEARTBEAT_SECONDS", 0.8)
+    Store(tmp_path).write("driver.json", Heartbeat(host="elsewhere", pid=1, job_id=None, job_name=None))
+    beat = threading.Timer(0.5, (tmp_path / "driver.json").touch)
+    if not alive:
+        lightly(setup, tmp_path)
+        return
+    beat.start()
+    with pytest.raises(driver.SearchError, match="another driver"):
+        lightly(setup, tmp_path)
+
+
+def fail_alike(root: str, task_ids: list[str], **ignored: Any) -> Iterator[str]:
+    """A worker on whose nodes a library is broken."""
+    store = Store(root)
+    for task_id in task_ids:
+        task = store.task(task_id)
+        failure = Failure(kind="error", stage="train", message=f"ImportError: libcuda.so at 0x{task_id[:6]}")
+        store.settle(Outcome(task=task, failure=failure) if task.genome.steps else light.answer(task))
+        yield task_id
+
+
+def test_a_run_whose_tasks_all_fail_alike_stops_and_can_go_on(setup: Setup, tmp_path: Path):
+    with pytest.raises(driver.SearchError, match=r"all 4 tasks of generation 1/2 failed alike.*libcuda"):
+        lightly(setup, tmp_path / "run", "test_run.fail_alike")
+    lightly(setup, tmp_path / "run")
+    lightly(setup, tmp_path / "wanted")
+    assert story(tmp_path / "run") == story(tmp_path / "wanted")
+
+
+def test_without_a_barrier_a_run_comes_to_its_end(setup: Setup, tmp_path: Path):
+    result = lightly(setup, tmp_path, "light.run", "select_after=0.5", "generations=4")
+    generations = analysis.open_run(tmp_path).generations
+    assert result.generations == 4
+    born = [task_id for generation in generations for task_id in generation.born_ids]
+    assert sorted(born) == sorted({task_id for generation in generations for task_id in generation.told})
