@@ -386,7 +386,9 @@ class _Search:
     def _stop_if_all_fail_alike(self, what: str, outcomes: Sequence[Outcome]) -> None:
         """A generation that dies of one cause has met something that its user must mend."""
         reasons = [describe(outcome.failure) for outcome in outcomes if outcome.failure]
-        causes = {re.sub(r"\b(0x)?[0-9a-f]*\d[0-9a-f]*\b", "#", reason.partition(", at last")[0]) for reason in reasons}
+        causes = {
+            re.sub(r"\b0x[0-9a-f]+\b|\b[0-9a-f]*\d[0-9a-f]*\b", "#", reason.partition(", at last")[0]) for reason in reasons
+        }
         if len(reasons) == len(outcomes) >= 3 and len(causes) == 1:
             for outcome in outcomes:
                 self.store.forget_failure(identity.task_id(outcome.task))  # so that a new start tries again

@@ -313,6 +313,22 @@ def test_nodes_are_taken_back_when_sbatch_finds_none_left(tmp_path: Path):
     assert len(list(tmp_path.glob("jobs/*"))) == len(run.submissions), "what was refused left a folder"
 
 
+def test_memory_that_no_node_has_is_not_asked_for_again(tmp_path: Path):
+    """As where a partition admits less than its nodes have."""
+    slurm = SimulatedSlurm(seconds=lambda id: 100, faults=first_time({0: "die OUT_OF_MEMORY 0:125"}))
+    run = Run(tmp_path, slurm, cluster=Cluster(mem_gb=4))
+    submit = slurm.submit
+
+    def picky(folder: Path, works: Sequence[Work], options: dict[str, Any]) -> str:
+        if options["mem"] != "4096M":
+            raise RefusedError("Batch job submission failed: Memory specification can not be satisfied")
+        return submit(folder, works, options)
+
+    slurm.submit = picky  # type: ignore[method-assign]
+    assert run.settle(made_up(2)) == answers(made_up(2))
+    assert {submission.mem_mb for submission in run.submissions} == {4096}
+
+
 # --- sbatch says no ---
 
 

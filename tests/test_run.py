@@ -423,7 +423,8 @@ def fail_alike(root: str, task_ids: list[str], **ignored: Any) -> Iterator[str]:
     store = Store(root)
     for task_id in task_ids:
         task = store.task(task_id)
-        failure = Failure(kind="error", stage="train", message=f"ImportError: libcuda.so at 0x{task_id[:6]}")
+        address = task_id[:6] if int(task_id, 16) % 2 else "abcdef"
+        failure = Failure(kind="error", stage="train", message=f"ImportError: libcuda.so at 0x{address}")
         store.settle(Outcome(task=task, failure=failure) if task.genome.steps else light.answer(task))
         yield task_id
 

@@ -242,13 +242,14 @@ class Arrays:
         else:
             self.waiting.extendleft(reversed(array.submission.packs))
             shutil.rmtree(array.folder)
-            if error.kind == "never" and not array.submission.exclude:
+            if error.kind == "never" and not (self.bad_nodes or self.mem_mb):
                 raise ConfigError(
                     f"sbatch refused the jobs: {error}; mend the keys of cluster (hpc-compress doctor checks them)"
                 )
-            if error.kind == "never":  # perhaps for want of a node that is left
+            if error.kind == "never":  # perhaps for what was learnt here: no node may be left, or none with so much memory
                 self.bad_nodes.clear()
                 self.deaths.clear()
+                self.mem_mb.clear()
                 return
         if error.kind == "full" and len(array.submission.packs) > 1:
             self.chunk = len(array.submission.packs) // 2
