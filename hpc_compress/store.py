@@ -8,6 +8,8 @@ RUN/tasks/<id>/outcome.json      written last, whole or not at all; the first va
 RUN/artifacts/<key>/             fp32 masters and deployed models of the living
 RUN/checkpoints/<key>.pt         state of a training under way; deleted when its master is stored
 RUN/generations/<number>.json    who was born and who survived
+RUN/jobs/<name>/                 what was submitted, how it ended, and its logs
+RUN/driver.json                  what the driver is at, and its last sign of life
 RUN/result.json                  the end of the search
 """
 
