@@ -345,7 +345,7 @@ def _time_left(run: Run) -> str:
     pace = median(max(0.0, later - earlier) for earlier, later in itertools.pairwise(marks))
     left = run.plan.config.generations - len(run.generations)
     seconds = max(0.0, left * pace - max(0.0, time.time() - marks[-1]))
-    return f"about {_duration(seconds)} for {left} generations at {_duration(pace)} each"
+    return f"about {_duration(seconds)} for {left} more, at {_duration(pace)} a generation"
 
 
 def _sign_of_life(store: Store, heartbeat: Heartbeat | None) -> str:
