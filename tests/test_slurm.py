@@ -388,15 +388,14 @@ def test_a_full_disk(lab: Lab, setup: Setup, wanted: Any, tmp_path: Path):
 
 def test_outcomes_that_are_not_one(start: Any, wanted: Any):
     running = start("hang")
-    running.hanging()
-
-    def without() -> list[Path]:
-        return [path for path in running.root.glob("tasks/*") if not (path / "outcome.json").exists()]
-
-    wait_for(lambda: len(without()) == 1)  # its siblings are done
-    hanging, foreign = without()[0] / "outcome.json", next(running.root.glob("tasks/*/outcome.json"))
+    array = running.hanging()["SLURM_ARRAY_JOB_ID"]
+    wait_for(lambda: len(call("squeue", "-h", "-r", "-j", array, "-o", "%K").split()) == 1)  # its siblings are done
+    # Of the task that hangs, and of one that waits behind it if they share a master.
+    missing = [path / "outcome.json" for path in running.root.glob("tasks/*") if not (path / "outcome.json").exists()]
+    foreign = next(running.root.glob("tasks/*/outcome.json"))
     for content in (b"", b'{"task": {', foreign.read_bytes()):
-        hanging.write_bytes(content)
+        for path in missing:
+            path.write_bytes(content)
         time.sleep(1.2)  # two polls
     (running.root / "go-on").touch()
     assert running.end() == wanted
