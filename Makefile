@@ -16,11 +16,13 @@ check: .venv/ready ## formatter, linter, type checker
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: .venv/ready ## TRAIN=... VALIDATION=... csv, tsv or parquet files with the columns sentence and label
-	$(if $(and $(TRAIN),$(VALIDATION)),,$(error make bench TRAIN=file VALIDATION=file, with columns sentence and label))
+bench: .venv/ready ## DATA=folder with sst2, trec6, stsb, qqp_sample and cola: train and dev as tsv or parquet; hours on two cores
+	$(if $(wildcard $(DATA)/sst2/train.*),,$(error make bench DATA=folder that holds sst2/train.tsv or .parquet and the others))
 	$(BIN)/pip install --quiet -e '.[demo,bench]'
-	$(BIN)/python benchmarks/training.py --data $(TRAIN) --validation $(VALIDATION) --out results
+	$(BIN)/python benchmarks/training.py --data $(wildcard $(DATA)/sst2/train.*) --validation $(wildcard $(DATA)/sst2/dev.*) --out results
+	$(BIN)/python benchmarks/distillation.py --data $(wildcard $(DATA)/sst2/train.*) --out results
 	$(BIN)/python benchmarks/repeatability.py --out results
+	$(BIN)/python benchmarks/compression.py --data $(DATA) --out results
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -87,8 +87,8 @@ def once(base: Path, folder: Path, examples: Encoded) -> tuple[float, float]:
     """Median milliseconds of one pass of a freshly loaded model, and the same in units of the base model's."""
     on, protocol = measure.device(), Protocol(sentences=128)
     sample = measure.timing_sample(examples, protocol, on)
-    pair = [artifact.load(path).to(on) for path in (base, folder)]
-    base_ms, own_ms = map(median, measure.latencies_ms(pair, sample, protocol, on))
+    pair = [(artifact.load(path).to(on), sample) for path in (base, folder)]
+    base_ms, own_ms = map(median, measure.latencies_ms(pair, protocol, on))
     return own_ms, own_ms / base_ms
 
 

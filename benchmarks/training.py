@@ -12,14 +12,13 @@ OMP_WAIT_POLICY=passive they don't, and the CPU seconds, which are reported too,
 from __future__ import annotations
 
 import argparse
-import csv
 import platform
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
+import tables
 import torch
 import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
@@ -171,14 +170,7 @@ def _summary(table: pd.DataFrame) -> str:
 
 
 def _encode(path: Path, tokenizer, max_length: int, n: int | None) -> Encoded:
-    readers: dict[str, Callable[[Path], pd.DataFrame]] = {
-        ".parquet": pd.read_parquet,
-        ".csv": lambda p: pd.read_csv(p, keep_default_na=False),
-        ".tsv": lambda p: pd.read_csv(p, sep="\t", quoting=csv.QUOTE_NONE, keep_default_na=False),
-    }
-    if path.suffix not in readers:
-        raise SystemExit(f"{path} ends in {path.suffix!r}; give one of {sorted(readers)}")
-    data = readers[path.suffix](path)
+    data = tables.read(path)
     if n is not None and n < len(data):
         data = data.sample(n, random_state=0)
     return encode(tokenizer, data.sentence.tolist(), None, data.label.to_numpy(), max_length)

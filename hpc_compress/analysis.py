@@ -17,7 +17,7 @@ from hpc_compress.config import ConfigError, build
 from hpc_compress.dispatch import HEARTBEAT_SECONDS, Heartbeat, describe, figures
 from hpc_compress.driver import Generation, Plan, Result
 from hpc_compress.launch.slurm import Ends, Submission
-from hpc_compress.search.objective import Product
+from hpc_compress.search.objective import Product, speed_up
 from hpc_compress.store import Store
 from hpc_compress.types import Genome, Measurement, Outcome, Proposal, Task
 
@@ -99,7 +99,7 @@ def find_runs(paths: Iterable[Path | str]) -> list[Path]:
 def load_runs(paths: Path | str | Iterable[Path | str]) -> pd.DataFrame:
     """Every candidate of some runs, one row each, in the order of birth.
 
-    Columns: run, dataset, model, candidate, parent, generation, genome, steps, precision, status (measured, or the kind of
+    Columns: run, dataset, model, candidate, parent, generation, genome, steps, deploy, status (measured, or the kind of
     failure), failure, alive, best, fitness (F within the last population), metric, quality, search_<metric>,
     report_<metric>, latency_ms, base_latency_ms, report_latency_ms, speed_up, model_bytes, parameters, encoder_parameters,
     peak_bytes, seconds, device.
@@ -135,7 +135,7 @@ def _candidates(run: Run) -> pd.DataFrame:
                 "generation": number,
                 "genome": str(proposal.genome),
                 "steps": len(proposal.genome.steps),
-                "precision": _precision(proposal.genome),
+                "deploy": _deploy(proposal.genome),
                 "status": outcome.failure.kind if outcome.failure else "measured",
                 "failure": outcome.failure.message if outcome.failure else None,
                 "alive": task_id in population,
@@ -149,10 +149,8 @@ def _candidates(run: Run) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _precision(genome: Genome) -> str:
-    if genome.deploy is None:
-        return "fp32"
-    return str(genome.deploy.params.get("scheme", genome.deploy.operator))
+def _deploy(genome: Genome) -> str:
+    return " > ".join(str(step.params.get("scheme", step.operator)) for step in genome.deploy) or "fp32"
 
 
 def _fitness(run: Run, population: Sequence[str]) -> dict[str, float]:
@@ -190,11 +188,6 @@ def _report_figures(outcome: Outcome | None) -> dict[str, Any]:
         return {}
     figures = {f"report_{metric}": value for metric, value in outcome.measurement.metrics.items()}
     return {**figures, "report_latency_ms": median(outcome.measurement.latency_ms)}
-
-
-def speed_up(measurement: Measurement) -> float:
-    """Of the deployed model over the base model, both timed in one job."""
-    return median(measurement.base_latency_ms) / median(measurement.latency_ms)
 
 
 # --- report ---

@@ -88,17 +88,15 @@ def _refuse_unknown_keys(arguments: list[str]) -> None:
     from hydra.errors import HydraException
     from omegaconf import DictConfig, OmegaConf
 
-    own_dirs = _own_dirs(arguments)
-    words = [word for word in arguments if "=" in word and not word.startswith("-")]
+    own_dirs, words = _own_dirs(arguments), _overrides(arguments)
     try:
         overrides = [item for item in OverridesParser.create().parse_overrides(words) if item.type is OverrideType.CHANGE]
         keys = [item.key_or_group for item in overrides]
-        paths = [conf_dir(), *map(Path, own_dirs)]
+        paths = [conf_dir(), *own_dirs]
         groups = [item for item in overrides if any((path / item.key_or_group).is_dir() for path in paths)]
-        search_path = [f"hydra.searchpath=[{','.join(f'file://{Path(path).absolute()}' for path in own_dirs)}]"]
         chosen = [str(item.input_line) for item in groups if not item.is_sweep_override()]
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            config = compose("config", [*chosen, *(search_path if own_dirs else [])], return_hydra_config=True)
+            config = compose("config", [*chosen, *_search_path(own_dirs)], return_hydra_config=True)
     except HydraException:
         return  # Hydra is about to say it itself
     for key in keys:
@@ -173,20 +171,27 @@ def _compose(arguments: list[str]) -> Any:
     from hydra.errors import HydraException
 
     _refuse_unknown_keys(arguments)
-    own_dirs = _own_dirs(arguments)
-    words = [word for word in arguments if "=" in word and not word.startswith("-")]
-    search_path = [f"hydra.searchpath=[{','.join(f'file://{Path(path).absolute()}' for path in own_dirs)}]"]
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return compose("config", [*words, *(search_path if own_dirs else [])])
+            return compose("config", [*_overrides(arguments), *_search_path(_own_dirs(arguments))])
     except HydraException as error:
         raise ConfigError(str(error)) from None
 
 
-def _own_dirs(arguments: list[str]) -> list[str]:
+def _overrides(arguments: list[str]) -> list[str]:
+    return [word for word in arguments if "=" in word and not word.startswith("-")]
+
+
+def _own_dirs(arguments: list[str]) -> list[Path]:
     """Folders of the user's own configuration."""
     apart = [value for flag, value in itertools.pairwise(arguments) if flag in ("--config-dir", "-cd")]
-    return apart + [argument.partition("=")[2] for argument in arguments if argument.startswith("--config-dir=")]
+    joined = [argument.partition("=")[2] for argument in arguments if argument.startswith("--config-dir=")]
+    return [Path(path).absolute() for path in (*apart, *joined)]
+
+
+def _search_path(folders: list[Path]) -> list[str]:
+    """The override by which Hydra looks for groups there too, if there are any."""
+    return [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"] if folders else []
 
 
 def _answer(root: Path, analysis: Any, export: Any) -> None:
@@ -276,15 +281,16 @@ def _cancel(arguments: list[str]) -> None:
     from hpc_compress.store import Store
 
     store = Store(analysis.open_run(root).root)
-    (root / CANCELLED).touch()  # the driver looks for it whenever it looks at its jobs
+    (root / CANCELLED).touch()
     heartbeat = store.read("driver.json", Heartbeat)
     own_job = (heartbeat.job_id, heartbeat.job_name) if heartbeat and heartbeat.job_id else None
     try:
-        print(f"{slurm.cancel(store, Commands(), own_job)} jobs cancelled; a driver that is at work stops within seconds")
+        cancelled = slurm.cancel(store, Commands(), own_job)
+        print(f"{cancelled} jobs cancelled; a driver that is at work stops when it next looks at its jobs")
     except CommandError as error:
         if list(root.glob("jobs/*/submission.json")) or own_job:
             raise ConfigError(f"its jobs could not be cancelled: {error}") from None
-        print("this run has no Slurm jobs; a driver that is at work stops within seconds")
+        print("this run has no Slurm jobs; a driver that is at work stops when it next looks at its jobs")
 
 
 def _report(arguments: list[str]) -> None:
@@ -377,7 +383,7 @@ def _doctor(arguments: list[str]) -> None:
 
     def canary() -> None:
         with Console() as progress:
-            driver.rehearse(settings, strategy, objective, config.build, launcher, root, progress)
+            driver.search(settings, strategy, objective, config.build, launcher, root, progress, retries=0, only_probe=True)
 
     files = checkpoint.find(settings.model).files
     model_bytes = sum(path.stat().st_size for path in files if path.suffix == ".safetensors")

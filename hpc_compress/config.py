@@ -88,6 +88,11 @@ class RunConfig(Record):
     )
     report_candidates: int = Field(default=3, ge=1, description="fittest candidates measured on the report split")
     probe: bool = Field(default=True, description="try every kind of step on a few sentences before the first generation")
+    teacher_gb: float = Field(
+        default=8.0,
+        ge=0,
+        description="the teacher's outputs are kept in the run folder if they take no more; else it is asked anew",
+    )
     model: ModelConfig
     dataset: DatasetConfig
     protocol: Protocol = Protocol()

@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-import numpy as np
 from pydantic import Field
 
 from hpc_compress import identity
 from hpc_compress.launch import Jobs
+from hpc_compress.search.objective import speed_up
 from hpc_compress.store import Store
 from hpc_compress.types import Failure, Measurement, Outcome, Record, Task
 
@@ -179,8 +179,7 @@ def describe(failure: Failure) -> str:
 
 def figures(measurement: Measurement) -> str:
     name, quality = next(iter(measurement.metrics.items()))
-    speed = float(np.median(measurement.base_latency_ms) / np.median(measurement.latency_ms))
-    return f"{name} {quality:.3f}, {measurement.model_bytes / 1e6:.1f} MB, {speed:.2f}x speed"
+    return f"{name} {quality:.3f}, {measurement.model_bytes / 1e6:.1f} MB, {speed_up(measurement):.2f}x speed"
 
 
 def _outcome_line(outcome: Outcome) -> str:

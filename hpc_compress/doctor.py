@@ -5,15 +5,13 @@ import os
 import platform
 import secrets
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from hpc_compress.launch.commands import CommandError, Commands, RefusedError
+from hpc_compress.launch.commands import CommandError, Commands, RefusedError, ask, call, run
 from hpc_compress.launch.slurm import Slurm
 
 COMMANDS = ("sbatch", "srun", "squeue", "sacct", "scancel", "scontrol", "sinfo")
@@ -107,11 +105,15 @@ def examine(
         f"{free / 1e9:.1f} GB free on {folder}, the search may need {need_bytes / 1e9:.1f} GB (a quota is not seen here)",
         "free some, choose a folder on a larger filesystem, or lower strategy.population",
     )
-    accounting = subprocess.run(["sacct", "-nX", "--starttime=now-1minutes"], capture_output=True, text=True, timeout=60)
+    trouble = ""
+    try:
+        call("sacct", "-nX", "--starttime=now-1minutes")
+    except CommandError as error:
+        trouble = str(error)
     yield Check(
         "accounting",
-        accounting.returncode == 0,
-        accounting.stderr.strip() or "answers",
+        not trouble,
+        trouble or "answers",
         "without sacct a job that dies is noticed later and its reason is not known; raise retries",
     )
     came_back = True
@@ -140,17 +142,14 @@ def _partition(settings: Slurm) -> Iterator[Check]:
         yield Check(
             "gres", has, f"{wanted} in {', '.join(gres) or 'none'}", "set cluster.gpu_type as sinfo -o %G names it, or null"
         )
-    options = cluster.options("doctor", Path("/"), round(1024 * cluster.mem_gb) * cluster.processes, ())
-    words = {key: value for key, value in options.items() if key not in ("setup", "srun_args", "use_srun", "array_parallelism")}
-    words |= words.pop("additional_parameters")
+    words = {**cluster.request(cluster.mem_mb(cluster.mem_gb), ()), **cluster.sbatch}
     flags = [f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}") for key, value in words.items()]
-    tested = subprocess.run(
-        ["sbatch", "--test-only", *flags, "--wrap=true"], capture_output=True, text=True, timeout=60, errors="replace"
-    )
-    said = tested.stderr.strip().replace("sbatch: ", "").replace("error: ", "")
-    yield Check(
-        "sbatch", tested.returncode == 0, said, "mend account, qos, timeout_min, cpus_per_task, mem_gb or sbatch of cluster"
-    )
+    try:
+        tested = run("sbatch", "--test-only", *flags, "--wrap=true")
+        admitted, said = tested.returncode == 0, tested.stderr.strip().replace("sbatch: ", "").replace("error: ", "")
+    except CommandError as error:
+        admitted, said = False, str(error)
+    yield Check("sbatch", admitted, said, "mend account, qos, timeout_min, cpus_per_task, mem_gb or sbatch of cluster")
 
 
 def _node(settings: Slurm, folder: Path, commands: Commands) -> Iterator[Check]:
@@ -159,7 +158,7 @@ def _node(settings: Slurm, folder: Path, commands: Commands) -> Iterator[Check]:
     room.mkdir(mode=0o700)
     (room / "hello").touch()
     cluster = settings.cluster
-    options = cluster.options(room.name.lstrip("."), room, round(1024 * cluster.mem_gb) * cluster.processes, ())
+    options = cluster.options(room.name.lstrip("."), room, cluster.mem_mb(cluster.mem_gb), ())
     begin = time.time()
     try:
         job_id = commands.submit(room, [Look(str(room))], {**options, "ntasks_per_node": 1, "time": 10})
@@ -237,5 +236,4 @@ def _canary(canary: Callable[[], None]) -> Check:
 
 
 def _lines(*command: str) -> list[str]:
-    done: Any = subprocess.run(command, capture_output=True, text=True, timeout=60, errors="replace")
-    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
+    return [line.strip() for line in ask(*command).splitlines() if line.strip()]

@@ -24,6 +24,7 @@ from hpc_compress.dispatch import CANCELLED, HEARTBEAT_SECONDS, Dispatch, Heartb
 from hpc_compress.launch import Launcher
 from hpc_compress.models import checkpoint
 from hpc_compress.operators import operator
+from hpc_compress.operators.deploying import Quantize
 from hpc_compress.search.objective import quality_of
 from hpc_compress.search.space import Shape
 from hpc_compress.store import Store
@@ -45,7 +46,7 @@ Objective = Callable[[Measurement, Measurement], float]
 
 
 class Strategy(Protocol):
-    """What decides. `steps` and `deploys` are every step that it may use, so that they can be checked and probed."""
+    """What decides. `steps` and `deploys` are every step that it may use, so that they can be checked and probed alone."""
 
     @property
     def steps(self) -> Sequence[Step]: ...
@@ -67,7 +68,7 @@ class Plan(Record):
 
     def differences(self, config: RunConfig, strategy: Mapping[str, Any], objective: Mapping[str, Any]) -> list[str]:
         """Settings that a resumed run may not change, where they changed. A run may be prolonged and reported anew."""
-        free = {"name", "generations", "required_quality", "report_candidates", "probe"}
+        free = {"name", "generations", "required_quality", "report_candidates", "probe", "teacher_gb"}
         old = {
             **self.config.model_dump(mode="json", exclude=free),
             "strategy": self.strategy,
@@ -106,46 +107,15 @@ def search(
     root: Path,
     progress: Progress,
     retries: int = 2,
-) -> Result:
+    only_probe: bool = False,
+) -> Result | None:
     """Run a search in `root` from its start, or on from wherever it was left.
 
     make: builds the object of a config node, as `config.build`.
+    only_probe: end when every kind of step has worked on a few sentences; returns None.
 
     Raises: ConfigError before any work for what a user can mend; SearchError when work goes on to fail.
     """
-    with _open(config, strategy_settings, objective_settings, make, launcher, root, progress, retries) as opened:
-        return opened.run()
-
-
-def rehearse(
-    config: RunConfig,
-    strategy_settings: Mapping[str, Any],
-    objective_settings: Mapping[str, Any],
-    make: Callable[[Mapping[str, Any], str], Any],
-    launcher: Launcher,
-    root: Path,
-    progress: Progress,
-) -> None:
-    """Only the probe of a search: every kind of step that it would use, on a few sentences.
-
-    Raises: as `search`.
-    """
-    with _open(config, strategy_settings, objective_settings, make, launcher, root, progress, retries=0) as opened:
-        opened.probe()
-
-
-@contextmanager
-def _open(
-    config: RunConfig,
-    strategy_settings: Mapping[str, Any],
-    objective_settings: Mapping[str, Any],
-    make: Callable[[Mapping[str, Any], str], Any],
-    launcher: Launcher,
-    root: Path,
-    progress: Progress,
-    retries: int,
-) -> Iterator["_Search"]:
-    """Check everything that can be checked without work, and be the run's only driver."""
     store = Store(root)
     with _alone(store), _room(store.root):
         objective: Objective = make(objective_settings, "objective")
@@ -156,10 +126,15 @@ def _open(
 
         rehearsal = strategy(lambda measurement: 0.0)
         for step in (*plan.base.preparation, *rehearsal.steps, *rehearsal.deploys):
-            operator(step)
+            if isinstance(chosen := operator(step), Quantize):
+                chosen.check(config.protocol.device, len(plan.shape.heads), plan.shape.widths)
         with launcher.open(store.root, progress.working, progress.say) as jobs:
             store.write("run.json", plan)  # after the last check: what is written can't be changed any more
-            yield _Search(store, plan, config, objective, strategy, Dispatch(store, jobs, progress, retries), progress)
+            run = _Search(store, plan, config, objective, strategy, Dispatch(store, jobs, progress, retries), progress)
+            if only_probe:
+                run.probe(rehearsal)
+                return None
+            return run.run(rehearsal)
 
 
 @contextmanager
@@ -245,7 +220,6 @@ def _plan(
         shape = Shape.of(found.config)
     except ValueError as error:
         raise ConfigError(f"model.path={config.model.path!r}: {error}") from None
-    store.root.mkdir(parents=True, exist_ok=True)
     base = checkpoint.adopt(found, config.model, dataset, store.root / "base")
     (store.root / "data").mkdir(exist_ok=True)
     for split, table in tables.items():
@@ -283,9 +257,9 @@ class _Search:
         self.late: dict[str, Proposal] = {}  # sent, and told to no selection yet
         self.artifacts: dict[str, tuple[str, str]] = {}  # of those that keep theirs: the keys of master and deployed model
 
-    def run(self) -> Result:
+    def run(self, rehearsal: Strategy) -> Result:
         if self.config.probe and self.config.generations:
-            self.probe()
+            self.probe(rehearsal)
         base = self._first()
         base_measurement = base.measurement
         assert base_measurement is not None
@@ -312,10 +286,9 @@ class _Search:
         self.candidates[base.id] = base
         return base
 
-    def probe(self) -> None:
+    def probe(self, strategy: Strategy) -> None:
         """Every kind of step once, on a few sentences: a broken environment shows before anything long is sent."""
-        strategy = self.strategy(lambda measurement: 0.0)
-        genomes = [Genome(steps=(step,)) for step in strategy.steps] + [Genome(deploy=step) for step in strategy.deploys]
+        genomes = [Genome(steps=(step,)) for step in strategy.steps] + [Genome(deploy=(step,)) for step in strategy.deploys]
         protocol = self.config.protocol.model_copy(update={"min_passes": 2, "max_passes": 2, "warmup_passes": 0})
         tasks = [
             self._task(genome).model_copy(update={"limit": self.config.protocol.batch_size, "protocol": protocol})

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hpc_compress import analysis, identity
 from hpc_compress.config import ConfigError
+from hpc_compress.search.objective import speed_up
 from hpc_compress.store import Store
 from hpc_compress.types import Task
 
@@ -41,8 +42,8 @@ def export(root: Path, target: Path, candidate: str | None = None) -> Path:
     weights, tokenizer = _artifacts(Store(root), task)
     draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
-        shutil.copytree(weights, draft)
-        shutil.copytree(tokenizer, draft, dirs_exist_ok=True)
+        shutil.copytree(tokenizer, draft)
+        shutil.copytree(weights, draft, dirs_exist_ok=True)  # with a tokenizer of its own, if its vocabulary was trimmed
         shutil.copy(_code(), draft / CODE)
         (draft / "README.md").write_text(card(run, found[0], target), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
@@ -53,7 +54,7 @@ def export(root: Path, target: Path, candidate: str | None = None) -> Path:
 
 
 def _artifacts(store: Store, task: Task) -> tuple[Path, Path]:
-    """The deployed model and the tokenizer. A dead candidate's model was deleted and is computed again."""
+    """The deployed model and the base model's tokenizer. A dead candidate's model was deleted and is computed again."""
     weights, tokenizer = store.artifact(identity.deployed_key(task)), store.artifact("tokenizer")
     if weights is None or tokenizer is None:
         from hpc_compress import worker
@@ -77,13 +78,13 @@ def card(run: analysis.Run, candidate: str, target: Path) -> str:
     measurement, task, dataset = outcome.measurement, outcome.task, run.plan.dataset
     assert measurement is not None
     split = "report" if task.split == "report" else "search"
-    steps = [*task.genome.steps, *([task.genome.deploy] if task.genome.deploy else [])]
+    steps = (*task.genome.steps, *task.genome.deploy)
     figures = {
         **{f"{name} ({split} split)": f"{value:.4f}" for name, value in measurement.metrics.items()},
         "weights": f"{measurement.model_bytes / 1e6:.1f} MB",
         "parameters": f"{measurement.parameters / 1e6:.2f} M",
         "of them in the encoder": f"{measurement.encoder_parameters / 1e6:.2f} M",
-        "speed-up over the base model": f"{analysis.speed_up(measurement):.2f}x on {measurement.device}",
+        "speed-up over the base model": f"{speed_up(measurement):.2f}x on {measurement.device}",
     }
     peak = {"peak GPU memory": f"{measurement.peak_bytes / 1e6:.1f} MB"} if measurement.peak_bytes else {}
     text = '"a text", "a second text"' if dataset.pair else '"a text"'

@@ -45,7 +45,7 @@ def master_key(task: Task, steps: tuple[Step, ...] | None = None) -> str:
 
 def deployed_key(task: Task) -> str:
     """The artifact key of the model as it would run; the master itself when it is deployed as it is."""
-    if task.genome.deploy is None:
+    if not task.genome.deploy:
         return master_key(task)
     return content_hash("deployed", master_key(task), task.genome.deploy)
 

@@ -1,5 +1,6 @@
 """Quality, latency and memory of a deployed model on the device at hand. Raw samples are kept; knows no search."""
 
+import copy
 import platform
 import time
 from collections.abc import Sequence
@@ -12,12 +13,18 @@ import torch
 from transformers import PreTrainedModel
 
 from hpc_compress.data.batches import Batch, Encoded, eval_batches
-from hpc_compress.types import Protocol
+from hpc_compress.models import surgery
+from hpc_compress.types import Protocol, Record
 
 
-def device() -> torch.device:
-    """The job's own GPU, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def device(wanted: str = "any") -> torch.device:
+    """The device that a protocol asks for; any: the job's own GPU, else the CPU.
+
+    Raises: RuntimeError when a GPU is wanted and there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("protocol.device=cuda, but torch sees no GPU; run where there is one, or set protocol.device=cpu")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def device_name(on: torch.device) -> str:
@@ -54,9 +61,9 @@ def outputs(model: PreTrainedModel, examples: Encoded, batch_size: int, on: torc
 
 @torch.inference_mode()
 def latencies_ms(
-    models: Sequence[PreTrainedModel], sample: list[Batch], protocol: Protocol, on: torch.device
+    pairs: Sequence[tuple[PreTrainedModel, list[Batch]]], protocol: Protocol, on: torch.device
 ) -> list[tuple[float, ...]]:
-    """Milliseconds of each timed pass over the sample, which lies on the device already; a tuple for each model.
+    """Milliseconds of each timed pass of a model over its sample, which lies on the device already; a tuple for each pair.
 
     The models take turns, so that a machine that grows slower or warmer in the meantime treats them alike. Stops when every
     median is known within the protocol's tolerance, or at its limits.
@@ -64,16 +71,60 @@ def latencies_ms(
     one_pass = _cuda_pass_ms if on.type == "cuda" else _cpu_pass_ms
     begin = time.monotonic()
     for _ in range(protocol.warmup_passes):
-        for model in models:
+        for model, sample in pairs:
             one_pass(model.eval(), sample)
-    passes: list[list[float]] = [[] for _ in models]
+    passes: list[list[float]] = [[] for _ in pairs]
     for count in range(1, protocol.max_passes + 1):
-        for model, timed in zip(models, passes, strict=True):
+        for (model, sample), timed in zip(pairs, passes, strict=True):
             timed.append(one_pass(model.eval(), sample))
         stable = all(relative_error_of_median(timed) <= protocol.tolerance for timed in passes)
         if (count >= protocol.min_passes and stable) or time.monotonic() - begin > protocol.max_seconds:
             break
     return [tuple(timed) for timed in passes]
+
+
+class BlockTimes(Record):
+    """What the blocks of one layer take on one kind of device, over the protocol's sample; nothing left of a block takes 0."""
+
+    heads: tuple[int, ...]  # rising, from 0
+    attention_ms: tuple[float, ...]  # of the attention with so many heads
+    widths: tuple[int, ...]  # rising, from 0
+    ffn_ms: tuple[float, ...]  # of the FFN with so many neurons
+
+
+def block_times(model: PreTrainedModel, sample: list[Batch], protocol: Protocol, on: torch.device) -> BlockTimes:
+    """Time the model with attention of every number of heads alone, and with FFNs of 17 widths alone.
+
+    A layer's time is the model's divided by the number of layers, so that the clock sees enough. (Latency tables: Kwon et al.
+    2022, section 4.1; Kurtic et al. 2023, ZipLM, section 3.2.)
+    """
+    depth = len(surgery.layers(model))
+    most, widest = min(surgery.head_counts(model)), min(surgery.ffn_widths(model))
+    heads = tuple(range(most + 1))
+    widths = tuple(sorted({round(widest * part / 16) for part in range(17)}))
+
+    def cut(heads_left: int, width_left: int) -> PreTrainedModel:
+        small = copy.deepcopy(model)
+        surgery.prune_heads_everywhere(small, range(heads_left, most))
+        for index, width in enumerate(surgery.ffn_widths(small)):
+            surgery.prune_ffn(small, index, range(width_left, width))
+        return small
+
+    shapes = [*((count, 0) for count in heads), *((0, width) for width in widths[1:])]
+    timed = latencies_ms([(cut(*shape), sample) for shape in shapes], protocol, on)
+    ms = {shape: median(samples) for shape, samples in zip(shapes, timed, strict=True)}
+    empty = ms[0, 0]
+
+    def rising(times: list[float]) -> tuple[float, ...]:
+        """Noise must not make a larger block look cheaper than a smaller one."""
+        return tuple(np.maximum.accumulate([max(0.0, (time - empty) / depth) for time in times]).tolist())
+
+    return BlockTimes(
+        heads=heads,
+        attention_ms=rising([ms[count, 0] for count in heads]),
+        widths=widths,
+        ffn_ms=rising([ms[0, width] for width in widths]),
+    )
 
 
 def relative_error_of_median(samples: list[float]) -> float:

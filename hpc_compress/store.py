@@ -6,9 +6,11 @@ RUN/data/<split>.parquet         rows of train, search and report split
 RUN/tasks/<id>/task.json         one task, one folder
 RUN/tasks/<id>/outcome.json      written last, whole or not at all; the first valid one wins
 RUN/artifacts/<key>/             fp32 masters and deployed models of the living
+RUN/teacher/<key>/               outputs of the base model on the training examples, for distillation
 RUN/checkpoints/<key>.pt         state of a training under way; deleted when its master is stored
 RUN/generations/<number>.json    who was born and who survived
 RUN/jobs/<name>/                 what was submitted, how it ended, and its logs
+RUN/block_times/<key>.json       what blocks take on this kind of device, for cuts by time
 RUN/driver.json                  what the driver is at, and its last sign of life
 RUN/result.json                  the end of the search
 """
@@ -103,22 +105,9 @@ class Store:
         """The file in which the training that leads to a key may keep its state."""
         return self.root / "checkpoints" / f"{key}.pt"
 
-    @contextlib.contextmanager
-    def new_artifact(self, key: str) -> Iterator[Path]:
+    def new_artifact(self, key: str) -> contextlib.AbstractContextManager[Path]:
         """A fresh folder to write an artifact into; it takes its place when the block ends without an error."""
-        final = self.path(key)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        draft = final.with_name(f".{key}.{secrets.token_hex(4)}")
-        draft.mkdir()
-        try:
-            yield draft
-            # A folder can't replace a full one: whoever comes second finds the same content there and leaves.
-            with contextlib.suppress(OSError):
-                draft.rename(final)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-        if not final.is_dir():
-            raise OSError(f"{final} could not be put in place; is the folder writable?")
+        return _new_folder(self.path(key))
 
     def keep_artifacts(self, keys: Set[str]) -> int:
         """Delete every artifact but these, and what failed trainings left; returns the bytes set free.
@@ -145,6 +134,22 @@ class Store:
                     freed += status.st_size
         return freed
 
+    # --- teacher outputs ---
+
+    def teacher(self, key: str) -> Path:
+        """Where the outputs of the base model of a key lie, or would. They stay as long as the run folder."""
+        return self.root / "teacher" / key
+
+    def new_teacher(self, key: str) -> contextlib.AbstractContextManager[Path]:
+        """A fresh folder to write them into, as for an artifact. What lies in its place is taken for damaged, and deleted."""
+        final = self.teacher(key)
+        shutil.rmtree(final, ignore_errors=True)
+        for draft in final.parent.glob(f".{key}.*"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - draft.stat().st_mtime >= DRAFT_SECONDS:
+                    shutil.rmtree(draft, ignore_errors=True)
+        return _new_folder(final)
+
     # --- locks ---
 
     @contextlib.contextmanager
@@ -162,6 +167,22 @@ class Store:
                 # Some shared filesystems have no locks. Two writers then repeat work, but do no harm.
                 held = True
             yield held
+
+
+@contextlib.contextmanager
+def _new_folder(final: Path) -> Iterator[Path]:
+    final.parent.mkdir(parents=True, exist_ok=True)
+    draft = final.with_name(f".{final.name}.{secrets.token_hex(4)}")
+    draft.mkdir()
+    try:
+        yield draft
+        # A folder can't replace a full one: whoever comes second finds the same content there and leaves.
+        with contextlib.suppress(OSError):
+            draft.rename(final)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    if not final.is_dir():
+        raise OSError(f"{final} could not be put in place; is the folder writable?")
 
 
 def write_atomically(path: Path, text: str) -> None:

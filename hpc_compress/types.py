@@ -33,16 +33,15 @@ class Genome(Record):
     """The ordered steps that lead from the base model to this one. The empty genome is the base model itself."""
 
     steps: tuple[Step, ...] = ()  # what is done to the master, in order
-    deploy: Step | None = None  # what turns the master into the deployed model; None: fp32, as it is
+    deploy: tuple[Step, ...] = ()  # what turns the master into the deployed model, in order; empty: fp32, as it is
 
     def __str__(self) -> str:
-        names = [_short(step) for step in (*self.steps, *([self.deploy] if self.deploy else []))]
-        return " > ".join(names) or "base"
+        return " > ".join(map(_short, (*self.steps, *self.deploy))) or "base"
 
 
 def _short(step: Step) -> str:
     name = step.operator.rsplit(".", 1)[-1]
-    return "_".join([name, *(str(step.params[key]) for key in ("count", "scheme") if key in step.params)])
+    return "_".join([name, *(str(step.params[key]) for key in ("count", "share", "scheme") if key in step.params)])
 
 
 class Base(Record):
@@ -69,6 +68,9 @@ class Dataset(Record):
 class Protocol(Record):
     """How a deployed model is measured. Measurements of different protocols are never compared."""
 
+    device: Literal["any", "cpu", "cuda"] = Field(
+        default="any", description="what candidates are measured on; any: the job's GPU, or the CPU of a job without one"
+    )
     batch_size: int = Field(default=32, ge=1, description="sentences a batch, padded to the longest of them")
     sentences: int = Field(default=512, ge=1, description="latency is one pass over this fixed sample")
     warmup_passes: int = Field(default=2, ge=0, description="passes before the first one that counts")

@@ -1,6 +1,8 @@
 """The one function that runs on a node: from task ids to outcomes. Knows the store, the models and the device; no Slurm."""
 
+import dataclasses
 import errno
+import json
 import logging
 import os
 import platform
@@ -18,10 +20,12 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from hpc_compress import identity, measure
+from hpc_compress.config import RunConfig
 from hpc_compress.data import metrics
 from hpc_compress.data.batches import Encoded, encode
 from hpc_compress.models import artifact, surgery
-from hpc_compress.operators import Checkpoint, Context, operator
+from hpc_compress.operators import Checkpoint, Context, operator, teaching
+from hpc_compress.operators.teaching import TeacherOutputs
 from hpc_compress.store import Store
 from hpc_compress.types import Failure, Measurement, Outcome, Step, Task
 
@@ -104,21 +108,24 @@ class Job:
         return Outcome(task=task, measurement=measurement, failure=failure, host=platform.node(), seconds=stages.rounded())
 
     def _measure(self, task: Task, stages: "Stages") -> Measurement:
+        on = measure.device(task.protocol.device)
         with stages("train"):
             self._master(task, task.genome.steps)
         with stages("deploy"):
             folder = self.deployed(task)
-            base_model = self._base_model(task)
-            others = measure.allocated_bytes(self.device)
-            model = artifact.load(folder, self.device)
+            base_model = self._base_model(task, on)
+            others = measure.allocated_bytes(on)
+            model = artifact.load(folder, on)
         with stages("quality"):
-            examples = self._examples(task, task.split)
-            outputs = measure.outputs(model, examples, task.protocol.batch_size, self.device)
+            examples = self._examples(task, task.split, folder)
+            outputs = measure.outputs(model, examples, task.protocol.batch_size, on)
             scores = metrics.compute(task.dataset.metrics, examples.labels, outputs)
         with stages("time"):
-            sample = measure.timing_sample(examples, task.protocol, self.device)
-            pair = (base_model, model)
-            base_latency_ms, latency_ms = measure.latencies_ms(pair, sample, task.protocol, self.device)
+            # The same sentences, each model with its own tokenizer's pieces of them: that is what either one would run on.
+            base_sample = measure.timing_sample(self._examples(task, task.split), task.protocol, on)
+            sample = measure.timing_sample(examples, task.protocol, on)
+            pair = ((base_model, base_sample), (model, sample))
+            base_latency_ms, latency_ms = measure.latencies_ms(pair, task.protocol, on)
         return Measurement(
             metrics=scores,
             latency_ms=latency_ms,
@@ -126,9 +133,9 @@ class Job:
             model_bytes=(folder / artifact.WEIGHTS).stat().st_size,
             parameters=surgery.all_parameters(model),
             encoder_parameters=surgery.encoder_parameters(model),
-            peak_bytes=measure.peak_bytes(model, sample, self.device, others),
-            device=measure.device_name(self.device),
-            device_type=self.device.type,  # type: ignore[arg-type]
+            peak_bytes=measure.peak_bytes(model, sample, on, others),
+            device=measure.device_name(on),
+            device_type=on.type,  # type: ignore[arg-type]
             protocol=task.protocol,
         )
 
@@ -187,9 +194,12 @@ class Job:
         if found := self.store.artifact(key):
             return found
         model = artifact.load(self._master(task, task.genome.steps))
-        if (step := task.genome.deploy) is not None:
-            model = operator(step)(model, self._context(task, (*task.genome.steps, step), step))
         with self.store.new_artifact(key) as folder:
+            for number, step in enumerate(task.genome.deploy, 1):
+                context = self._context(task, (*task.genome.steps, *task.genome.deploy[:number]), step)
+                # A step that calibrates must see the pieces that the model before it knows.
+                train = self._examples(task, "train", folder)
+                model = operator(step)(model, dataclasses.replace(context, folder=folder, train=train))
             artifact.save(model, folder)
         return self.store.path(key)
 
@@ -202,22 +212,78 @@ class Job:
             # The prefix makes the seed, not the place in a job: a master that is computed again is the same.
             seed=identity.derive(task.seed, "step", prefix),
             teacher=lambda: self._base_model(task),
+            taught=lambda: self._taught(task),
+            tokenizer=self.tokenizer,
+            block_times=lambda: self._block_times(task),
             progress=lambda done, total: self.report(step.operator, done, total),
             checkpoint=checkpoint,
         )
 
-    def _base_model(self, task: Task) -> PreTrainedModel:
-        key = identity.master_key(task, ())
-        return self._keep(("base model", key), lambda: artifact.load(self._master(task, ()), self.device))
+    def _base_model(self, task: Task, on: torch.device | None = None) -> PreTrainedModel:
+        key, place = identity.master_key(task, ()), on or self.device
+        return self._keep(("base model", key, str(place)), lambda: artifact.load(self._master(task, ()), place))
 
-    def _examples(self, task: Task, split: str) -> Encoded:
+    def _taught(self, task: Task) -> TeacherOutputs | None:
+        """What the base model says of the training examples: computed once a run, by whoever needs it first.
+
+        None where it would take too much of the disk; the teacher is then asked in every training.
+        """
+
+        def find() -> TeacherOutputs | None:
+            key, examples, teacher = identity.master_key(task, ()), self._examples(task, "train"), self._base_model(task)
+            if teaching.outputs_bytes(teacher, examples) > 1e9 * self._teacher_gb():
+                return None
+            with self.store.lock(f"teacher-{key}"):
+                if (found := teaching.read(self.store.teacher(key), examples)) is not None:
+                    return found
+                try:
+                    with self.store.new_teacher(key) as folder:
+                        teaching.write(folder, teacher, examples, self.device)
+                except OSError as error:
+                    log.warning("distillation goes on without storing the teacher's outputs: %s", error)
+                    return None
+            return teaching.read(self.store.teacher(key), examples)
+
+        return self._keep(("teacher outputs", identity.master_key(task, ())), find)
+
+    def _teacher_gb(self) -> float:
+        """A setting of the run and not of the task: what is computed hardly depends on it."""
+        try:
+            plan = json.loads((self.store.root / "run.json").read_bytes())
+        except FileNotFoundError:
+            return RunConfig.model_fields["teacher_gb"].default
+        return RunConfig.model_validate(plan["config"]).teacher_gb
+
+    def _block_times(self, task: Task) -> measure.BlockTimes:
+        """Measured once, by whoever needs them first, and the same for all others: a cut by time can be repeated."""
+        key = identity.content_hash(identity.master_key(task, ()), task.protocol)
+        name = f"block_times/{key}.json"
+        with self.store.lock(f"block_times_{key}"):
+            times = self.store.read(name, measure.BlockTimes)
+            if times is None:
+                on = measure.device(task.protocol.device)
+                model, sample = self._base_model(task, on), self._examples(task, "train")
+                batches = measure.timing_sample(sample, task.protocol, on)
+                times = measure.block_times(model, batches, task.protocol, on)
+                self.store.write(name, times)
+        return times
+
+    def _examples(self, task: Task, split: str, folder: Path | None = None) -> Encoded:
+        """A split as the base model's tokenizer sees it, or as that of a deployed model in `folder` if it has one."""
+        own = folder is not None and sorted(folder.glob("tokenizer*"))
+        vocabulary = identity.files_hash(own) if own else "base"  # most candidates with a trimmed one share it
+
         def read() -> Encoded:
-            tokenizer = self._keep(("tokenizer",), self.tokenizer)
+            if own:
+                # Without trust the config's code is not asked for; a tokenizer needs none of it.
+                tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            else:
+                tokenizer = self._keep(("tokenizer",), self.tokenizer)
             rows = pd.read_parquet(self.store.root / "data" / f"{split}.parquet")[: task.limit]
             text2 = rows["text2"].tolist() if task.dataset.pair else None
             return encode(tokenizer, rows["text"].tolist(), text2, rows["label"].to_numpy(), task.dataset.max_length)
 
-        return self._keep(("examples", task.dataset.fingerprint, split, str(task.limit)), read)
+        return self._keep(("examples", task.dataset.fingerprint, split, str(task.limit), vocabulary), read)
 
     def tokenizer(self) -> Any:
         """The base model's; saved in full as an artifact of its own, since an export can't ask the checkpoint's type."""

@@ -52,8 +52,8 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A function that saves a tiny random checkpoint with its tokenizer. Equal calls share a folder: read only.
 
-    make(family, layers=2, heads=4, hidden=32, ffn=48, num_labels=2, head=True) -> folder; family is bert, roberta, electra
-    or distilbert; head=False saves the bare encoder. The weights are the same in every session.
+    make(family, layers=2, heads=4, hidden=32, ffn=48, num_labels=2, head=True) -> folder; family is a model_type of
+    `FAMILIES`; head=False saves the bare encoder. The weights are the same in every session.
     """
     made: dict[str, Path] = {}
 
@@ -116,6 +116,10 @@ def setup(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..
         "protocol={batch_size: 8, sentences: 16, warmup_passes: 0, min_passes: 2, max_passes: 2}",
         "generations=2",
         "strategy.population=4",
+        # The published mutations: cheap, and in the tests that follow a genome its shape is known.
+        "strategy.mutations.prune.weight=0",
+        "strategy.mutations.prune_time.weight=0",
+        "strategy.mutations.prune_heads.weight=0.5",
         "strategy.fine_tune.learning_rate=1e-3",
         "strategy.distill.learning_rate=1e-3",
         "objective.b=0",  # what was timed must not decide, so that runs can be compared
@@ -142,7 +146,26 @@ def _model_config(family: str, layers: int, heads: int, hidden: int, ffn: int, n
         sizes = {"num_hidden_layers": layers, "num_attention_heads": heads, "hidden_size": hidden, "intermediate_size": ffn}
     special = {
         "roberta": {"max_position_embeddings": MAX_TOKENS + pad + 1, "type_vocab_size": 1},  # counts from pad + 1
+        "xlm-roberta": {"max_position_embeddings": MAX_TOKENS + pad + 1, "type_vocab_size": 1},
+        "mpnet": {"max_position_embeddings": MAX_TOKENS + pad + 1},
         "electra": {"max_position_embeddings": MAX_TOKENS, "embedding_size": hidden // 2},
+        "deberta-v2": {  # as the v3 checkpoints
+            "max_position_embeddings": MAX_TOKENS,
+            "relative_attention": True,
+            "position_buckets": 16,
+            "share_att_key": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "norm_rel_ebd": "layer_norm",
+            "position_biased_input": False,
+        },
+        "modernbert": {  # windows of 4 tokens to either side, so that local and global layers differ
+            "max_position_embeddings": MAX_TOKENS,
+            "local_attention": 8,
+            "bos_token_id": VOCABULARY["[CLS]"],
+            "cls_token_id": VOCABULARY["[CLS]"],
+            "eos_token_id": VOCABULARY["[SEP]"],
+            "sep_token_id": VOCABULARY["[SEP]"],
+        },
     }
     return AutoConfig.for_model(family, **common, **sizes, **special.get(family, {"max_position_embeddings": MAX_TOKENS}))
 

@@ -62,7 +62,8 @@ def test_every_option_composes_validates_and_names_what_exists(compose: Compose,
     assert callable(config.build(parts["objective"], "objective"))
     whole = {**parts["strategy"], "shape": Shape(heads=(12,) * 6), "score": lambda measurement: 0.0}
     strategy = config.build(whole, "strategy")
-    choices = [*strategy.mutations.values(), *strategy.quantizations.values()]  # those of weight 0 as well
+    groups = (strategy.mutations, strategy.vocabularies, strategy.quantizations)
+    choices = [choice for group in groups for choice in group.values()]  # those of weight 0 as well
     steps = [*strategy.steps, *strategy.deploys, *(choice.step for choice in choices)]
     for step in [*steps, Step(operator="fine_tune", params=settings.model.fine_tune)]:
         assert callable(operator(step))

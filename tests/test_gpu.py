@@ -38,11 +38,31 @@ def test_a_quantized_model_is_close_on_the_gpu_too(model: torch.nn.Module, schem
     assert abs(on_gpu - on_cpu).max() < 0.1
 
 
+@pytest.mark.parametrize("method", ["round", "gptq"])
+@pytest.mark.parametrize("embeddings", ["int8", "nf4", "fp4"])
+def test_quantized_embeddings_and_gptq_work_on_the_gpu(model: torch.nn.Module, embeddings: str, method: str, tmp_path: Path):
+    exact = logits(model)
+    params = {"scheme": "nf4", "layers": {"int8": [0], "rest": [2]}, "embeddings": embeddings, "method": method}
+    on_gpu = Context(train=examples(), device=CUDA, seed=0, teacher=lambda: model)
+    done = operator(Step(operator="quantize", params=params))(model, on_gpu)
+    artifact.save(done, tmp_path)
+    one, other = (measure.outputs(artifact.load(tmp_path, on), examples(), 8, on) for on in (CUDA, torch.device("cpu")))
+    order = torch.cat([batch.index for batch in eval_batches(examples(), 8)]).numpy()
+    assert abs(one[order] - exact.numpy()).max() < 0.2
+    assert abs(one - other).max() < 0.1
+
+
+def test_dynamic_int8_is_refused_on_the_gpu(model: torch.nn.Module, tmp_path: Path):
+    artifact.save(quantize(model, "dynamic_int8"), tmp_path)
+    with pytest.raises(RuntimeError, match="runs on a CPU only"):
+        measure.outputs(artifact.load(tmp_path, CUDA), examples(), 8, CUDA)
+
+
 def test_two_latencies_of_one_model_agree(model: torch.nn.Module):
     protocol = Protocol(min_passes=20, max_passes=200, max_seconds=10)
     model.to(CUDA)
     sample = measure.timing_sample(examples(256), protocol, CUDA)
-    one, other = measure.latencies_ms([model, model], sample, protocol, CUDA)
+    one, other = measure.latencies_ms([(model, sample)] * 2, protocol, CUDA)
     assert median(one) == pytest.approx(median(other), rel=0.03)
 
 
@@ -72,3 +92,42 @@ def test_a_head_is_scored_and_cut_on_the_gpu(model: torch.nn.Module):
     on_cpu = scored(copy.deepcopy(model), context(model))
     on_gpu = scored(model.to(CUDA), Context(train=examples(), device=CUDA, seed=0, teacher=lambda: model))
     torch.testing.assert_close(logits(on_gpu.cpu()), logits(on_cpu), atol=1e-4, rtol=1e-4)
+
+
+def test_a_two_of_four_model_runs_on_sparse_tensor_cores(model: torch.nn.Module, tmp_path: Path):
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("needs compute capability 8.0")
+    step = Step(operator="sparsify", params={"pattern": "2:4", "permute": True, "precision": "fp16"})
+    on_gpu = Context(train=examples(), device=CUDA, seed=0, teacher=lambda: model)
+    dense = operator(step)(model, on_gpu)
+    for folder in (tmp_path / "once", tmp_path / "twice"):
+        folder.mkdir()
+    artifact.save(dense, tmp_path / "once")
+    sparse = artifact.load(tmp_path / "once", CUDA)
+    paths = [
+        surgery.path(sparse, index, name)
+        for index in range(len(surgery.layers(sparse)))
+        for name in surgery.family(sparse).linears
+    ]
+    assert all(isinstance(sparse.get_submodule(path).weight, torch.sparse.SparseSemiStructuredTensor) for path in paths)
+    dense.to(CUDA)
+    outputs = [measure.outputs(one, examples(), 8, CUDA) for one in (sparse, dense)]
+    assert abs(outputs[0] - outputs[1]).max() < 0.01
+    for path in paths:
+        assert torch.equal(sparse.state_dict()[f"{path}.weight"], dense.get_submodule(path).weight)
+    assert surgery.all_parameters(sparse) == surgery.all_parameters(dense)
+    artifact.save(sparse, tmp_path / "twice")
+    assert (tmp_path / "once" / artifact.WEIGHTS).read_bytes() == (tmp_path / "twice" / artifact.WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("mode", [{"share": 0.5}, {"regularisation": 1.0}], ids=str)
+def test_movement_pruning_cuts_on_the_gpu(model: torch.nn.Module, mode: dict[str, float], tmp_path: Path):
+    step = Step(operator="movement_prune", params={"batch_size": 8, "epochs": 2, **mode})
+    cut = operator(step)(model, Context(train=examples(), device=CUDA, seed=0, teacher=lambda: model))
+    assert next(cut.parameters()).is_cuda
+    assert all(width % 64 == 0 for width in surgery.ffn_widths(cut))
+    if "share" in mode:
+        assert (sum(surgery.head_counts(cut)), sum(surgery.ffn_widths(cut))) == (6, 1536)
+    artifact.save(cut, tmp_path)
+    on_cpu = artifact.load(tmp_path)
+    torch.testing.assert_close(logits(cut.cpu()), logits(on_cpu))

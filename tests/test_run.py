@@ -37,6 +37,9 @@ def finished(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+MUTATIONS = ["prune", "prune_time", "drop_layers", "prune_heads", "prune_hidden", "movement_prune"]
+
+
 def test_a_run_leaves_what_it_promises(finished: Path):
     run = analysis.open_run(finished)
     assert run.result is not None
@@ -45,7 +48,7 @@ def test_a_run_leaves_what_it_promises(finished: Path):
     assert run.report_of(run.result.base) is not None
     assert all(run.report_of(id) is not None for id in run.result.reported)
     suffixes = {path.suffix for path in finished.rglob("*") if path.is_file() and "locks" not in path.parts}
-    assert suffixes <= {".json", ".parquet", ".safetensors"}
+    assert suffixes <= {".json", ".parquet", ".safetensors", ".npy"}
 
 
 def test_only_the_living_keep_their_artifacts(finished: Path):
@@ -163,6 +166,7 @@ NO_OTHERS = [
     "~strategy.mutations.prune_heads",
     "strategy.quantizations.int8.weight=0",
     "strategy.quantizations.nf4.weight=0",
+    "strategy.vocabularies.trim.weight=0",
 ]
 OWN_OPERATORS = '''
 """Operators of a user's own, outside the package."""
@@ -204,6 +208,7 @@ def own_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sys.modules.pop("own_operators", None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_operators")
 def test_a_users_own_pruning_and_quantization_take_part(setup: Setup, tmp_path: Path):
     setup.run(
@@ -217,13 +222,14 @@ def test_a_users_own_pruning_and_quantization_take_part(setup: Setup, tmp_path: 
     born = table[table["generation"] > 0]
     assert (born["status"] == "measured").all()
     assert born["genome"].str.contains("PruneNeurons").all()
-    assert set(born["precision"]) == {"fp32", "own_operators.RoundEmbeddings"}
+    assert set(born["deploy"]) == {"fp32", "own_operators.RoundEmbeddings"}
     base = table.iloc[0]
-    half = born[born["precision"] != "fp32"]
+    half = born[born["deploy"] != "fp32"]
     assert (born["encoder_parameters"] < base["encoder_parameters"]).all()
     assert (half["model_bytes"] < 0.65 * base["model_bytes"]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_operators")
 def test_a_broken_operator_shows_in_the_probe_and_can_be_mended(setup: Setup, tmp_path: Path):
     overrides = [*NO_OTHERS, "+strategy.mutations.mine={weight: 1, operator: own_operators.Broken}"]
@@ -242,7 +248,7 @@ def test_a_broken_operator_shows_in_the_probe_and_can_be_mended(setup: Setup, tm
 @pytest.mark.slow
 @pytest.mark.usefixtures("own_operators")
 def test_without_a_probe_a_failure_is_data(setup: Setup, tmp_path: Path):
-    broken = "+strategy.mutations.mine={weight: 3, operator: own_operators.Broken}"
+    broken = "+strategy.mutations.mine={weight: 1, operator: own_operators.Broken}"
     setup.run(tmp_path / "run", broken, "probe=false", "strategy.mutation_probability=1")
     table = hpc_compress.load_runs(tmp_path / "run")
     failed = table[table["status"] == "error"]
@@ -335,6 +341,37 @@ def test_tasks_that_share_a_master_stay_together():
 
 
 # --- kill -9 ---
+
+
+@pytest.mark.slow
+def test_a_run_that_can_not_go_on_does_not_end_its_sweep(setup: Setup, tmp_path: Path):
+    command = [sys.executable, "-m", "hpc_compress.cli", "search", "-m", *setup.overrides, "generations=0", "seed=-1,0"]
+    command.append("hydra.sweep.subdir=seed${seed}")  # all overrides in one name would be too long for a folder
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    results = [path.parent.name for path in tmp_path.rglob("result.json")]
+    assert results == ["seed0"], done.stdout + done.stderr
+    assert done.returncode == 1
+    assert "seed-1" in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["cuts by score", "hidden cuts", "movement"])
+def test_a_search_draws_on_the_whole_tool_box(setup: Setup, tmp_path: Path, strategy: str):
+    """Every kind of mutation through driver, probe, worker, deployment and report."""
+    drawn = {"cuts by score": ["prune", "prune_time"], "hidden cuts": ["prune_hidden"], "movement": ["movement_prune"]}[
+        strategy
+    ]
+    mutations = [f"strategy.mutations.{name}.weight={int(name in drawn)}" for name in MUTATIONS]
+    sizes = ["strategy.mutations.prune.ffn_multiple=8", "+strategy.mutations.prune_time.ffn_multiple=8"]
+    sizes += ["strategy.mutations.prune_hidden.multiple=8", "+strategy.mutations.movement_prune.ffn_multiple=8"]
+    overrides = [*mutations, *sizes, "strategy.vocabularies.trim.weight=0.5", "generations=1"]
+    setup.run(tmp_path / "run", *overrides)
+    run = analysis.open_run(tmp_path / "run")
+    searched = [outcome for outcome in run.outcomes.values() if outcome.task.genome.steps]
+    used = {step.operator for outcome in searched for step in outcome.task.genome.steps}
+    assert {name.replace("_time", "") for name in drawn} <= used
+    assert all(outcome.measurement for outcome in searched), [outcome.failure for outcome in searched if outcome.failure]
+    assert run.outcomes[run.base_id].measurement.encoder_parameters > min(o.measurement.encoder_parameters for o in searched)
 
 
 @pytest.mark.slow

@@ -70,6 +70,11 @@ class Row:
     seconds: int = 0  # sacct: elapsed
 
 
+def element_id(job_id: str, index: int, size: int) -> str:
+    """How Slurm and Submitit call one element of `size`: a single one is submitted as a job, not as an array."""
+    return f"{job_id}_{index}" if size > 1 else job_id
+
+
 @dataclass(frozen=True)
 class Limits:
     """What the cluster admits; None where it does not say."""
@@ -109,7 +114,7 @@ class Commands:
         from submitit.core.utils import DelayedSubmission
 
         for index, work in enumerate(works):
-            path = folder / f"{job_id}_{index}_submitted.pkl" if len(works) > 1 else folder / f"{job_id}_submitted.pkl"
+            path = folder / f"{element_id(job_id, index, len(works))}_submitted.pkl"
             if not path.exists():
                 delayed = DelayedSubmission(work)
                 delayed.set_timeout(timeout_min, 3)
@@ -119,7 +124,7 @@ class Commands:
 
     def squeue(self) -> list[Row]:
         """Every job of this user that is waiting, running or on its way out."""
-        out = _call("squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%F|%K|%T|%N|%r|%j")
+        out = call("squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%F|%K|%T|%N|%r|%j")
         rows = []
         for line in out.splitlines():
             job_id, index, state, node, reason, name = line.split("|", 5)
@@ -152,21 +157,21 @@ class Commands:
         """Cancel jobs (`17`) or elements (`17_3`); those that have ended are no matter."""
         for start in range(0, len(ids), 200):
             with contextlib.suppress(CommandError):
-                _call("scancel", "--quiet", *ids[start : start + 200])
+                call("scancel", "--quiet", *ids[start : start + 200])
 
     def limits(self, partition: str | None, account: str | None, qos: str | None) -> Limits:
         """Ask the cluster what it admits; what it does not tell is left open."""
-        config = _ask("scontrol", "show", "config")
+        config = ask("scontrol", "show", "config")
         found = re.search(r"^MaxArraySize\s*=\s*(\d+)", config, re.M)
         # The largest index is one below it, so it is the number of elements from 0 on.
         array_size = max(1, int(found[1])) if found else 1000
         chosen = [f"--partition={partition}"] if partition else []
-        kinds = re.findall(r"^(\d+)\+?\|(\d+)", _ask("sinfo", "--noheader", *chosen, "--format=%m|%D"), re.M)
+        kinds = re.findall(r"^(\d+)\+?\|(\d+)", ask("sinfo", "--noheader", *chosen, "--format=%m|%D"), re.M)
         memory, nodes = [int(mb) for mb, _ in kinds], sum(int(number) for _, number in kinds)
         user = [f"account={account}"] if account else []
-        of_user = _ask("sacctmgr", "-nP", "show", "assoc", "where", f"user={os.getuid()}", *user, "format=MaxSubmit,DefaultQOS")
+        of_user = ask("sacctmgr", "-nP", "show", "assoc", "where", f"user={os.getuid()}", *user, "format=MaxSubmit,DefaultQOS")
         names = {qos or line.partition("|")[2] or "normal" for line in of_user.splitlines()} or {qos or "normal"}
-        of_qos = _ask("sacctmgr", "-nP", "show", "qos", "where", f"name={','.join(sorted(names))}", "format=MaxSubmitPU")
+        of_qos = ask("sacctmgr", "-nP", "show", "qos", "where", f"name={','.join(sorted(names))}", "format=MaxSubmitPU")
         numbers = [line.partition("|")[0] for line in [*of_user.splitlines(), *of_qos.splitlines()]]
         submitted = min((int(number) for number in numbers if number.isdigit()), default=None)
         return Limits(array_size, submitted, max(memory, default=None), nodes or None)
@@ -203,14 +208,19 @@ def _outside_any_job() -> Iterator[None]:
         os.environ.update(inner)
 
 
-def _call(*command: str) -> str:
-    """Raises: CommandError."""
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    """Raises: CommandError when the command is not there or does not answer."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, errors="replace")
+        return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, errors="replace")
     except FileNotFoundError:
         raise CommandError(f"{command[0]} is not on this machine; start the search where Slurm's commands are") from None
     except subprocess.TimeoutExpired:
         raise CommandError(f"{command[0]} did not answer in {SECONDS:.0f} s") from None
+
+
+def call(*command: str) -> str:
+    """Raises: CommandError when the command does not answer, or fails."""
+    done = run(*command)
     if done.returncode:
         raise CommandError(f"{command[0]}: {done.stderr.strip() or f'exit code {done.returncode}'}")
     return done.stdout
@@ -219,16 +229,16 @@ def _call(*command: str) -> str:
 def _accounting(*options: str) -> str:
     """What sacct says; nothing on a cluster without accounting."""
     try:
-        return _call("sacct", "-nPX", *options)
+        return call("sacct", "-nPX", *options)
     except CommandError as error:
         if "accounting storage is disabled" in str(error).lower():
             return ""
         raise
 
 
-def _ask(*command: str) -> str:
+def ask(*command: str) -> str:
     """What a command says, nothing when it fails."""
     try:
-        return _call(*command)
+        return call(*command)
     except CommandError:
         return ""

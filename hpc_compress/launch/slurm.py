@@ -26,7 +26,7 @@ from pydantic import Field, PrivateAttr
 
 from hpc_compress.config import ConfigError
 from hpc_compress.launch import WORKER, Bundle, Ended, Jobs, Report, Work, packed
-from hpc_compress.launch.commands import CommandError, Commands, Limits, RefusedError, Row, batch_lines
+from hpc_compress.launch.commands import CommandError, Commands, Limits, RefusedError, Row, batch_lines, element_id
 from hpc_compress.store import Store
 from hpc_compress.types import Record
 
@@ -62,11 +62,14 @@ class Cluster(Record):
     def processes(self) -> int:
         return max(1, self.gpus_per_node)
 
-    def options(self, name: str, folder: Path, mem_mb: int, exclude: Sequence[str]) -> dict[str, Any]:
-        """As Submitit takes them."""
+    def mem_mb(self, gb: float) -> int:
+        """Of a job whose processes get so many GB each."""
+        return round(1024 * gb) * self.processes
+
+    def request(self, mem_mb: int, exclude: Sequence[str]) -> dict[str, Any]:
+        """What sbatch is asked for, by the long names of its options."""
         gres = ":".join(["gpu", *([self.gpu_type] if self.gpu_type else []), str(self.gpus_per_node)])
-        options: dict[str, Any] = {
-            "job_name": name,
+        options = {
             "partition": self.partition,
             "account": self.account,
             "qos": self.qos,
@@ -77,6 +80,14 @@ class Cluster(Record):
             "cpus_per_task": self.cpus_per_task,
             "mem": f"{mem_mb}M",  # sbatch takes whole numbers only
             "exclude": ",".join(exclude) or None,
+        }
+        return {key: value for key, value in options.items() if value is not None}
+
+    def options(self, name: str, folder: Path, mem_mb: int, exclude: Sequence[str]) -> dict[str, Any]:
+        """The same and the rest as Submitit takes them."""
+        options: dict[str, Any] = {
+            **self.request(mem_mb, exclude),
+            "job_name": name,
             "array_parallelism": self.array_parallelism,
             "setup": batch_lines(folder, self.modules, self.setup),
             "additional_parameters": {"output": "/dev/null", "error": "/dev/null", **self.sbatch},
@@ -89,7 +100,7 @@ class Cluster(Record):
             # whose place Python takes.
             options["use_srun"] = False
             options["additional_parameters"]["signal"] = "B:USR2@90"
-        return {key: value for key, value in options.items() if value is not None}
+        return options
 
 
 class Submission(Record):
@@ -260,7 +271,7 @@ class Arrays:
 
     def _memory(self, pack: Pack) -> int:
         """Megabytes of one element."""
-        own = round(1024 * self.settings.cluster.mem_gb) * self.settings.cluster.processes
+        own = self.settings.cluster.mem_mb(self.settings.cluster.mem_gb)
         return max([own, *(self.mem_mb.get(task_id, 0) for bundle in pack for task_id in bundle)])
 
     def _options(self, array: "_Array") -> dict[str, Any]:
@@ -286,7 +297,7 @@ class Arrays:
                 if row is None:
                     missing.append((array, index))
                 elif row.state == "PENDING" and row.reason.startswith(HELD):
-                    self.commands.cancel([f"{row.job_id}_{index}" if len(array.submission.packs) > 1 else row.job_id])
+                    self.commands.cancel([element_id(row.job_id, index, len(array.submission.packs))])
                     array.states[index] = f"held ({row.reason})"
                 else:
                     array.seen(index, row)
@@ -351,7 +362,7 @@ class Arrays:
             self.bad_nodes[end.node] = self.bad_nodes.pop(end.node, None)
         if hungry:
             most = self.settings.cluster.max_mem_gb
-            most_mb = self.limits.node_memory_mb if most is None else round(1024 * most) * self.settings.cluster.processes
+            most_mb = self.limits.node_memory_mb if most is None else self.settings.cluster.mem_mb(most)
             more = min(2 * array.submission.mem_mb, most_mb or 2 * array.submission.mem_mb)
             for bundle in array.submission.packs[index]:
                 self.mem_mb |= {task_id: max(more, self.mem_mb.get(task_id, 0)) for task_id in bundle}

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from hpc_compress.models import modeling_hpc_compress as modeling
-from hpc_compress.models import surgery
+from hpc_compress.models import packing, surgery
 
 WEIGHTS = "model.safetensors"
 
@@ -43,9 +43,12 @@ def save(model: PreTrainedModel, folder: Path) -> None:
     stock = model.config.to_dict()
     config = modeling.HpcCompressConfig(
         stock=stock,
+        layers=modeling.origins(model, family),
         heads=surgery.head_counts(model),
         ffn=surgery.ffn_widths(model),
+        hidden=surgery.hidden_size(model),
         quantized=_quantized(model),
+        thresholds=modeling.thresholds(model, family),
         architectures=["HpcCompressForSequenceClassification"],
         num_labels=model.config.num_labels,
         id2label=model.config.id2label,
@@ -56,8 +59,9 @@ def save(model: PreTrainedModel, folder: Path) -> None:
             "AutoModelForSequenceClassification": "modeling_hpc_compress.HpcCompressForSequenceClassification",
         },
     )
-    assert len(config.heads) == getattr(model.config, family.layer_count)
     tensors = {f"model.{name}": tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    sparse = [f"model.{name}" for name, scheme in config.quantized.items() if scheme in modeling.SPARSE]
+    tensors = packing.packed(tensors, sparse)
     config.save_pretrained(folder)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
@@ -70,6 +74,12 @@ def _quantized(model: PreTrainedModel) -> dict[str, str]:
             schemes[name] = "int8"
         elif kind == "Linear4bit":
             schemes[name] = module.weight.quant_type
+        elif kind == "DynamicInt8Linear":
+            schemes[name] = "dynamic_int8"
+        elif kind == "QuantizedEmbedding":
+            schemes[name] = module.scheme
+        elif kind == "Linear" and (scheme := packing.sparse_scheme(module)):
+            schemes[name] = scheme
     return schemes
 
 

@@ -5,10 +5,15 @@ This file stands alone: it is shipped beside every exported model, so that it lo
 to give a stock model an irregular shape, and how to read quantized weights back. It knows nothing of search or training.
 """
 
+import copy
+import dataclasses
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -23,28 +28,38 @@ class Family:
 
     encoder: str  # from the classification model to the base encoder
     layers: str  # from there to the list of layers
-    query: str  # from a layer to each linear
-    key: str
-    value: str
-    attention_out: str
+    reader: str  # from the classification model to the linear by which the task head reads the encoder's output
+    attention: str  # from a layer to the module that computes attention
+    attention_in: tuple[str, ...]  # from a layer to the linears whose rows are heads; the last rows are the values'
+    attention_out: str  # from a layer to each linear
     ffn_in: str
     ffn_out: str
-    layer_count: str = "num_hidden_layers"  # names in the stock config
-    head_count: str = "num_attention_heads"
+    attention_blocks: int = 1  # blocks of rows in each linear of attention_in; every block holds all heads
+    ffn_blocks: int = 1  # blocks of rows in ffn_in; every block holds all neurons
+    positions: tuple[str, ...] = ()  # like attention_in, for relative positions; not every checkpoint has them
+    attention_norm: str | None = None  # a norm that nothing but the attention reads
+    ffn_norm: str | None = None  # a norm that nothing but the FFN reads
+    gate: str | None = None  # from a layer to the activation of a gated FFN, whose output multiplies the neurons
+    shared_bias: str | None = None  # from the base encoder to an embedding of all layers' heads, one column each
+    head_count: str = "num_attention_heads"  # names in the stock config
     width: str = "hidden_size"
 
     @property
     def linears(self) -> tuple[str, ...]:
-        return (self.query, self.key, self.value, self.attention_out, self.ffn_in, self.ffn_out)
+        return (*self.attention_in, self.attention_out, self.ffn_in, self.ffn_out)
+
+    @property
+    def value(self) -> str:
+        return self.attention_in[-1]
 
 
-def _bert_like(encoder: str) -> Family:
+def _bert_like(encoder: str, reader: str, suffix: str = "") -> Family:
     return Family(
         encoder=encoder,
         layers="encoder.layer",
-        query="attention.self.query",
-        key="attention.self.key",
-        value="attention.self.value",
+        reader=reader,
+        attention="attention.self",
+        attention_in=tuple(f"attention.self.{name}{suffix}" for name in ("query", "key", "value")),
         attention_out="attention.output.dense",
         ffn_in="intermediate.dense",
         ffn_out="output.dense",
@@ -52,24 +67,54 @@ def _bert_like(encoder: str) -> Family:
 
 
 FAMILIES = {
-    "bert": _bert_like("bert"),
-    "roberta": _bert_like("roberta"),
-    "xlm-roberta": _bert_like("roberta"),
-    "electra": _bert_like("electra"),
+    "bert": _bert_like("bert", "bert.pooler.dense"),
+    "roberta": _bert_like("roberta", "classifier.dense"),
+    "xlm-roberta": _bert_like("roberta", "classifier.dense"),
+    "electra": _bert_like("electra", "classifier.dense"),
+    "deberta-v2": dataclasses.replace(
+        _bert_like("deberta", "pooler.dense", suffix="_proj"),
+        positions=("attention.self.pos_key_proj", "attention.self.pos_query_proj"),
+    ),
+    "mpnet": dataclasses.replace(
+        _bert_like("mpnet", "classifier.dense"),
+        attention="attention.attn",
+        attention_in=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
+        attention_out="attention.attn.o",
+        shared_bias="encoder.relative_attention_bias",
+    ),
     "distilbert": Family(
         encoder="distilbert",
         layers="transformer.layer",
-        query="attention.q_lin",
-        key="attention.k_lin",
-        value="attention.v_lin",
+        reader="pre_classifier",
+        attention="attention",
+        attention_in=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
         attention_out="attention.out_lin",
         ffn_in="ffn.lin1",
         ffn_out="ffn.lin2",
-        layer_count="n_layers",
         head_count="n_heads",
         width="dim",
     ),
+    "modernbert": Family(
+        encoder="model",
+        layers="layers",
+        reader="head.dense",
+        attention="attn",
+        attention_in=("attn.Wqkv",),
+        attention_out="attn.Wo",
+        ffn_in="mlp.Wi",
+        ffn_out="mlp.Wo",
+        attention_blocks=3,
+        ffn_blocks=2,
+        attention_norm="attn_norm",
+        ffn_norm="mlp_norm",
+        gate="mlp.act",
+    ),
 }
+# What the stock configs call widths that are the hidden size where they equal it.
+ALSO_WIDTHS = ("embedding_size", "pooler_hidden_size")
+
+
+SPARSE = ("sparse", "2:4")  # linears that are saved without their zeros
 
 
 def family_of(model_type: str) -> Family:
@@ -86,15 +131,21 @@ class HpcCompressConfig(PreTrainedConfig):
     def __init__(
         self,
         stock: dict[str, Any] | None = None,
+        layers: list[int] | None = None,
         heads: list[int] | None = None,
         ffn: list[int] | None = None,
+        hidden: int | None = None,
         quantized: dict[str, str] | None = None,
+        thresholds: list[float] | None = None,
         **kwargs: Any,
     ) -> None:
         self.stock = stock or {}  # the uncompressed encoder's config, with its model_type
+        self.layers = layers or []  # numbers of those that are left, counted from 0 in the uncompressed encoder
         self.heads = heads or []  # attention heads of each layer that is left
         self.ffn = ffn or []  # FFN neurons of each layer that is left
-        self.quantized = quantized or {}  # dotted path of a linear -> int8, nf4 or fp4
+        self.hidden = hidden  # dimensions of the residual stream; None: all of them
+        self.quantized = quantized or {}  # dotted path of a linear -> int8, nf4, fp4, sparse or 2:4
+        self.thresholds = thresholds or []  # of each layer: smaller values of its FFN's activated gate become 0; empty: none
         super().__init__(**kwargs)
 
     def stock_config(self) -> PreTrainedConfig:
@@ -145,22 +196,26 @@ class HpcCompressForSequenceClassification(PreTrainedModel):
             model = cls(config)
         load_weights(model, load_file(str(weights)), config.quantized, prefix="model.")
         device = kwargs.get("device_map")
-        return model.to(device if device not in (None, "auto") else "cpu").eval()
+        model.to(device if device not in (None, "auto") else "cpu")
+        for name, scheme in config.quantized.items():
+            if scheme == "2:4":
+                _run_sparse(linear_of(model.model, name))
+        return model.eval()
 
 
 def skeleton(config: HpcCompressConfig) -> PreTrainedModel:
     """A stock model whose layers have the config's shape; its weights mean nothing yet."""
     family = family_of(config.stock["model_type"])
-    stock_config = config.stock_config()
-    head_size = getattr(stock_config, family.width) // getattr(stock_config, family.head_count)
-    setattr(stock_config, family.layer_count, len(config.heads))
-    model = AutoModelForSequenceClassification.from_config(stock_config)
+    model = AutoModelForSequenceClassification.from_config(config.stock_config())
+    size = head_size(model, family)
+    keep_layers(model, family, config.layers)
     for layer, heads, ffn in zip(layers_of(model, family), config.heads, config.ffn, strict=True):
-        for name in (family.query, family.key, family.value):
-            resize(linear_of(layer, name), out_features=heads * head_size)
-        resize(linear_of(layer, family.attention_out), in_features=heads * head_size)
-        resize(linear_of(layer, family.ffn_in), out_features=ffn)
-        resize(linear_of(layer, family.ffn_out), in_features=ffn)
+        keep_heads(layer, family, slice(heads * size), size)
+        keep_ffn(layer, family, slice(ffn))
+    fit_shared_bias(model, family)
+    if config.hidden not in (None, hidden_size(model, family)):
+        keep_hidden(model, family, slice(config.hidden))
+    set_thresholds(model, family, config.thresholds)
     return model
 
 
@@ -173,24 +228,217 @@ def linear_of(layer: nn.Module, path: str) -> nn.Linear:
     return cast(nn.Linear, layer.get_submodule(path))
 
 
-def resize(linear: nn.Linear, in_features: int | None = None, out_features: int | None = None) -> None:
-    """Give a linear other widths; the new weights are empty."""
-    linear.in_features = in_features or linear.in_features
-    linear.out_features = out_features or linear.out_features
-    if linear.weight.shape != (linear.out_features, linear.in_features):
-        linear.weight = nn.Parameter(linear.weight.new_empty(linear.out_features, linear.in_features))
-        if linear.bias is not None:
-            linear.bias = nn.Parameter(linear.bias.new_empty(linear.out_features))
+def into_attention(layer: nn.Module, family: Family) -> list[nn.Linear]:
+    """All linears whose rows are heads."""
+    present = dict(layer.named_modules())
+    return [linear_of(layer, path) for path in (*family.attention_in, *family.positions) if path in present]
+
+
+def replace(parent: nn.Module, path: str, module: nn.Module) -> None:
+    above, _, leaf = path.rpartition(".")
+    setattr(parent.get_submodule(above), leaf, module)
+
+
+def head_size(model: PreTrainedModel, family: Family) -> int:
+    """Features of one attention head. Cuts never change it, nor the stock config that it is read from."""
+    return getattr(model.config, family.width) // getattr(model.config, family.head_count)
+
+
+def hidden_size(model: nn.Module, family: Family) -> int:
+    return linear_of(model, family.reader).in_features
+
+
+def origins(model: nn.Module, family: Family) -> list[int]:
+    """Of each layer, its number in the uncompressed encoder."""
+    return [getattr(layer, "origin", index) for index, layer in enumerate(layers_of(model, family))]
+
+
+class ThresholdedActivation(nn.Module):
+    """The activation of a gated FFN, but its values near 0 become 0 (Lee et al. 2024, CATS, arXiv 2404.08763, section 3.2)."""
+
+    def __init__(self, activation: nn.Module, threshold: float) -> None:
+        super().__init__()
+        self.activation, self.threshold = activation, threshold
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        values = self.activation(inputs)
+        return values.masked_fill(values.abs() < self.threshold, 0)
+
+
+def set_thresholds(model: nn.Module, family: Family, values: Sequence[float]) -> None:
+    """One threshold a layer, in place of those that are there; none at all leaves everything as it is."""
+    for layer, value in zip(layers_of(model, family), values, strict=False):
+        activation = layer.get_submodule(cast(str, family.gate))
+        activation = activation.activation if isinstance(activation, ThresholdedActivation) else activation
+        replace(layer, cast(str, family.gate), ThresholdedActivation(activation, value))
+
+
+def thresholds(model: nn.Module, family: Family) -> list[float]:
+    """Of each layer; empty when there is none."""
+    gates = [layer.get_submodule(family.gate) for layer in layers_of(model, family)] if family.gate else []
+    values = [gate.threshold if isinstance(gate, ThresholdedActivation) else 0.0 for gate in gates]
+    return values if any(values) else []
+
+
+class NoHeads(nn.Module):
+    """Stands where an attention was that lost all its heads: nothing is computed, and no token hears of another. What stays is
+    the bias of the linear that leads out, as anywhere where a linear has no inputs."""
+
+    def __init__(self, attention: nn.Module, out: str | None) -> None:
+        """out: the name of the linear that leads out, where that is a part of the attention."""
+        super().__init__()
+        self.out = out
+        for name, child in attention.named_children():
+            self.add_module(name, child)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        nothing = hidden_states.new_empty(*hidden_states.shape[:-1], 0)
+        return (nothing if self.out is None else self.get_submodule(self.out)(nothing)), None
+
+
+# --- cuts ---
+
+Kept = torch.Tensor | slice  # positions that stay; a slice copies nothing
+
+
+def keep_layers(model: nn.Module, family: Family, kept: Sequence[int]) -> None:
+    stack = layers_of(model, family)
+    for layer, origin in zip(stack, origins(model, family), strict=True):
+        cast(Any, layer).origin = origin
+    for index in reversed(range(len(stack))):
+        if index not in kept:
+            del stack[index]
+
+
+def keep_heads(layer: nn.Module, family: Family, features: Kept, head_size: int) -> None:
+    """Leave the attention of a layer only some features, whole heads of them; without any it is bypassed."""
+    for linear in into_attention(layer, family):
+        for name in ("weight", "bias"):
+            take(linear, name, 0, features, family.attention_blocks)
+    out = linear_of(layer, family.attention_out)
+    take(out, "weight", 1, features)
+    attention = layer.get_submodule(family.attention)
+    if isinstance(attention, NoHeads):
+        return
+    heads = out.in_features // head_size
+    for name, value in (("num_attention_heads", heads), ("n_heads", heads), ("all_head_size", out.in_features)):
+        if hasattr(attention, name):
+            setattr(attention, name, value)
+    if heads == 0:
+        inside = family.attention_out.startswith(f"{family.attention}.")
+        replace(layer, family.attention, NoHeads(attention, family.attention_out.rpartition(".")[2] if inside else None))
+        if family.attention_norm is not None:
+            replace(layer, family.attention_norm, nn.Identity())
+
+
+def keep_ffn(layer: nn.Module, family: Family, neurons: Kept) -> None:
+    """Leave the FFN of a layer only some neurons; without any its output is a bias."""
+    for name in ("weight", "bias"):
+        take(linear_of(layer, family.ffn_in), name, 0, neurons, family.ffn_blocks)
+    out = linear_of(layer, family.ffn_out)
+    take(out, "weight", 1, neurons)
+    if out.in_features == 0 and family.ffn_norm is not None:
+        replace(layer, family.ffn_norm, nn.Identity())
+
+
+def fit_shared_bias(model: PreTrainedModel, family: Family) -> None:
+    """Leave a position bias that all layers share as many columns as the layers have heads, those of them that have any."""
+    if family.shared_bias is not None:
+        widest = max(linear_of(layer, family.attention_out).in_features for layer in layers_of(model, family))
+        take(shared_bias(model, family), "weight", 1, slice(widest // head_size(model, family)))
+
+
+def shared_bias(model: nn.Module, family: Family) -> nn.Module:
+    return model.get_submodule(f"{family.encoder}.{family.shared_bias}")
+
+
+def keep_hidden(model: PreTrainedModel, family: Family, features: Kept) -> None:
+    """Leave the residual stream only some dimensions, in every parameter that shares them.
+
+    Raises: ValueError, before anything is cut, when a parameter is grouped in a way that does not allow it.
+    """
+    width, shared = hidden_size(model, family), hidden_dims(model, family)
+    for path, dims in shared.items():
+        shape = model.get_parameter(path).shape
+        if any(shape[dim] != width for dim in dims):
+            raise ValueError(f"the hidden size of this model can't be cut: {path} of shape {tuple(shape)} holds it in groups")
+    for path, dims in shared.items():
+        parent, _, name = path.rpartition(".")
+        for dim in dims:
+            take(model.get_submodule(parent), name, dim, features)
+
+
+def hidden_dims(model: PreTrainedModel, family: Family) -> dict[str, list[int]]:
+    """Paths of all parameters that share the dimensions of the residual stream -> along which of their dimensions.
+
+    Found by looking what grows when the stock config is given twice the hidden size. What the task head makes of its input
+    is no part of the stream, nor are the heads' own features.
+    """
+    small, large = _shapes(model.config, family, 1), _shapes(model.config, family, 2)
+    stack, numbers = f"{family.encoder}.{family.layers}.", origins(model, family)
+    rows = {f"{path}.{name}" for path in (*family.attention_in, *family.positions) for name in ("weight", "bias")}
+    found = {}
+    for path, _ in model.named_parameters():
+        stock, inner = path, ""
+        if path.startswith(stack):
+            index, _, inner = path.removeprefix(stack).partition(".")
+            stock = f"{stack}{numbers[int(index)]}.{inner}"
+        grows = [dim for dim, (one, two) in enumerate(zip(small[stock], large[stock], strict=True)) if one != two]
+        if inner in rows:
+            grows = [dim for dim in grows if dim != 0]
+        elif inner == f"{family.attention_out}.weight" or path == f"{family.reader}.weight":
+            grows = [0] if inner else [1]
+        elif path == f"{family.reader}.bias" or not path.startswith(f"{family.encoder}."):
+            grows = []
+        if grows:
+            found[path] = grows
+    return found
+
+
+def _shapes(config: PreTrainedConfig, family: Family, factor: int) -> dict[str, torch.Size]:
+    """Of the stock model's parameters, with so many times its hidden size."""
+    config = copy.deepcopy(config)
+    width = getattr(config, family.width)
+    for name in (family.width, *ALSO_WIDTHS):
+        if getattr(config, name, None) == width:
+            setattr(config, name, factor * width)
+    with torch.device("meta"), no_init_weights():
+        model = AutoModelForSequenceClassification.from_config(config)
+    return {path: parameter.shape for path, parameter in model.named_parameters()}
+
+
+def take(module: nn.Module, name: str, dim: int, kept: Kept, blocks: int = 1) -> None:
+    """Leave a parameter only some positions along a dimension, the same in each of its blocks; tell the module its widths."""
+    old = getattr(module, name)
+    if old is None:  # a linear without bias
+        return
+    kept = kept.to(old.device) if isinstance(kept, torch.Tensor) else kept
+    parts = old.detach().unflatten(dim, (blocks, old.shape[dim] // blocks))
+    new = parts[(slice(None),) * (dim + 1) + (kept,)].flatten(dim, dim + 1)
+    setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad and new.numel() > 0))
+    shape = cast(torch.Tensor, module.weight).shape
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = shape
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = shape[1]
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = tuple(shape)
+    elif isinstance(module, nn.Conv1d):
+        module.out_channels, module.in_channels = shape[:2]
+
+
+# --- weights ---
 
 
 def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], quantized: dict[str, str], prefix: str = "") -> None:
-    """Assign saved tensors; the linears named in `quantized` become bitsandbytes layers again, bit for bit."""
+    """Assign saved tensors; the linears and embeddings named in `quantized` become what they were saved as, bit for bit."""
     for name, scheme in quantized.items():
         path = prefix + name
         own = {key.removeprefix(path + "."): tensors.pop(key) for key in list(tensors) if key.startswith(path + ".")}
-        restore = _restore_int8 if scheme == "int8" else _restore_4bit
+        module = linear_of(model, path)
+        restored = _restore_embedding(module, own, scheme) if isinstance(module, nn.Embedding) else RESTORE[scheme](module, own)
         parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, restore(linear_of(model, path), own))
+        setattr(model.get_submodule(parent), leaf, restored)
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     missing = [key for key in missing if not any(key.startswith(f"{prefix}{name}.") for name in quantized)]
     if missing or unexpected:
@@ -222,3 +470,106 @@ def _restore_4bit(linear: nn.Linear, tensors: dict[str, torch.Tensor]) -> nn.Mod
     layer.support_avx512bf16_for_cpu = False
     layer.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
     return layer
+
+
+class DynamicInt8Linear(nn.Linear):
+    """int8 weights with one scale a row, for CPUs: inputs are rounded as they come, and whole numbers are multiplied."""
+
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """weight: (out, in) int8. scale: (out,) float32; a weight is worth its number times its row's scale."""
+        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("scale", scale)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self._packed: Any = None  # what the kernel wants, in the layout of this machine
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if not inputs.is_cpu:
+            raise RuntimeError(f"dynamic_int8 runs on a CPU only, and the model is on {inputs.device}; move it to the CPU")
+        if self._packed is None:
+            scale = cast(torch.Tensor, self.scale).double()
+            with warnings.catch_warnings():
+                # torch announces the end of these tensors; the version that is pinned has them.
+                warnings.simplefilter("ignore", UserWarning)
+                whole = torch._make_per_channel_quantized_tensor(self.weight.data, scale, scale.new_zeros(len(scale)).long(), 0)
+            self._packed = torch.ops.quantized.linear_prepack(whole, self.bias)
+        # Without VNNI sums of two products overflow 16 bits, unless the inputs have only 7 bits.
+        return torch.ops.quantized.linear_dynamic(inputs, self._packed, reduce_range=not torch.cpu._is_vnni_supported())
+
+
+def _restore_dynamic_int8(linear: nn.Linear, tensors: dict[str, torch.Tensor]) -> nn.Module:
+    return DynamicInt8Linear(tensors["weight"], tensors["scale"], tensors.get("bias"))
+
+
+EMBEDDING_BLOCK = 64  # features of a row that share a scale in nf4 and fp4, as in bitsandbytes' linears; int8: the whole row
+
+
+class QuantizedEmbedding(nn.Embedding):
+    """A word embedding in int8, nf4 or fp4. Only the rows that are looked up are decoded, on any device.
+
+    (bitsandbytes has such layers too, which can't be saved.)
+    """
+
+    def __init__(
+        self, scheme: str, features: int, weight: torch.Tensor, scale: torch.Tensor, levels: torch.Tensor | None = None
+    ) -> None:
+        """weight: (tokens, features) int8, or (tokens, features / 2 rounded up) uint8, the first of two codes in the high bits.
+
+        scale: (tokens, blocks), the largest absolute value of each block. Its dtype is that of the output.
+        levels: (16,) float32, what the codes stand for, as shares of the scale; None for int8.
+        """
+        super().__init__(len(weight), features, device="meta")
+        self.scheme = scheme
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("scale", scale)
+        self.register_buffer("levels", levels)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rows, scale = self.weight[ids], cast(torch.Tensor, self.scale)[ids]
+        if self.levels is None:
+            return (rows * (scale.float() / 127)).to(scale.dtype)
+        codes = torch.stack((rows >> 4, rows & 15), -1).flatten(-2)[..., : self.embedding_dim]
+        values = cast(torch.Tensor, self.levels)[codes.long()]
+        return (values * scale.repeat_interleave(EMBEDDING_BLOCK, -1)[..., : self.embedding_dim]).to(scale.dtype)
+
+
+def _restore_embedding(embedding: nn.Embedding, tensors: dict[str, torch.Tensor], scheme: str) -> nn.Module:
+    return QuantizedEmbedding(scheme, embedding.embedding_dim, tensors["weight"], tensors["scale"], tensors.get("levels"))
+
+
+def _restore_sparse(linear: nn.Linear, tensors: dict[str, torch.Tensor]) -> nn.Module:
+    """The dense linear that was saved without its zeros: a bit for each weight, and the values that are not 0."""
+    weight = tensors.get("weight")  # dense where `transformers` itself saved the model again
+    if weight is None:
+        values = tensors["weight_values"]
+        bits = np.unpackbits(tensors["weight_bits"].numpy(), count=linear.out_features * linear.in_features)
+        weight = values.new_zeros(len(bits))
+        weight[torch.from_numpy(bits).bool()] = values
+    linear.weight = nn.Parameter(weight.view(linear.out_features, linear.in_features))
+    if "bias" in tensors:
+        linear.bias = nn.Parameter(tensors["bias"])
+    return linear
+
+
+def _run_sparse(linear: nn.Linear) -> None:
+    """Let a 2:4 linear run on sparse tensor cores, where the GPU has them and the kernels know its precision and widths."""
+    weight = linear.weight
+    known = weight.dtype in (torch.float16, torch.bfloat16) and linear.out_features % 32 == 0 and linear.in_features % 64 == 0
+    if not weight.is_cuda or torch.cuda.get_device_capability(weight.device) < (8, 0) or not known:
+        return
+    linear.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(weight.detach()), requires_grad=False)
+    linear.register_state_dict_post_hook(_dense_state)
+
+
+def _dense_state(linear: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """What is saved is the dense weight: the kernels' own form has no storage that safetensors could read."""
+    state[f"{prefix}weight"] = cast(Any, linear.weight).to_dense()
+
+
+RESTORE = {
+    "int8": _restore_int8,
+    "nf4": _restore_4bit,
+    "fp4": _restore_4bit,
+    "dynamic_int8": _restore_dynamic_int8,
+    **dict.fromkeys(SPARSE, _restore_sparse),
+}

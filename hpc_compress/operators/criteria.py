@@ -1,79 +1,176 @@
-"""How much a unit matters. A criterion is a function `(model, batches) -> scores`, one tensor a layer, higher means keep.
+"""How much a unit matters. A criterion is a function `(model, batches, units) -> scores`; higher means keep.
 
-Scores come from hooks of our own on the input of each attention output: there, the features of a head lie side by side, and
-a gate of 1 on a head has the derivative `sum(activation * gradient)` over its features.
+`units` names kinds of units of `models.gates`; the scores are one tensor a layer for each kind, in the order of the layers.
+Global cuts compare scores of different layers and add them up, so the best criteria estimate what the loss would rise by.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
 from hpc_compress.data.batches import Batch
 from hpc_compress.models import surgery
-from hpc_compress.models.modeling_hpc_compress import linear_of
+from hpc_compress.models.gates import PerUnit, counts, gated
+from hpc_compress.operators import obs
 from hpc_compress.operators.losses import supervised
 
-Criterion = Callable[[PreTrainedModel, Iterable[Batch]], list[torch.Tensor]]
+Criterion = Callable[[PreTrainedModel, Iterable[Batch], Sequence[str]], PerUnit]
 
 
-def magnitude(model: PreTrainedModel, batches: Iterable[Batch]) -> list[torch.Tensor]:
-    """L2 norm of a head's columns of the attention output; needs no data.
+def magnitude(model: PreTrainedModel, batches: Iterable[Batch], units: Sequence[str]) -> PerUnit:
+    """L2 norm of the weights by which a unit writes into the residual stream; needs no data."""
+    pairs = zip(surgery.attention_outputs(model), surgery.ffn_outputs(model), strict=True)
+    squares = [(one.weight.detach().square(), other.weight.detach().square()) for one, other in pairs]
+    size = surgery.head_size(model)
+    makers: dict[str, Callable[[], list[torch.Tensor]]] = {
+        "heads": lambda: [one.sum(0).unflatten(0, (-1, size)).sum(1) for one, _ in squares],
+        "ffn": lambda: [other.sum(0) for _, other in squares],
+        "blocks": lambda: [torch.stack([one.sum(), other.sum()]) for one, other in squares],
+        "layers": lambda: [torch.stack([one.sum() + other.sum() for one, other in squares])],
+        "hidden": lambda: [torch.stack([one.sum(1) + other.sum(1) for one, other in squares]).sum(0)],
+    }
+    return {unit: [total.sqrt().cpu() for total in makers[unit]()] for unit in units}
 
-    Returns: (heads,) for each layer.
+
+def fisher(model: PreTrainedModel, batches: Iterable[Batch], units: Sequence[str]) -> PerUnit:
+    """Diagonal of the empirical Fisher information of the gates: mean over samples of `(dC/dgate)^2`. Half of it is what the
+    loss rises by in the second order (LeCun 1989, OBD, with the Fisher in place of the Hessian; Kwon et al. 2022, eq. 5-7).
     """
-    size, name = surgery.head_size(model), surgery.family(model).attention_out
-    weights = [linear_of(layer, name).weight for layer in surgery.layers(model)]
-    return [weight.detach().unflatten(1, (-1, size)).square().sum((0, 2)).sqrt() for weight in weights]
+    return _of_gradients(model, batches, units, torch.square)
 
 
-def fisher(model: PreTrainedModel, batches: Iterable[Batch]) -> list[torch.Tensor]:
-    """Diagonal of the empirical Fisher information of a head's gate: mean over samples of `(dC/dgate)^2`
-    (LeCun 1989 with the Fisher in place of the Hessian; Kwon et al. 2022, eq. 5).
-
-    Returns: (heads,) for each layer.
-    """
-    return _gate_scores(model, batches, torch.square)
+def taylor(model: PreTrainedModel, batches: Iterable[Batch], units: Sequence[str]) -> PerUnit:
+    """First-order Taylor expansion: mean over samples of `|dC/dgate|` (Molchanov et al. 2017, eq. 7-8)."""
+    return _of_gradients(model, batches, units, torch.abs)
 
 
-def taylor(model: PreTrainedModel, batches: Iterable[Batch]) -> list[torch.Tensor]:
-    """First-order Taylor expansion: mean over samples of `|dC/dgate|` (Molchanov et al. 2017, eq. 7-8).
+def activation_mean(model: PreTrainedModel, batches: Iterable[Batch], units: Sequence[str]) -> PerUnit:
+    """Mean over tokens of a neuron's absolute activation; of a head, of its output's mean absolute value."""
 
-    Returns: (heads,) for each layer.
-    """
-    return _gate_scores(model, batches, torch.abs)
+    def mean(groups: torch.Tensor) -> torch.Tensor:
+        return groups.abs().mean((0, 2))
+
+    return _of_activations(model, batches, units, mean)
 
 
-def _gate_scores(
-    model: PreTrainedModel, batches: Iterable[Batch], of_gradient: Callable[[torch.Tensor], torch.Tensor]
-) -> list[torch.Tensor]:
-    """Mean over samples of a function of each gate's gradient: (heads,) for each layer."""
-    size, name = surgery.head_size(model), surgery.family(model).attention_out
-    outputs = [layer.get_submodule(name) for layer in surgery.layers(model)]
-    gates: list[torch.Tensor] = []
+def apoz(model: PreTrainedModel, batches: Iterable[Batch], units: Sequence[str]) -> PerUnit:
+    """Share of tokens for which a neuron is active: 1 - APoZ (Hu et al. 2016, eq. 1). GELU is never quite zero, so a neuron
+    counts as active where its activation is positive."""
 
-    def gate(module: nn.Module, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        heads = args[0].unflatten(-1, (-1, size))  # (batch, tokens, heads, features)
-        gates.append(torch.ones(len(heads), 1, heads.shape[2], 1, device=heads.device, requires_grad=True))
-        return (heads * gates[-1]).flatten(2)
+    def active(groups: torch.Tensor) -> torch.Tensor:
+        return (groups > 0).float().mean((0, 2))
 
-    handles = [module.register_forward_pre_hook(gate) for module in outputs]
-    totals = [torch.zeros(count) for count in surgery.head_counts(model)]
+    return _of_activations(model, batches, units, active)
+
+
+def similarity(model: PreTrainedModel, batches: Iterable[Batch], units: Sequence[str]) -> PerUnit:
+    """1 - the largest absolute cosine with another unit's output in the same layer: what has a double is not missed
+    (after Srinivas & Babu 2015, on outputs in place of weights)."""
+
+    def unlike(groups: torch.Tensor) -> torch.Tensor:
+        flat = F.normalize(groups.permute(1, 0, 2).flatten(1), dim=1)  # (units, tokens * features)
+        cosine = (flat @ flat.T).abs().fill_diagonal_(0)
+        return 1 - cosine.amax(1)
+
+    return _of_activations(model, batches, units, unlike)
+
+
+def obs_error(model: PreTrainedModel, batches: Iterable[Batch], units: Sequence[str]) -> PerUnit:
+    """What a layer's output loses, as a share of it, when units go one after another, the least missed one first, and the
+    weights that are left make up for each (Optimal Brain Surgeon on structures: Kurtic et al. 2023, ZipLM, eq. 3-4)."""
+    names = surgery.family(model)
+    leaf = {"heads": names.attention_out, "ffn": names.ffn_out}
+    paths = {unit: [surgery.path(model, at, leaf[unit]) for at in range(len(surgery.layers(model)))] for unit in units}
+    products = obs.input_products(model, [path for unit in units for path in paths[unit]], batches)
+    scores: PerUnit = {}
+    for unit in units:
+        linears, features = _outputs(model, unit)
+        scores[unit] = [
+            obs.elimination(linear.weight.detach(), products[path], features).cpu()
+            for linear, path in zip(linears, paths[unit], strict=True)
+        ]
+    return scores
+
+
+def _of_gradients(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    units: Sequence[str],
+    function: Callable[[torch.Tensor], torch.Tensor],
+) -> PerUnit:
+    """Mean over samples of a function of each gate's gradient."""
+    totals = {unit: [torch.zeros(count) for count in counts(model, unit)] for unit in units}
     samples = 0
+    model.eval()
+    for batch in batches:
+        n = len(batch)
+        gates = {
+            unit: [torch.ones(n, len(total), device=batch.labels.device, requires_grad=True) for total in totals[unit]]
+            for unit in units
+        }
+        with gated(model, gates):
+            # A sum of the samples' losses, so that each gate's gradient is that of its own sample.
+            loss = supervised(model(**batch.inputs).logits, batch.labels) * n
+        flat = [gate for unit in units for gate in gates[unit]]
+        gradients = iter(torch.autograd.grad(loss, flat, allow_unused=True, materialize_grads=True))
+        for unit in units:
+            for total in totals[unit]:
+                total += function(next(gradients).float()).sum(0).cpu()
+        samples += n
+    return {unit: [total / samples for total in totals[unit]] for unit in units}
+
+
+@torch.no_grad()
+def _of_activations(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    units: Sequence[str],
+    function: Callable[[torch.Tensor], torch.Tensor],
+) -> PerUnit:
+    """A statistic of what flows into the output linears, mean over batches, each weighed by its real tokens.
+
+    function: maps (tokens, units, features) to (units,).
+    """
+    totals = {unit: [torch.zeros(count) for count in counts(model, unit)] for unit in units}
+    tokens = 0
+    mask = torch.empty(0)
+    handles = []
+    for unit in units:
+        linears, features = _outputs(model, unit)
+        for total, linear in zip(totals[unit], linears, strict=True):
+
+            def add(module, args, total=total, features=features) -> None:
+                if len(total):
+                    rows = args[0][mask].float()
+                    total += function(rows.unflatten(1, (-1, features))).cpu() * len(rows)
+
+            handles.append(linear.register_forward_pre_hook(add))
     try:
         model.eval()
         for batch in batches:
-            gates.clear()
-            # A sum of the samples' losses, so that each gate's gradient is that of its own sample.
-            loss = supervised(model(**batch.inputs).logits, batch.labels) * len(batch.labels)
-            for total, gradient in zip(totals, torch.autograd.grad(loss, gates), strict=True):
-                total += of_gradient(gradient.flatten(1).float()).sum(0).cpu()
-            samples += len(batch.labels)
+            mask = batch.inputs["attention_mask"].bool()
+            model(**batch.inputs)
+            tokens += int(mask.sum())
     finally:
         for handle in handles:
             handle.remove()
-    return [total / samples for total in totals]
+    return {unit: [total / tokens for total in totals[unit]] for unit in units}
 
 
-CRITERIA: dict[str, Criterion] = {"fisher": fisher, "taylor": taylor, "magnitude": magnitude}
+def _outputs(model: PreTrainedModel, unit: str) -> tuple[list[nn.Linear], int]:
+    """The linears whose inputs are heads or FFN neurons, layer by layer, and how many features one of them has."""
+    return (surgery.attention_outputs(model), surgery.head_size(model)) if unit == "heads" else (surgery.ffn_outputs(model), 1)
+
+
+CRITERIA: dict[str, Criterion] = {
+    "fisher": fisher,
+    "taylor": taylor,
+    "magnitude": magnitude,
+    "obs": obs_error,
+    "activation_mean": activation_mean,
+    "apoz": apoz,
+    "similarity": similarity,
+}

@@ -20,15 +20,17 @@ import os
 import pickle
 import secrets
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
 import torch
 
 from hpc_compress.data.batches import Batch, Encoded, train_batches
-from hpc_compress.operators import Checkpoint, Training
+from hpc_compress.operators.context import Checkpoint
+from hpc_compress.operators.learning import Training
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ def fit(
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
     checkpoint: Checkpoint | None = None,
+    companions: Sequence[torch.nn.Module] = (),
 ) -> float:
     """Trains the model in place, on `device`, and leaves it in eval mode without gradients.
 
@@ -52,9 +55,12 @@ def fit(
     went on from its checkpoint. The global random state is left as it was.
 
     Args:
-        loss: maps the model and a batch (already on the device) to a scalar; it runs under `autocast`.
+        loss: maps the model and a batch to a scalar; it runs under `autocast`. The batch is on the device already, but for
+            `index`: by it the loss may look something up without waiting for the device.
         progress: called after every update with the updates done and their total.
         checkpoint: where the state is saved now and then, and looked for at the start; the file is left for the caller.
+        companions: modules that the loss uses and that are trained along, such as a projection; each module's gradients
+            are clipped on their own, so that they change nothing for the model.
 
     Returns: the mean loss over the last tenth of the updates.
     """
@@ -63,15 +69,18 @@ def fit(
     generator = np.random.default_rng(seed)
     losses: list[torch.Tensor] = []
 
-    model.to(device).train()
+    modules = [model, *companions]
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), _used_rows(model, examples):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), ExitStack() as stack:
+            for module in modules:
+                stack.enter_context(_used_rows(module.to(device).train(), examples))
             torch.manual_seed(seed)
-            parameters = [p for p in model.parameters() if p.requires_grad]
-            optimizer = _adamw(parameters, training)
+            groups = [[p for p in module.parameters() if p.requires_grad] for module in modules]
+            optimizer = _adamw([p for parameters in groups for p in parameters], training)
             state = None
             if checkpoint is not None:
-                state = _State(checkpoint, model, optimizer, device, _signature(model, examples, training, seed, total, device))
+                signature = _signature(modules, examples, training, seed, total, device)
+                state = _State(checkpoint, modules, optimizer, device, signature)
                 losses += state.resume()
             epochs = (train_batches(examples, training.batch_size, generator) for _ in itertools.count())
             done = len(losses)
@@ -79,9 +88,10 @@ def fit(
                 for group in optimizer.param_groups:
                     group["lr"] = training.learning_rate * min((step + 1) / (rises + 1), (total - step) / max(1, total - rises))
                 with autocast(device):
-                    value = loss(model, batch.to(device))
+                    value = loss(model, replace(batch.to(device), index=batch.index))
                 value.backward()
-                torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
+                for parameters in groups:
+                    torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
                 losses.append(value.detach())
@@ -93,7 +103,8 @@ def fit(
                 if progress is not None:
                     progress(len(losses), total)
     finally:
-        model.eval().zero_grad()
+        for module in modules:
+            module.eval().zero_grad()
     return torch.stack(losses[-math.ceil(total / 10) :]).float().mean().item()
 
 
@@ -155,12 +166,12 @@ class _State:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        model: torch.nn.Module,
+        modules: Sequence[torch.nn.Module],
         optimizer: torch.optim.Optimizer,
         device: torch.device,
         signature: str,
     ) -> None:
-        self.checkpoint, self.model, self.optimizer, self.device = checkpoint, model, optimizer, device
+        self.checkpoint, self.modules, self.optimizer, self.device = checkpoint, modules, optimizer, device
         self.signature = signature
         self.last = time.monotonic()
 
@@ -174,7 +185,7 @@ class _State:
         values = {
             "signature": self.signature,
             "losses": torch.stack(losses),  # (updates done,)
-            "tensors": _tensors(self.model),
+            "tensors": _tensors(self.modules),
             "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
@@ -203,7 +214,7 @@ class _State:
         if values is None:
             return []
         with torch.no_grad():
-            for name, tensor in _tensors(self.model).items():
+            for name, tensor in _tensors(self.modules).items():
                 tensor.copy_(values["tensors"][name])
         self.optimizer.load_state_dict(values["optimizer"])
         torch.set_rng_state(values["random"])
@@ -231,13 +242,17 @@ class _State:
         return values
 
 
-def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers as they stand, by name."""
-    return dict(itertools.chain(model.named_parameters(), model.named_buffers()))
+def _tensors(modules: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
+    """Parameters and buffers as they stand, by the module's number and their name."""
+    return {
+        f"{number}.{name}": tensor
+        for number, module in enumerate(modules)
+        for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers())
+    }
 
 
 def _signature(
-    model: torch.nn.Module, examples: Encoded, training: Training, seed: int, total: int, device: torch.device
+    modules: Sequence[torch.nn.Module], examples: Encoded, training: Training, seed: int, total: int, device: torch.device
 ) -> str:
     """What must be the same for a state to be of use. Weights and texts are left to whoever names the file."""
     return json.dumps(
@@ -246,7 +261,7 @@ def _signature(
             "seed": seed,
             "total": total,
             "examples": [len(examples), len(examples.input_ids)],
-            "shapes": {name: [str(tensor.dtype), *tensor.shape] for name, tensor in _tensors(model).items()},
+            "shapes": {name: [str(tensor.dtype), *tensor.shape] for name, tensor in _tensors(modules).items()},
             "device": device.type,
             "torch": torch.__version__,
         }

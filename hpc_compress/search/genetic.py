@@ -32,8 +32,8 @@ class Genetic(Record):
     """Vary every member of the population by mutation and/or crossover, keep the fittest. Elitist: the best is never lost.
 
     A genome stands in the population once. While the population is smaller than `population` its members take turns as
-    parents, as the copies of the base model do at the start. A child inherits its parent's precision unless its own
-    mutation draws another.
+    parents, as the copies of the base model do at the start. A child inherits its parent's vocabulary and precision
+    unless its own mutation draws another.
     """
 
     shape: Shape  # of the base model
@@ -46,6 +46,9 @@ class Genetic(Record):
     quantizations: dict[str, Choice] = Field(
         default={}, description="weights are probabilities; what they leave of 1 keeps the parent's precision"
     )
+    vocabularies: dict[str, Choice] = Field(
+        default={}, description="the same for the step that trims the vocabulary, which comes before the quantization"
+    )
     fine_tune: dict[str, Any] = Field(default={}, description="parameters of the training after a mutation")
     distill: dict[str, Any] = Field(default={}, description="parameters of the crossover")
     redraw: int = Field(
@@ -53,7 +56,7 @@ class Genetic(Record):
     )
     _seen: set[str] = PrivateAttr(default_factory=set)
 
-    @field_validator("quantizations")
+    @field_validator("quantizations", "vocabularies")
     @classmethod
     def _probabilities(cls, choices: dict[str, Choice]) -> dict[str, Choice]:
         total = sum(choice.weight for choice in choices.values())
@@ -77,24 +80,24 @@ class Genetic(Record):
 
     @property
     def deploys(self) -> tuple[Step, ...]:
-        """Every way of deploying that this strategy may use."""
+        """Every step of deploying that this strategy may use."""
         if self.mutation_probability == 0:
             return ()
-        return tuple(choice.step for choice in self.quantizations.values() if choice.weight > 0)
+        choices = (*self.vocabularies.values(), *self.quantizations.values())
+        return tuple(choice.step for choice in choices if choice.weight > 0)
 
     def ask(self, rng: np.random.Generator, population: Sequence[Candidate]) -> list[Proposal]:
         """Propose at most `population` children; a parent may draw neither mutation nor crossover."""
         proposals: list[Proposal] = []
-        known = self._seen | {canonical(candidate.genome) for candidate in population}
+        self._seen.update(canonical(candidate.genome) for candidate in population)
         for index in range(self.population):
             parent = population[index % len(population)]
             for _ in range(1 + self.redraw):
                 child = self._vary(rng, parent.genome)
-                if canonical(child) not in known:
+                if canonical(child) not in self._seen:
                     break
             # As published, a child that was seen before is a child all the same; with redraws it is left out.
-            if child != parent.genome and (self.redraw == 0 or canonical(child) not in known):
-                known.add(canonical(child))
+            if child != parent.genome and (self.redraw == 0 or canonical(child) not in self._seen):
                 self._seen.add(canonical(child))
                 proposals.append(Proposal(genome=child, parent=parent.id))
         return proposals
@@ -131,12 +134,20 @@ class Genetic(Record):
             return None
         return possible[int(rng.choice(len(possible), p=weights / weights.sum()))].step
 
-    def _draw_deploy(self, rng: np.random.Generator, inherited: Step | None) -> Step | None:
+    def _draw_deploy(self, rng: np.random.Generator, inherited: tuple[Step, ...]) -> tuple[Step, ...]:
+        """At most one vocabulary and one precision, in this order: one model, one genome."""
+        trims = {choice.step.operator for choice in self.vocabularies.values()}
+        vocabulary = tuple(step for step in inherited if step.operator in trims)
+        precision = tuple(step for step in inherited if step.operator not in trims)
+        return (*self._draw(rng, self.vocabularies, vocabulary), *self._draw(rng, self.quantizations, precision))
+
+    @staticmethod
+    def _draw(rng: np.random.Generator, choices: dict[str, Choice], inherited: tuple[Step, ...]) -> tuple[Step, ...]:
         mark = rng.random()
-        for choice in self.quantizations.values():
+        for choice in choices.values():
             mark -= choice.weight
             if mark < 0:
-                return choice.step
+                return (choice.step,)
         return inherited
 
     def _fine_tune(self) -> Step:

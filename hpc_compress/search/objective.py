@@ -57,6 +57,11 @@ def latency_of(measurement: Measurement) -> float:
     return median(measurement.latency_ms) / median(measurement.base_latency_ms)
 
 
+def speed_up(measurement: Measurement) -> float:
+    """Of the deployed model over the base model, both timed in one job."""
+    return median(measurement.base_latency_ms) / median(measurement.latency_ms)
+
+
 def require_alike(one: Measurement, other: Measurement) -> None:
     """Raises: ValueError unless the two were taken on the same type of device by the same protocol."""
     if one.device_type != other.device_type or one.protocol != other.protocol:

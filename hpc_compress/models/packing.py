@@ -1,0 +1,30 @@
+"""Linears with many zeros, as they are saved: a bit for each weight, and the values that are not 0. Knows tensors and
+linears; `modeling_hpc_compress` reads them back.
+
+2:4 weights are saved in the same form: two positions of 2 bits in each group of four are as many bits as one for each weight.
+"""
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def sparse_scheme(linear: nn.Linear) -> str | None:
+    """What a linear's zeros make of it: `2:4`, else `sparse`, or None where it is no smaller without them."""
+    # The state and not the parameter: on a GPU a 2:4 weight is one that computes, and can't be looked at.
+    weight = linear.state_dict()["weight"]
+    nonzero = weight != 0
+    if weight.numel() / 8 + int(nonzero.sum()) * weight.element_size() >= weight.numel() * weight.element_size():
+        return None
+    return "2:4" if weight.shape[1] % 4 == 0 and int(nonzero.unflatten(1, (-1, 4)).sum(-1).max()) <= 2 else "sparse"
+
+
+def packed(tensors: dict[str, torch.Tensor], paths: list[str]) -> dict[str, torch.Tensor]:
+    """The tensors with the weights of the linears at `paths` as bits (uint8, 8 weights each) and values (those not 0)."""
+    tensors = dict(tensors)
+    for path in paths:
+        weight = tensors.pop(f"{path}.weight").flatten()
+        nonzero = weight != 0
+        tensors[f"{path}.weight_bits"] = torch.from_numpy(np.packbits(nonzero.numpy()))
+        tensors[f"{path}.weight_values"] = weight[nonzero]
+    return tensors

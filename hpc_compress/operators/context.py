@@ -1,0 +1,46 @@
+"""What an operator may use besides the model. Imports no torch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from hpc_compress.data.batches import Encoded
+    from hpc_compress.measure import BlockTimes
+    from hpc_compress.operators.teaching import TeacherOutputs
+
+
+def _no_outputs() -> "TeacherOutputs | None":
+    return None
+
+
+def _no_times() -> "BlockTimes":
+    raise ValueError("nobody has measured block times here; cut by parameters")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a long training keeps its state, so that a later process goes on with it. Whoever gives it deletes the file."""
+
+    path: Path  # one file, of one training alone; need not exist, nor its folder
+    seconds: float  # wall-clock time between two savings
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an operator may use besides the model."""
+
+    train: "Encoded"
+    device: "torch.device"
+    seed: int  # of this step: all randomness of the operator follows from it
+    teacher: "Callable[[], PreTrainedModel]"  # the base model, in eval mode on `device`; loaded when first asked for
+    taught: "Callable[[], TeacherOutputs | None]" = _no_outputs  # its outputs on `train`, computed once a run; None: ask it
+    tokenizer: "Callable[[], PreTrainedTokenizerBase] | None" = None  # the base model's; a fresh one at each call
+    folder: Path | None = None  # of the model to deploy: what is written there is shipped beside its weights
+    block_times: "Callable[[], BlockTimes]" = _no_times  # of the base model on this kind of device; measured once a run
+    progress: Callable[[int, int], None] | None = None  # told (updates done, updates in all)
+    checkpoint: Checkpoint | None = None  # for a long training; a user's own operator may hand it to `training.fit` too

@@ -1,0 +1,260 @@
+"""From scores to a smaller model: which units go, the cut, and the repair of what is left. Knows no training loop."""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from hpc_compress import identity
+from hpc_compress.config import locate
+from hpc_compress.data.batches import Batch, eval_batches
+from hpc_compress.models import surgery
+from hpc_compress.models.gates import counts
+from hpc_compress.models.modeling_hpc_compress import linear_of
+from hpc_compress.operators import criteria, obs
+from hpc_compress.operators.allocation import Place, allocate, levels
+from hpc_compress.operators.context import Context
+from hpc_compress.operators.learning import Distill
+
+if TYPE_CHECKING:
+    from hpc_compress.operators.pruning import DropLayers, Prune, PruneHeads, PruneHidden
+
+PerUnit = dict[str, list[np.ndarray]]  # of each kind of unit, layer by layer: scores, or the positions of those that stay
+
+
+@dataclasses.dataclass(frozen=True)
+class Price:
+    """What a layer costs by what is left of it: parameters, or time."""
+
+    heads: Callable[[np.ndarray], np.ndarray]  # of the attention with so many heads; 0 for none
+    ffn: Callable[[np.ndarray], np.ndarray]  # of the FFN with so many neurons; 0 for none
+    layer: float  # of a layer with neither
+
+    def of(self, model: PreTrainedModel) -> float:
+        heads, ffn = (np.array(counts(model, unit)) for unit in ("heads", "ffn"))
+        return float(self.heads(heads).sum() + self.ffn(ffn).sum() + self.layer * len(heads))
+
+
+def drop_layers(model: PreTrainedModel, how: "DropLayers", context: Context) -> PreTrainedModel:
+    total = len(surgery.layers(model))
+    if how.count >= total:
+        raise ValueError(f"count={how.count} would leave no layer of {total}")
+    batches = _batches(context, how.sentences)
+    order = np.arange(total)[::-1]
+    if how.criterion != "last":
+        order = np.argsort(_score(model, how.criterion, batches, ["layers"])["layers"][0], kind="stable")
+    return _cut(model, {"layers": [np.sort(order[how.count :])]}, batches, how.repair)
+
+
+def prune_heads(model: PreTrainedModel, how: "PruneHeads", context: Context) -> PreTrainedModel:
+    batches = _batches(context, how.sentences)
+    scores = _score(model, how.criterion, batches, ["heads"])["heads"]
+    if surgery.family(model).shared_bias:
+        raise ValueError("the layers of this encoder share one position bias, so heads go alike in all layers: use prune")
+    layers = range(len(scores))[-1:] if how.where == "last" else range(len(scores))
+    order = sorted((float(score), layer, head) for layer in layers for head, score in enumerate(scores[layer]))
+    if how.count > len(order):
+        raise ValueError(f"count={how.count} heads can't go: there are {len(order)} in {how.where} layer")
+    going = {(layer, head) for _, layer, head in order[: how.count]}
+    kept = [np.array([head for head in range(len(s)) if (at, head) not in going], dtype=int) for at, s in enumerate(scores)]
+    return _cut(model, {"heads": kept}, batches, how.repair)
+
+
+def prune_hidden(model: PreTrainedModel, how: "PruneHidden", context: Context) -> PreTrainedModel:
+    width = surgery.hidden_size(model)
+    stays = max(1, round((1 - how.share) * width / how.multiple)) * how.multiple
+    if stays >= width:
+        raise ValueError(f"share={how.share} of {width} is less than multiple={how.multiple}; raise the one or lower the other")
+    scores = _score(model, how.criterion, _batches(context, how.sentences), ["hidden"])["hidden"][0]
+    surgery.prune_hidden(model, np.argsort(scores, kind="stable")[: width - stays].tolist())
+    return model
+
+
+def prune(model: PreTrainedModel, how: "Prune", context: Context) -> PreTrainedModel:
+    batches = _batches(context, how.sentences)
+    price = _parameters(model) if how.cost == "parameters" else _times(context)
+    whole, first = price.of(model), {unit: counts(model, unit) for unit in ("heads", "ffn")}
+    for done in range(1, how.rounds + 1):
+        scores = _score(model, how.criterion, batches, how.units)
+        left = 1 - how.share_after(done)
+        if how.scope == "local":
+            kept = _alike(model, scores, first, left, how.ffn_multiple)
+        else:
+            kept = _cheapest(model, scores, price, left * whole, how.ffn_multiple)
+        model = _cut(model, kept, batches, how.repair)
+        if how.training is not None and done < how.rounds:
+            seed = identity.derive(context.seed, "round", done)
+            model = Distill(**how.training)(model, dataclasses.replace(context, seed=seed, checkpoint=None))
+    return model
+
+
+# --- what goes ---
+
+
+def _batches(context: Context, sentences: int) -> list[Batch]:
+    return [batch.to(context.device) for batch in eval_batches(context.train.take(sentences), 32)]
+
+
+def _score(model: PreTrainedModel, criterion: str, batches: Sequence[Batch], units: Sequence[str]) -> PerUnit:
+    """Raises: ValueError for scores that say nothing: the wrong number, or not finite."""
+    found = (criteria.CRITERIA.get(criterion) or locate(criterion))(model, batches, units)
+    scores = {unit: [np.asarray(score.detach().cpu().double()) for score in found[unit]] for unit in units}
+    for unit in units:
+        sizes, wanted = [len(score) for score in scores[unit]], counts(model, unit)
+        if sizes != wanted or not all(np.isfinite(score).all() for score in scores[unit]):
+            raise ValueError(f"criterion {criterion} gave {sizes} finite scores for {unit}; one for each of {wanted} is needed")
+    return scores
+
+
+def _parameters(model: PreTrainedModel) -> Price:
+    """By parameters of the encoder, as `surgery.encoder_parameters` counts them."""
+    total, heads, ffn = surgery.encoder_parameters(model), counts(model, "heads"), counts(model, "ffn")
+    per_head, per_neuron = surgery.unit_parameters(model)
+    fixed = (total - per_head * sum(heads) - per_neuron * sum(ffn)) / len(heads)
+    return Price(lambda count: count * per_head, lambda count: count * per_neuron, fixed)
+
+
+def _times(context: Context) -> Price:
+    """By milliseconds on this kind of device, from a table that was measured once."""
+    times = context.block_times()
+    return Price(
+        lambda count: np.interp(count, times.heads, times.attention_ms),
+        lambda count: np.interp(count, times.widths, times.ffn_ms),
+        layer=0.0,  # of what can't be cut the table knows nothing, so that every share can be met
+    )
+
+
+def _alike(model: PreTrainedModel, scores: PerUnit, first: dict[str, list[int]], left: float, multiple: int) -> PerUnit:
+    """The same share everywhere; something stays in every block.
+
+    first: how many there were before the first round.
+    """
+    kept: PerUnit = {unit: [np.arange(count) for count in counts(model, unit)] for unit in scores}
+    for site in _sites(model, scores, multiple):
+        step = multiple if site.unit == "ffn" else 1
+        for layer in site.layers:
+            count = max(1, round(left * first[site.unit][layer] / step)) * step
+            kept[site.unit][layer] = _best(site.scores, min(len(site.scores), count))
+    return kept
+
+
+@dataclasses.dataclass(frozen=True)
+class _Site:
+    """Where heads or neurons can go from: one layer's, or those of all layers that share the choice."""
+
+    unit: str
+    layers: tuple[int, ...]
+    scores: np.ndarray  # (units,) of one layer
+    stays: np.ndarray  # (levels,) how many are left at each level, in each of the layers
+    loss: np.ndarray  # (levels,)
+
+    def place(self, price: Price) -> Place:
+        cost = price.heads if self.unit == "heads" else price.ffn
+        return Place(self.loss, len(self.layers) * cost(self.stays))
+
+
+def _cheapest(model: PreTrainedModel, scores: PerUnit, price: Price, budget: float, multiple: int) -> PerUnit:
+    """What loses least, by the sum of the scores, while what is left costs no more than the budget."""
+    if "layers" in scores:
+        heads, ffn = (np.array(counts(model, unit)) for unit in ("heads", "ffn"))
+        whole = price.heads(heads) + price.ffn(ffn) + price.layer
+        places = [Place(np.array([0.0, loss]), np.array([c, 0.0])) for loss, c in zip(scores["layers"][0], whole, strict=True)]
+        stays = np.flatnonzero(np.array(allocate(places, budget)) == 0)
+        if len(stays) == 0:
+            raise ValueError("the share leaves no layer; lower it")
+        return {"layers": [stays]}
+    sites = _sites(model, scores, multiple)
+    places = [site.place(price) for site in sites]
+    others = price.of(model) - sum(float(place.cost[0]) for place in places)
+    kept: PerUnit = {site.unit: [np.arange(count) for count in counts(model, site.unit)] for site in sites}
+    for site, level in zip(sites, allocate(places, budget - others), strict=True):
+        for layer in site.layers:
+            kept[site.unit][layer] = _best(site.scores, int(site.stays[level]))
+    return kept
+
+
+def _sites(model: PreTrainedModel, scores: PerUnit, multiple: int) -> list[_Site]:
+    if "blocks" in scores:
+        sizes = {"heads": counts(model, "heads"), "ffn": counts(model, "ffn")}
+        return [
+            _Site(unit, (layer,), np.ones(n), np.array([n, 0]), np.array([0.0, scores["blocks"][layer][at]]))
+            for at, unit in enumerate(sizes)
+            for layer, n in enumerate(sizes[unit])
+        ]
+    sites = []
+    for unit, per_layer in scores.items():
+        stays = [_levels(len(score), multiple if unit == "ffn" else 1) for score in per_layer]
+        if unit == "heads" and surgery.family(model).shared_bias:
+            # Heads go alike in all layers that have any; their scores are sums over those layers.
+            having = tuple(layer for layer, score in enumerate(per_layer) if len(score))
+            total = np.sum([per_layer[layer] for layer in having], axis=0)
+            sites += [_Site(unit, having, total, stays[having[0]], levels(total, stays[having[0]]))] if having else []
+        else:
+            sites += [_Site(unit, (at,), s, n, levels(s, n)) for at, (s, n) in enumerate(zip(per_layer, stays, strict=True))]
+    return sites
+
+
+def _levels(count: int, multiple: int) -> np.ndarray:
+    """All of them, then every smaller multiple, down to none."""
+    return np.array([count, *range((count - 1) // multiple * multiple, -1, -multiple)] if count else [0])
+
+
+def _best(scores: np.ndarray, count: int) -> np.ndarray:
+    """Positions of the highest scores, in order."""
+    return np.sort(np.argsort(-scores, kind="stable")[:count])
+
+
+# --- the cut ---
+
+
+def _cut(model: PreTrainedModel, kept: PerUnit, batches: Sequence[Batch], repair: bool) -> PreTrainedModel:
+    dense = copy.deepcopy(model) if repair else None
+    if surgery.family(model).shared_bias and "heads" in kept:
+        stays = max(kept["heads"], key=len)  # all alike, but for layers that have none
+        surgery.prune_heads_everywhere(model, np.setdiff1d(np.arange(max(counts(model, "heads"))), stays).tolist())
+    for unit, cut in (("heads", surgery.prune_heads), ("ffn", surgery.prune_ffn)):
+        for layer, (stays, count) in enumerate(zip(kept.get(unit, []), counts(model, unit), strict=False)):
+            if len(stays) < count:
+                cut(model, layer, np.setdiff1d(np.arange(count), stays).tolist())
+    if "layers" in kept:
+        surgery.drop_layers(model, np.setdiff1d(np.arange(len(surgery.layers(model))), kept["layers"][0]).tolist())
+    if dense is not None:
+        _repair(model, dense, kept, batches)
+    return model
+
+
+@torch.no_grad()
+def _repair(model: PreTrainedModel, dense: PreTrainedModel, kept: PerUnit, batches: Sequence[Batch]) -> None:
+    """Refit every output linear, first layer first, to what it said before the cut, given what it hears after it. Where whole
+    layers went, what follows takes over what they said too."""
+    changed = False
+    for index, origin, name, stays in _outputs(model, dense, kept):
+        linear, whole = linear_of(surgery.layers(model)[index], name), linear_of(surgery.layers(dense)[origin], name)
+        changed = changed or linear.in_features < whole.in_features or index != origin
+        if changed and linear.in_features:
+            streams = (
+                (surgery.stream(dense, origin, name), surgery.stream(model, index, name)) if "layers" in kept else (None,) * 2
+            )
+            before, after = (
+                obs.Site(surgery.path(dense, origin, name), streams[0]),
+                obs.Site(surgery.path(model, index, name), streams[1]),
+            )
+            seen = obs.moments(dense, before, model, after, batches)
+            weight, bias = obs.refit(whole.weight, whole.bias, seen, torch.from_numpy(stays).to(whole.weight.device))
+            linear.weight.copy_(weight)
+            if bias is not None:
+                linear.bias.copy_(bias)
+
+
+def _outputs(model: PreTrainedModel, dense: PreTrainedModel, kept: PerUnit) -> Iterator[tuple[int, int, str, np.ndarray]]:
+    """Every linear that writes into the residual stream: layer now, layer before, name, input features that it kept."""
+    names, size, depth = surgery.family(model), surgery.head_size(model), len(surgery.layers(dense))
+    before = {"heads": counts(dense, "heads"), "ffn": counts(dense, "ffn")}
+    for index, origin in enumerate(kept["layers"][0] if "layers" in kept else range(depth)):
+        for unit, name, features in (("heads", names.attention_out, size), ("ffn", names.ffn_out, 1)):
+            stays = kept[unit][origin] if unit in kept else np.arange(before[unit][origin])
+            yield index, int(origin), name, (stays[:, None] * features + np.arange(features)).ravel()

@@ -1,0 +1,195 @@
+"""Operators that turn a master into its deployed model. Parameters are checked here without torch."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from hpc_compress.config import ConfigError
+from hpc_compress.types import Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hpc_compress.operators.context import Context
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Where a precision can run, and which linears it takes."""
+
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    multiple: int = 1  # of which the inputs of a linear must be a multiple; with others bitsandbytes is slow or compiles first
+
+
+SCHEMES = {
+    "fp32": Scheme(),
+    "fp16": Scheme(),
+    "bf16": Scheme(),
+    "int8": Scheme(multiple=4),
+    "nf4": Scheme(multiple=2),
+    "fp4": Scheme(multiple=2),
+    "dynamic_int8": Scheme(devices=("cpu",)),
+}
+Plain = Literal["fp32", "fp16", "bf16"]
+Few = Literal["int8", "nf4", "fp4", "dynamic_int8"]
+
+
+class Quantize(Record):
+    """Deploy in a lower precision. int8, nf4 and fp4 hold the encoder's linears in bitsandbytes layers, which save memory and
+    no time; dynamic_int8 is the fast one on CPUs, and runs nowhere else."""
+
+    scheme: Plain | Few = Field(description="of the encoder's linears; fp16 and bf16: of the whole model")
+    rest: Plain = Field(default="fp32", description="of all that is in no scheme of 8 or 4 bits: head, norms, other embeddings")
+    layers: dict[Few | Literal["rest"], tuple[Annotated[int, Field(ge=0)], ...]] = Field(
+        default={}, description="encoder layers, counted from 0, that have another scheme, such as {nf4: [0, 1], rest: [5]}"
+    )
+    embeddings: Literal["rest", "int8", "nf4", "fp4"] = Field(default="rest", description="of the word embedding")
+    method: Literal["round", "gptq"] = Field(
+        default="round", description="round to nearest, or let the weights still to be rounded make up for each error"
+    )
+    sentences: int = Field(default=256, ge=1, description="training sentences that gptq sees")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Quantize":
+        plain = self.scheme in ("fp32", "fp16", "bf16")
+        if plain and self.rest != "fp32":
+            raise ValueError(f"rest={self.rest} has no effect with scheme={self.scheme}; leave it out")
+        named = [index for indices in self.layers.values() for index in indices]
+        if len(set(named)) < len(named):
+            raise ValueError(f"layers={self.layers} names a layer twice; name it once")
+        if "dynamic_int8" in self._few and (self.rest if not plain else self.scheme) != "fp32":
+            raise ValueError(f"dynamic_int8 reads fp32 only, not scheme={self.scheme} with rest={self.rest}; leave rest out")
+        if self.scheme == "fp32" and not self._few and self.embeddings == "rest":
+            raise ValueError("scheme=fp32 alone changes nothing; set layers or embeddings too, or choose another scheme")
+        if self.method == "gptq" and not self._few:
+            raise ValueError(f"method=gptq has no effect with scheme={self.scheme}; leave it out")
+        return self
+
+    @property
+    def _few(self) -> set[str]:
+        """Schemes of 8 and 4 bits that linears are to have."""
+        named: set[str] = {self.scheme, *(name for name, indices in self.layers.items() if indices)}
+        return named - {"rest", "fp32", "fp16", "bf16"}
+
+    def check(self, device: str, depth: int, inputs: tuple[int, ...]) -> None:
+        """device: as in the protocol. depth: encoder layers of the base model. inputs: widths of what leads into its linears.
+
+        Raises: ConfigError when the device, or the base model as it is, can't take a scheme.
+        """
+        for name in sorted(self._few):
+            scheme = SCHEMES[name]
+            if len(scheme.devices) == 1 and device != scheme.devices[0]:
+                raise ConfigError(
+                    f"{name} runs on {scheme.devices[0]} only, and protocol.device={device}; set "
+                    f"protocol.device={scheme.devices[0]}, or choose another scheme"
+                )
+            if odd := [width for width in inputs if width % scheme.multiple]:
+                raise ConfigError(
+                    f"{name} takes linears with multiples of {scheme.multiple} inputs, and the base model has some with "
+                    f"{odd[0]}; choose another scheme"
+                )
+        if beyond := [index for indices in self.layers.values() for index in indices if index >= depth]:
+            raise ConfigError(f"layers={self.layers}: the base model has no layer {beyond[0]}; its last one is {depth - 1}")
+
+    def __call__(self, model: "PreTrainedModel", context: "Context") -> "PreTrainedModel":
+        from hpc_compress.data.batches import eval_batches
+        from hpc_compress.operators import quantization
+
+        batches = None
+        if self.method == "gptq":
+            examples = context.train.take(self.sentences)
+            model.to(context.device)
+            batches = lambda: (batch.to(context.device) for batch in eval_batches(examples, 32))  # noqa: E731
+        return quantization.quantize(model, self.scheme, self.rest, self.layers, self.embeddings, batches)
+
+
+class Sparsify(Record):
+    """Deploy with zeros in the encoder's linears. They are saved without the zeros, where that is smaller.
+
+    Nothing is faster by it, with one exception: 2:4 in fp16 or bf16 on a GPU of compute capability 8.0 or more, where linears
+    of (multiple of 32, multiple of 64) run on its sparse tensor cores. Everywhere else the loaded linears are dense.
+    """
+
+    pattern: Literal["unstructured", "2:4"] = Field(
+        default="unstructured", description="2:4: two zeros in each four inputs; none where inputs are no multiple of 4"
+    )
+    share: float = Field(default=0.5, gt=0, lt=1, description="of the weights of each linear that become 0")
+    criterion: Literal["magnitude", "obs"] = Field(
+        default="obs", description="which weights go: the smallest, or those that Optimal Brain Surgeon can make up for"
+    )
+    permute: bool = Field(
+        default=False, description="first put FFN neurons and the features of heads in an order in which 2:4 keeps more"
+    )
+    precision: Literal["fp32", "fp16", "bf16"] = Field(default="fp32", description="of all that is left")
+    sentences: int = Field(default=256, ge=1, description="training sentences that obs sees")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Sparsify":
+        if self.pattern == "2:4" and self.share != 0.5:
+            raise ValueError(f"share={self.share} does not go with pattern=2:4, which is a half; leave share out")
+        if self.pattern != "2:4" and self.permute:
+            raise ValueError("permute=true changes nothing without pattern=2:4; leave it out, or set pattern=2:4")
+        return self
+
+    def __call__(self, model: "PreTrainedModel", context: "Context") -> "PreTrainedModel":
+        from hpc_compress.data.batches import eval_batches
+        from hpc_compress.operators import quantization, sparsity
+
+        examples = context.train.take(self.sentences)
+        model.to(context.device)
+        sparsity.sparsify(
+            model,
+            self.pattern,
+            self.share,
+            (lambda: (batch.to(context.device) for batch in eval_batches(examples, 32))) if self.criterion == "obs" else None,
+            context.seed if self.permute else None,
+        )
+        quantization.cast(model.cpu(), quantization.DTYPES[self.precision])
+        return model
+
+
+class Threshold(Record):
+    """Set small values of the activated gates in gated FFNs to 0 (CATS). What they would multiply need not be computed, but no
+    linear here skips it: nothing is faster or smaller. May stand before a training, which then adapts the model to it."""
+
+    share: float = Field(default=0.5, gt=0, lt=1, description="of each layer's gate values that become 0, over real tokens")
+    sentences: int = Field(default=256, ge=1, description="training sentences from which the thresholds are read")
+
+    def __call__(self, model: "PreTrainedModel", context: "Context") -> "PreTrainedModel":
+        from hpc_compress.data.batches import eval_batches
+        from hpc_compress.operators import thresholding
+
+        examples = context.train.take(self.sentences)
+        model.to(context.device)
+        thresholding.threshold(model, self.share, lambda: (batch.to(context.device) for batch in eval_batches(examples, 32)))
+        return model
+
+
+class TrimVocabulary(Record):
+    """Deploy with the tokens of a corpus only: fewer rows of the word embedding, and a tokenizer of its own beside the weights.
+
+    Texts of the corpus come out as before. Other words fall back to smaller pieces, which is what quality is measured with.
+    """
+
+    corpus: str = Field(default="train", min_length=1, description="train, or the full path of a text file, one text a line")
+    min_count: int = Field(default=1, ge=1, description="keep tokens that stand in the corpus so often at least")
+
+    def __call__(self, model: "PreTrainedModel", context: "Context") -> "PreTrainedModel":
+        import numpy as np
+
+        from hpc_compress.config import resource
+        from hpc_compress.data import vocabulary
+        from hpc_compress.models import surgery
+
+        if context.tokenizer is None or context.folder is None:
+            raise ValueError("trim_vocabulary changes the tokenizer, so it can only deploy; name it in strategy.vocabularies")
+        tokenizer = context.tokenizer()
+        if self.corpus == "train":
+            counts = np.bincount(context.train.input_ids)
+        else:
+            counts = vocabulary.count(tokenizer, resource(self.corpus))
+        kept = vocabulary.used(tokenizer, counts, self.min_count)
+        surgery.trim_vocabulary(model, kept.tolist())
+        vocabulary.trim(tokenizer, kept).save_pretrained(context.folder)
+        return model

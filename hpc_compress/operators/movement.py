@@ -1,0 +1,125 @@
+"""Movement pruning of structures: scores of heads and FFN neurons that are learnt along with the weights, and the cut that they
+lead to (Sanh et al. 2020, arXiv 2005.07683; on structures as Lagunas et al. 2021). Knows models and training; no genomes.
+
+A unit's gate is 1 or 0 by its score, and the score is given the gate's gradient as it is (straight-through), also while
+the unit is off: scores rise where training would make a unit's contribution larger, and fall where smaller.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hpc_compress.data.batches import Batch
+from hpc_compress.models import surgery
+from hpc_compress.models.gates import PerUnit, counts, gated
+from hpc_compress.operators import losses, training
+from hpc_compress.operators.context import Context
+from hpc_compress.operators.pruning import MovementPrune
+
+THRESHOLD = 0.1  # of the sigmoid of a score, soft mode: below it a unit goes (as published)
+SPAN = 20.0  # how far a score can come in a whole training, whatever the learning rate; the threshold is at -2.2
+
+
+class Masks(nn.Module):
+    """The scores of all units, and the gates that follow from them at each update."""
+
+    done: torch.Tensor
+
+    def __init__(self, model: PreTrainedModel, step: MovementPrune, updates: int) -> None:
+        super().__init__()
+        self.step, self.updates = step, updates
+        self.sizes: dict[str, list[int]] = {unit: counts(model, unit) for unit in step.units}
+        self.scores = nn.ParameterDict({unit: nn.Parameter(torch.zeros(sum(sizes))) for unit, sizes in self.sizes.items()})
+        # Soft scores have a unit of measure. AdamW moves a parameter by its learning rate at most, on average half of that.
+        self.scale = 2 * SPAN / (step.learning_rate * updates)
+        self.register_buffer("done", torch.zeros(()))  # updates; a buffer, so that it comes back with a checkpoint
+
+    def progress(self) -> torch.Tensor:
+        """What part of the goal is asked for: `1 - (1 - t)^3`, t from 0 at the end of the warm-up to 1 where the cool-down
+        begins (Zhu & Gupta 2017, eq. 1; Sanh et al. 2020, section 4)."""
+        begin, end = self.step.warmup * self.updates, (1 - self.step.cooldown) * self.updates
+        return 1 - (1 - ((self.done - begin) / max(end - begin, 1)).clamp(0, 1)) ** 3
+
+    def forward(self) -> tuple[PerUnit, torch.Tensor]:
+        """For one update: gates of 1 and 0 whose gradient is the scores', and the regularisation to add to the loss."""
+        gates: PerUnit = {}
+        penalty = torch.zeros((), device=self.done.device)
+        for unit, kept in self.kept().items():
+            # Scaled, but for the gradient, which would be clipped: AdamW does not mind its scale.
+            scores = self.scores[unit] + ((self.scale - 1) * self.scores[unit]).detach()
+            through = (scores - scores.detach()).split(self.sizes[unit])
+            gates[unit] = [mask + zero for mask, zero in zip(kept, through, strict=True)]
+            if self.step.regularisation is not None:
+                penalty = penalty + self.progress() * self.step.regularisation * scores.sigmoid().mean()
+        self.done += 1
+        return gates, penalty
+
+    @torch.no_grad()
+    def kept(self) -> PerUnit:
+        """What stays at this update: 1 or 0 for each unit. All on the device: nothing waits for it."""
+        kept: PerUnit = {}
+        for unit, sizes in self.sizes.items():
+            scores = self.scores[unit]
+            if self.step.share is not None:
+                stays = _rank(scores) < ((1 - self.step.share * self.progress()) * len(scores)).round()
+            else:
+                stays = (self.scale * scores).sigmoid() > THRESHOLD * self.progress()
+            wanted = torch.stack([layer.sum() for layer in stays.split(sizes)])
+            multiple = self.step.ffn_multiple if unit == "ffn" else 1
+            widths = rounded(wanted, torch.tensor(sizes, device=scores.device), multiple)
+            kept[unit] = [
+                (_rank(layer) < width).to(scores.dtype) for layer, width in zip(scores.split(sizes), widths, strict=True)
+            ]
+        return kept
+
+
+def _rank(scores: torch.Tensor) -> torch.Tensor:
+    """0 for the highest score; of equal ones the first is the higher."""
+    return scores.argsort(descending=True, stable=True).argsort()
+
+
+def rounded(wanted: torch.Tensor, sizes: torch.Tensor, multiple: int) -> torch.Tensor:
+    """Widths in multiples, with about the same sum: all are rounded down, then those that lost most are rounded up.
+
+    A layer that is to stay whole does. wanted, sizes: (layers,) units.
+    """
+    blocks = wanted // multiple
+    more = (wanted.sum() / multiple).round() - blocks.sum()
+    blocks = blocks + (_rank(wanted % multiple) < more)
+    return torch.where(wanted == sizes, sizes, torch.minimum(blocks * multiple, sizes))
+
+
+def learn(model: PreTrainedModel, step: MovementPrune, context: Context) -> PerUnit:
+    """Train the weights and the scores, in place.
+
+    Returns: what stays in the end, 1 or 0 for each unit.
+    Raises: ValueError for heads that can't be cut one by one.
+    """
+    if "heads" in step.units and surgery.family(model).shared_bias:
+        raise ValueError(
+            f"the layers of {model.config.model_type} share a position bias for their heads, so heads can't go one by one; "
+            "set units=[ffn]"
+        )
+    updates = max(1, round(step.epochs * math.ceil(len(context.train) / step.batch_size)))
+    masks = Masks(model, step, updates).to(context.device)
+
+    def loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+        gates, penalty = masks()
+        with gated(model, gates):
+            return losses.task_loss(model, batch) + penalty
+
+    training.fit(model, context.train, loss, step, context.seed, context.device, context.progress, context.checkpoint, [masks])
+    return masks.kept()
+
+
+def cut(model: PreTrainedModel, kept: PerUnit) -> None:
+    """Cut physically what is 0 in `kept`."""
+    cutters = {"heads": surgery.prune_heads, "ffn": surgery.prune_ffn}
+    for unit, layers in kept.items():
+        for index, mask in enumerate(layers):
+            gone: Sequence[int] = (mask == 0).nonzero().flatten().tolist()
+            if gone:
+                cutters[unit](model, index, gone)

@@ -1,0 +1,178 @@
+"""Operators that cut. Parameters are checked here without torch; what they do lies in `cutting` and `models.surgery`."""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from hpc_compress.config import validate
+from hpc_compress.operators.learning import Distill, Training
+from hpc_compress.types import Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hpc_compress.operators.context import Context
+
+# Which units a criterion of ours can score; a user's own, named by its dotted path, is tried on the node.
+CRITERIA = {
+    "fisher": {"layers", "blocks", "heads", "ffn", "hidden"},
+    "taylor": {"layers", "blocks", "heads", "ffn", "hidden"},
+    "magnitude": {"layers", "blocks", "heads", "ffn", "hidden"},
+    "obs": {"heads", "ffn"},
+    "activation_mean": {"heads", "ffn"},
+    "apoz": {"heads", "ffn"},
+    "similarity": {"heads", "ffn"},
+}
+
+
+def _require_criterion(criterion: str, units: set[str]) -> None:
+    if "." in criterion:
+        return
+    if criterion not in CRITERIA:
+        raise ValueError(f"{criterion!r} is not a criterion; choose one of {', '.join(CRITERIA)}, or give a dotted path")
+    if not units <= CRITERIA[criterion]:
+        able = [name for name, known in CRITERIA.items() if units <= known]
+        raise ValueError(f"criterion {criterion!r} can't score {', '.join(sorted(units))}; choose one of {', '.join(able)}")
+
+
+class DropLayers(Record):
+    """Remove encoder layers: the last ones (K1 of the published method), or the least important ones."""
+
+    count: int = Field(default=1, ge=1)
+    criterion: str = Field(default="last", description="last, or a criterion by which the least important ones go")
+    sentences: int = Field(default=256, ge=1, description="training sentences that the criterion and the repair see")
+    repair: bool = Field(default=False, description="refit the output weights of what is left by least squares")
+
+    @field_validator("criterion")
+    @classmethod
+    def _known(cls, criterion: str) -> str:
+        if criterion != "last":
+            _require_criterion(criterion, {"layers"})
+        return criterion
+
+    def __call__(self, model: "PreTrainedModel", context: "Context") -> "PreTrainedModel":
+        from hpc_compress.operators import cutting
+
+        return cutting.drop_layers(model, self, context)
+
+
+class PruneHeads(Record):
+    """Remove the least important attention heads, of the last layer (K2 of the published method) or of all layers."""
+
+    count: int = Field(default=1, ge=1)
+    criterion: str = "fisher"
+    where: Literal["last", "any"] = Field(default="last", description="the last layer, or wherever the least important are")
+    sentences: int = Field(default=256, ge=1, description="training sentences that the criterion and the repair see")
+    repair: bool = Field(default=False, description="refit the output weights of what is left by least squares")
+
+    @field_validator("criterion")
+    @classmethod
+    def _known(cls, criterion: str) -> str:
+        _require_criterion(criterion, {"heads"})
+        return criterion
+
+    def __call__(self, model: "PreTrainedModel", context: "Context") -> "PreTrainedModel":
+        from hpc_compress.operators import cutting
+
+        return cutting.prune_heads(model, self, context)
+
+
+class Prune(Record):
+    """Remove a share of the encoder, from wherever it is missed least."""
+
+    share: float = Field(gt=0, lt=1, description="of the encoder's parameters, or of its blocks' time, that goes")
+    units: tuple[Literal["heads", "ffn", "blocks", "layers"], ...] = Field(
+        default=("heads", "ffn"),
+        min_length=1,
+        description="heads and ffn (neurons) one by one, alone or together; or whole blocks (attention, FFN); or whole layers",
+    )
+    criterion: str = "fisher"
+    scope: Literal["global", "local"] = Field(
+        default="global", description="global: the scores decide where; local: the same share everywhere"
+    )
+    cost: Literal["parameters", "time"] = Field(
+        default="parameters", description="what a unit is worth: its parameters, or its time on this device"
+    )
+    ffn_multiple: int = Field(default=64, ge=1, description="FFN widths are cut to multiples of this, which kernels like")
+    rounds: int = Field(default=1, ge=1, description="cuts, each scored anew; 1: one-shot")
+    schedule: Literal["cubic", "linear"] = Field(
+        default="cubic", description="how the share grows over the rounds; cubic (AGP) cuts most at first"
+    )
+    training: dict[str, Any] | None = Field(
+        default=None, description="parameters of `distill` between two rounds; null: no training there"
+    )
+    sentences: int = Field(default=512, ge=1, description="training sentences that the criterion and the repair see")
+    repair: bool = Field(default=False, description="refit the output weights of what is left by least squares")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Prune":
+        units: set[str] = set(self.units)
+        if len(units) > 1 and not units <= {"heads", "ffn"}:
+            raise ValueError(f"units={list(self.units)}: blocks and layers stand alone; together only heads and ffn can be")
+        if self.scope == "local" and not units <= {"heads", "ffn"}:
+            raise ValueError(f"scope=local takes a share of each layer's heads or ffn, not of {', '.join(units)}; use global")
+        _require_criterion(self.criterion, units)
+        if self.training is not None:
+            validate(Distill, self.training, "training")
+        return self
+
+    def share_after(self, done: int) -> float:
+        """What is gone after so many rounds: `s_f (1 - (1 - t/n)^3)`, cubic (Zhu & Gupta 2017, AGP, eq. 1), or `s_f t/n`."""
+        left = 1 - done / self.rounds
+        return self.share * (1 - (left**3 if self.schedule == "cubic" else left))
+
+    def __call__(self, model: "PreTrainedModel", context: "Context") -> "PreTrainedModel":
+        from hpc_compress.operators import cutting
+
+        return cutting.prune(model, self, context)
+
+
+class PruneHidden(Record):
+    """Remove the least important dimensions of the residual stream, everywhere at once. The LayerNorms then go over fewer
+    features, so the cut model is not the masked one: distill it."""
+
+    share: float = Field(gt=0, lt=1, description="of the hidden size that goes")
+    criterion: str = "fisher"
+    multiple: int = Field(default=32, ge=1, description="the hidden size is cut to a multiple of this")
+    sentences: int = Field(default=512, ge=1, description="training sentences that the criterion sees")
+
+    @field_validator("criterion")
+    @classmethod
+    def _known(cls, criterion: str) -> str:
+        _require_criterion(criterion, {"hidden"})
+        return criterion
+
+    def __call__(self, model: "PreTrainedModel", context: "Context") -> "PreTrainedModel":
+        from hpc_compress.operators import cutting
+
+        return cutting.prune_hidden(model, self, context)
+
+
+class MovementPrune(Training):
+    """Train while heads and FFN neurons go whose scores, learnt along with the weights, are lowest (movement pruning, Sanh et
+    al. 2020). More goes step by step from the end of the warm-up to the cool-down, in which what is left is trained on."""
+
+    share: float | None = Field(default=None, gt=0, lt=1, description="hard: of the heads, and of the neurons, that goes")
+    regularisation: float | None = Field(
+        default=None, gt=0, description="soft, in place of share: what keeping a unit costs; of MiniLM, 1 cut a third"
+    )
+    units: tuple[Literal["heads", "ffn"], ...] = Field(default=("heads", "ffn"), min_length=1)
+    cooldown: float = Field(default=0.3, ge=0, lt=1, description="share of the updates, at the end, in which nothing more goes")
+    ffn_multiple: int = Field(default=64, ge=1, description="FFN widths are cut to multiples of this, which kernels like")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "MovementPrune":
+        if (self.share is None) == (self.regularisation is None):
+            raise ValueError(
+                f"share={self.share} and regularisation={self.regularisation}: give one of them, share for hard movement "
+                "pruning or regularisation for soft"
+            )
+        if self.warmup + self.cooldown >= 1:
+            raise ValueError(f"warmup={self.warmup} and cooldown={self.cooldown} leave no updates between; lower one of them")
+        return self
+
+    def __call__(self, model: "PreTrainedModel", context: "Context") -> "PreTrainedModel":
+        from hpc_compress.operators import movement
+
+        movement.cut(model, movement.learn(model, self, context))
+        return model
