@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of the encoder's parameters that go")
     parser.add_argument("--seeds", type=int, default=1, help="of the sentences, of random cuts and of the training")
     parser.add_argument("--sentences", type=int, default=4000, help="for the epoch after the cut")
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--work", type=Path, default=Path("results/compression"), help="what was made so far")
     parser.add_argument("--make-only", action="store_true", help="make and train the models; neither time nor report")

@@ -52,7 +52,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A function that saves a tiny random checkpoint with its tokenizer. Equal calls share a folder: read only.
 
-    make(family, layers=2, heads=4, hidden=32, ffn=48, num_labels=2, head=True) -> folder; family is a model_type of
+    make(family, layers=2, heads=4, hidden=32, ffn=64, num_labels=2, head=True) -> folder; family is a model_type of
     `FAMILIES`; head=False saves the bare encoder. The weights are the same in every session.
     """
     made: dict[str, Path] = {}
@@ -62,7 +62,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         layers: int = 2,
         heads: int = 4,
         hidden: int = 32,
-        ffn: int = 48,
+        ffn: int = 64,
         num_labels: int = 2,
         head: bool = True,
     ) -> Path:
@@ -106,7 +106,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..
     rows = [(words.choice(["good", "great", "bad", "dull"]), words.choice(["film", "plot"])) for _ in range(120)]
     table = pd.DataFrame({"text": [" ".join(row) for row in rows], "label": [row[0] in ("good", "great") for row in rows]})
     table.assign(label=table["label"].map({True: "pos", False: "neg"})).to_csv(folder / "rows.csv", index=False)
-    model = tiny_checkpoint("bert", layers=3, heads=4, hidden=32, ffn=48, head=False)
+    model = tiny_checkpoint("bert", layers=3, heads=4, hidden=128, ffn=64, head=False)
     overrides = [
         f"model.path={model}",
         "model.fine_tune={epochs: 2, learning_rate: 1e-3, batch_size: 16}",

@@ -744,7 +744,7 @@ def test_without_a_barrier_late_children_are_told_later_and_none_is_forgotten(wi
     generations = analysis.open_run(without_barrier).generations
     told = [set(generation.told) for generation in generations]
     born = [set(generation.born_ids) for generation in generations]
-    assert len(told[0]) == 3  # of 6
+    assert 3 <= len(told[0]) < 6  # of 6: one look may find more than the half that it waits for
     assert sum(map(len, told)) == len(set().union(*told)), "a child was told twice"
     assert set().union(*told) == set().union(*born)
     assert any(told[n] & born[n - 1] for n in range(1, 4)), "no child was late; the test shows nothing"

@@ -197,4 +197,4 @@ def test_heads_that_share_a_position_bias_are_refused_before_the_training(tiny_c
         operator(Step(operator="movement_prune", params={**QUICK, "share": 0.5}))(model, context(model))
     assert torch.equal(logits(model), before)
     operator(Step(operator="movement_prune", params={**QUICK, "share": 0.5, "units": ["ffn"]}))(model, context(model))
-    assert (sum(surgery.head_counts(model)), sum(surgery.ffn_widths(model))) == (8, 48)
+    assert (sum(surgery.head_counts(model)), sum(surgery.ffn_widths(model))) == (8, 64)

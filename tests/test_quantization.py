@@ -121,7 +121,7 @@ def test_what_makes_no_sense_is_refused(params: dict[str, Any], words: str):
         ({"scheme": "dynamic_int8"}, "any", (64, 96), "set protocol.device=cpu"),
         ({"scheme": "nf4", "layers": {"dynamic_int8": [1]}}, "cuda", (64, 96), "dynamic_int8 runs on cpu only"),
         ({"scheme": "int8"}, "cpu", (64, 98), "multiples of 4 inputs, and the base model has some with 98"),
-        ({"scheme": "nf4"}, "any", (33, 96), "multiples of 2"),
+        ({"scheme": "nf4"}, "any", (64, 80), "multiples of 32"),
         ({"scheme": "nf4", "layers": {"int8": [3]}}, "any", (64, 96), "no layer 3; its last one is 2"),
     ],
 )

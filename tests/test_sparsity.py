@@ -370,7 +370,7 @@ def test_a_threshold_may_stand_before_cuts_training_and_precision(gated_model: n
     values = modeling_hpc_compress.thresholds(again, surgery.family(again))
     model = operator(Step(operator="fine_tune", params={"batch_size": 8}))(again, context(again))
     surgery.drop_layers(model, [0])
-    surgery.prune_ffn(model, 1, range(48))
+    surgery.prune_ffn(model, 1, range(64))
     model = operator(Step(operator="quantize", params={"scheme": "int8"}))(model, context(model))
     loaded = reload(model, tmp_path / "m")
     assert modeling_hpc_compress.thresholds(loaded, surgery.family(loaded)) == values[1:]

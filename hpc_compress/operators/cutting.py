@@ -23,7 +23,7 @@ from hpc_compress.operators.learning import Distill
 if TYPE_CHECKING:
     from hpc_compress.operators.pruning import DropLayers, Prune, PruneHeads, PruneHidden
 
-PerUnit = dict[str, list[np.ndarray]]  # of each kind of unit, layer by layer: scores, or the positions of those that stay
+UnitArrays = dict[str, list[np.ndarray]]  # of each kind of unit, layer by layer: scores, or the positions of those that stay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _batches(context: Context, sentences: int) -> list[Batch]:
     return [batch.to(context.device) for batch in eval_batches(context.train.take(sentences), 32)]
 
 
-def _score(model: PreTrainedModel, criterion: str, batches: Sequence[Batch], units: Sequence[str]) -> PerUnit:
+def _score(model: PreTrainedModel, criterion: str, batches: Sequence[Batch], units: Sequence[str]) -> UnitArrays:
     """Raises: ValueError for scores that say nothing: the wrong number, or not finite."""
     found = (criteria.CRITERIA.get(criterion) or locate(criterion))(model, batches, units)
     scores = {unit: [np.asarray(score.detach().cpu().double()) for score in found[unit]] for unit in units}
@@ -128,12 +128,12 @@ def _times(context: Context) -> Price:
     )
 
 
-def _alike(model: PreTrainedModel, scores: PerUnit, first: dict[str, list[int]], left: float, multiple: int) -> PerUnit:
+def _alike(model: PreTrainedModel, scores: UnitArrays, first: dict[str, list[int]], left: float, multiple: int) -> UnitArrays:
     """The same share everywhere; something stays in every block.
 
     first: how many there were before the first round.
     """
-    kept: PerUnit = {unit: [np.arange(count) for count in counts(model, unit)] for unit in scores}
+    kept: UnitArrays = {unit: [np.arange(count) for count in counts(model, unit)] for unit in scores}
     for site in _sites(model, scores, multiple):
         step = multiple if site.unit == "ffn" else 1
         for layer in site.layers:
@@ -157,7 +157,7 @@ class _Site:
         return Place(self.loss, len(self.layers) * cost(self.stays))
 
 
-def _cheapest(model: PreTrainedModel, scores: PerUnit, price: Price, budget: float, multiple: int) -> PerUnit:
+def _cheapest(model: PreTrainedModel, scores: UnitArrays, price: Price, budget: float, multiple: int) -> UnitArrays:
     """What loses least, by the sum of the scores, while what is left costs no more than the budget."""
     if "layers" in scores:
         heads, ffn = (np.array(counts(model, unit)) for unit in ("heads", "ffn"))
@@ -170,14 +170,14 @@ def _cheapest(model: PreTrainedModel, scores: PerUnit, price: Price, budget: flo
     sites = _sites(model, scores, multiple)
     places = [site.place(price) for site in sites]
     others = price.of(model) - sum(float(place.cost[0]) for place in places)
-    kept: PerUnit = {site.unit: [np.arange(count) for count in counts(model, site.unit)] for site in sites}
+    kept: UnitArrays = {site.unit: [np.arange(count) for count in counts(model, site.unit)] for site in sites}
     for site, level in zip(sites, allocate(places, budget - others), strict=True):
         for layer in site.layers:
             kept[site.unit][layer] = _best(site.scores, int(site.stays[level]))
     return kept
 
 
-def _sites(model: PreTrainedModel, scores: PerUnit, multiple: int) -> list[_Site]:
+def _sites(model: PreTrainedModel, scores: UnitArrays, multiple: int) -> list[_Site]:
     if "blocks" in scores:
         sizes = {"heads": counts(model, "heads"), "ffn": counts(model, "ffn")}
         return [
@@ -211,7 +211,7 @@ def _best(scores: np.ndarray, count: int) -> np.ndarray:
 # --- the cut ---
 
 
-def _cut(model: PreTrainedModel, kept: PerUnit, batches: Sequence[Batch], repair: bool) -> PreTrainedModel:
+def _cut(model: PreTrainedModel, kept: UnitArrays, batches: Sequence[Batch], repair: bool) -> PreTrainedModel:
     dense = copy.deepcopy(model) if repair else None
     if surgery.family(model).shared_bias and "heads" in kept:
         stays = max(kept["heads"], key=len)  # all alike, but for layers that have none
@@ -228,7 +228,7 @@ def _cut(model: PreTrainedModel, kept: PerUnit, batches: Sequence[Batch], repair
 
 
 @torch.no_grad()
-def _repair(model: PreTrainedModel, dense: PreTrainedModel, kept: PerUnit, batches: Sequence[Batch]) -> None:
+def _repair(model: PreTrainedModel, dense: PreTrainedModel, kept: UnitArrays, batches: Sequence[Batch]) -> None:
     """Refit every output linear, first layer first, to what it said before the cut, given what it hears after it. Where whole
     layers went, what follows takes over what they said too."""
     changed = False
@@ -250,7 +250,7 @@ def _repair(model: PreTrainedModel, dense: PreTrainedModel, kept: PerUnit, batch
                 linear.bias.copy_(bias)
 
 
-def _outputs(model: PreTrainedModel, dense: PreTrainedModel, kept: PerUnit) -> Iterator[tuple[int, int, str, np.ndarray]]:
+def _outputs(model: PreTrainedModel, dense: PreTrainedModel, kept: UnitArrays) -> Iterator[tuple[int, int, str, np.ndarray]]:
     """Every linear that writes into the residual stream: layer now, layer before, name, input features that it kept."""
     names, size, depth = surgery.family(model), surgery.head_size(model), len(surgery.layers(dense))
     before = {"heads": counts(dense, "heads"), "ffn": counts(dense, "ffn")}
