@@ -130,6 +130,7 @@ def _train_with_trainer(
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            use_cpu=device.type == "cpu",  # without it bf16 is refused
             **options,
         )
         # Given the tokenizer, Trainer pads each batch to its longest sentence.

@@ -87,6 +87,8 @@ def card(run: analysis.Run, candidate: str, target: Path) -> str:
         "speed-up over the base model": f"{speed_up(measurement):.2f}x on {measurement.device}",
     }
     peak = {"peak GPU memory": f"{measurement.peak_bytes / 1e6:.1f} MB"} if measurement.peak_bytes else {}
+    program = any(step.params.get("scheme") == "onnx_int8" for step in steps)
+    needs = ["It runs in ONNX Runtime, on CPUs: `pip install onnxruntime`.", ""] if program else []
     text = '"a text", "a second text"' if dataset.pair else '"a text"'
     return "\n".join(
         [
@@ -111,6 +113,7 @@ def card(run: analysis.Run, candidate: str, target: Path) -> str:
             "",
             *(f"{number}. `{step.operator}` {step.params or ''}".rstrip() for number, step in enumerate(steps, 1)),
             "",
+            *needs,
             "```python",
             LOADING.format(path=target.name, text=text),
             "```",

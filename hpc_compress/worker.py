@@ -23,7 +23,7 @@ from hpc_compress import identity, measure
 from hpc_compress.config import RunConfig
 from hpc_compress.data import metrics
 from hpc_compress.data.batches import Encoded, encode
-from hpc_compress.models import artifact, surgery
+from hpc_compress.models import artifact
 from hpc_compress.operators import Checkpoint, Context, operator, teaching
 from hpc_compress.operators.teaching import TeacherOutputs
 from hpc_compress.store import Store
@@ -126,13 +126,14 @@ class Job:
             sample = measure.timing_sample(examples, task.protocol, on)
             pair = ((base_model, base_sample), (model, sample))
             base_latency_ms, latency_ms = measure.latencies_ms(pair, task.protocol, on)
+        parameters, encoder_parameters = artifact.parameters(model)
         return Measurement(
             metrics=scores,
             latency_ms=latency_ms,
             base_latency_ms=base_latency_ms,
-            model_bytes=(folder / artifact.WEIGHTS).stat().st_size,
-            parameters=surgery.all_parameters(model),
-            encoder_parameters=surgery.encoder_parameters(model),
+            model_bytes=artifact.weights(folder).stat().st_size,
+            parameters=parameters,
+            encoder_parameters=encoder_parameters,
             peak_bytes=measure.peak_bytes(model, sample, on, others),
             device=measure.device_name(on),
             device_type=on.type,  # type: ignore[arg-type]
@@ -196,6 +197,10 @@ class Job:
         model = artifact.load(self._master(task, task.genome.steps))
         with self.store.new_artifact(key) as folder:
             for number, step in enumerate(task.genome.deploy, 1):
+                if artifact.is_program(model):
+                    raise ValueError(
+                        f"{step.operator} can't act on an ONNX program; let quantize with onnx_int8 be the last step"
+                    )
                 context = self._context(task, (*task.genome.steps, *task.genome.deploy[:number]), step)
                 # A step that calibrates must see the pieces that the model before it knows.
                 train = self._examples(task, "train", folder)

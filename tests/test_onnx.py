@@ -1,10 +1,8 @@
 """onnx_int8: programs for ONNX Runtime against the models that they were made from; saved, loaded, exported, refused."""
 
 import copy
-import dataclasses
 import importlib.util
 import logging
-import pickle
 import shutil
 import sys
 import time
@@ -13,46 +11,44 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 import pytest
 import torch
 from elsewhere import outputs_elsewhere
-from test_models import examples, load, logits, reload
-from test_operators import inputs, odd
-from test_quantization import quantized
+from test_families import KINDS, QUICK, build, reload, shrink
+from test_models import context
 from torch import nn
+from transformers import AutoTokenizer
 
 import hpc_compress
-from hpc_compress import analysis, export, identity, worker
+from hpc_compress import analysis, export, measure
 from hpc_compress.config import ConfigError
-from hpc_compress.models import artifact, modeling_hpc_compress, surgery
-from hpc_compress.models.modeling_hpc_compress import FAMILIES, PROGRAM, WEIGHTS, linear_of
+from hpc_compress.data import metrics
+from hpc_compress.data.batches import encode
+from hpc_compress.models import artifact, surgery
+from hpc_compress.models.modeling_hpc_compress import PROGRAM, WEIGHTS
 from hpc_compress.operators import operator
-from hpc_compress.types import Genome, Step
+from hpc_compress.types import Step
 
 pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 
 from hpc_compress.operators import onnx_int8  # noqa: E402
 
-ONNX = {"scheme": "onnx_int8"}
+CPU = torch.device("cpu")
+Batches = list[dict[str, torch.Tensor]]
 
 
 @pytest.fixture
 def model(tiny_checkpoint: Callable[..., Path]) -> nn.Module:
-    return sharp(load(tiny_checkpoint("bert", layers=3, heads=4, hidden=64, ffn=96)))
+    return build("bert", tiny_checkpoint)
 
 
-def sharp(model: nn.Module) -> nn.Module:
-    """With weights so large that tokens really attend to one another, and a wrong mask or position shows in the logits."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(8) if parameter.dim() > 1 else parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return model
+def quantized(model: nn.Module, **params: Any) -> nn.Module:
+    return operator(Step(operator="quantize", params=params))(model, context(model))
 
 
-def batches(model: nn.Module) -> list[dict[str, torch.Tensor]]:
+def batches(model: nn.Module) -> Batches:
     """One token, one sentence, many of different lengths, the longest ones; with token types where there are two."""
     generator = torch.Generator().manual_seed(0)
     made = []
@@ -65,36 +61,236 @@ def batches(model: nn.Module) -> list[dict[str, torch.Tensor]]:
     return made
 
 
-def says(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+def says(model: nn.Module, batches: Batches) -> list[torch.Tensor]:
     with torch.no_grad():
         return [model(**batch).logits for batch in batches]
 
 
-def ran(program: Any, batches: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+def ran(program: Any, batches: Batches) -> list[torch.Tensor]:
     """What ONNX Runtime alone makes of them."""
     session = ort.InferenceSession(program.SerializeToString(), providers=["CPUExecutionProvider"])
     names = [item.name for item in session.get_inputs()]
     return [torch.from_numpy(session.run(None, {name: batch[name].numpy() for name in names})[0]) for batch in batches]
 
 
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 # --- what is computed ---
 
 
-@pytest.mark.parametrize("shape", ["whole", "odd"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_export_says_what_the_model_says(family: str, shape: str, tiny_checkpoint: Callable[..., Path]):
-    """odd: one head, odd widths, a layer without heads, one without neurons, and fewer dimensions of the stream."""
-    model = sharp(load(tiny_checkpoint(family, layers=3, heads=4, hidden=64, ffn=96)))
-    if shape == "odd":
-        odd(model)
-        surgery.prune_hidden(model, range(0, 21, 3))
-    data = batches(model)
-    expected = says(model, data)
-    for found, wanted in zip(ran(onnx_int8.export(copy.deepcopy(model)), data), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("shape", ["whole", "shrunk"])
+@pytest.mark.parametrize("kind", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in KINDS])
+def test_every_family_becomes_a_program(kind: str, shape: str, tiny_checkpoint: Callable[..., Path]):
+    """shrunk: odd widths, a layer without heads, one without neurons, fewer dimensions of the stream."""
+    model = build(kind, tiny_checkpoint)
+    model = shrink(model) if shape == "shrunk" else model
+    data, counts = batches(model), (surgery.all_parameters(model), surgery.encoder_parameters(model))
+    exact = says(model, data)
+    for found, expected in zip(ran(onnx_int8.export(copy.deepcopy(model)), data), exact, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
-    # In int8: as near as the same rounding in torch is, within a factor for the rounding of sums.
+    # As near as the same rounding in torch.
     dynamic = says(quantized(copy.deepcopy(model), scheme="dynamic_int8", embeddings="int8"), data)
-    rounded = says(quantized(model, **ONNX), data)
-    error, other = (max(float((a - b).abs().max()) for a, b in zip(what, expected, strict=True)) for what in (rounded, dynamic))
-    assert 0 < error < 3 * other + 0.02
+    program = quantized(model, scheme="onnx_int8")
+    error, other = (
+        max(float((a - b).abs().max()) for a, b in zip(found, exact, strict=True)) for found in (says(program, data), dynamic)
+    )
+    assert 0 < error < 3 * other
+    assert artifact.parameters(program) == counts
+
+
+def test_linears_and_the_word_embedding_alone_are_int8(model: nn.Module):
+    import onnx
+
+    linears = len(surgery.layers(model)) * len(surgery.family(model).linears)
+    graph = onnx.load_from_string(quantized(model, scheme="onnx_int8").program).graph
+    products = [node.name for node in graph.node if node.op_type == "MatMulInteger"]
+    assert len(products) == linears
+    assert all(name.startswith("/model/bert/encoder/layer.") for name in products)
+    tables = [tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) == 2]
+    assert len(tables) == linears + 1
+
+
+def test_without_vnni_weights_have_7_bits(model: nn.Module, monkeypatch: pytest.MonkeyPatch):
+    import onnx
+    from onnx.numpy_helper import to_array
+
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    tables = onnx.load_from_string(quantized(model, scheme="onnx_int8").program).graph.initializer
+    weights = [
+        to_array(table).astype(int) for table in tables if table.name.startswith("onnx::MatMul") and len(table.dims) == 2
+    ]
+    assert len(weights) == len(surgery.layers(model)) * len(surgery.family(model).linears)
+    assert {int(abs(weight).max()) for weight in weights} == {64}
+
+
+def test_what_is_not_given_is_one_text_without_padding(model: nn.Module):
+    program = quantized(model, scheme="onnx_int8")
+    ids = torch.tensor([[2, 7, 9, 3]])
+    whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    assert same(says(program, [{"input_ids": ids}, {"input_ids": ids.int()}]), says(program, [whole, whole]))
+
+
+def test_a_model_that_lost_all_blocks_is_a_program_too(model: nn.Module):
+    for index in range(len(surgery.layers(model))):
+        surgery.prune_heads(model, index, range(surgery.head_counts(model)[index]))
+        surgery.prune_ffn(model, index, range(surgery.ffn_widths(model)[index]))
+    data = batches(model)
+    exact = says(model, data)
+    for found, expected in zip(says(quantized(model, scheme="onnx_int8"), data), exact, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
+def test_converting_is_silent_and_always_the_same(model: nn.Module, capfd: pytest.CaptureFixture[str]):
+    handlers = list(logging.getLogger().handlers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        programs = [quantized(copy.deepcopy(model), scheme="onnx_int8").program for _ in "ab"]
+    assert programs[0] == programs[1]
+    assert logging.getLogger().handlers == handlers
+    assert capfd.readouterr() == ("", "")
+
+
+# --- saved = loaded ---
+
+
+def test_a_program_is_saved_as_it_is_and_small(model: nn.Module, tmp_path: Path):
+    data = batches(model)
+    reload(quantized(copy.deepcopy(model), scheme="dynamic_int8", embeddings="int8"), tmp_path / "dynamic")
+    program = quantized(model, scheme="onnx_int8")
+    before = says(program, data)
+    once = reload(program, tmp_path / "once")
+    twice = reload(once, tmp_path / "twice")
+    assert all(same(says(other, data), before) for other in (once, twice, copy.deepcopy(once)))
+    assert not once.training
+    assert (once.config.num_labels, once.config.id2label) == (model.config.num_labels, model.config.id2label)
+    assert once.config.heads == [4, 4, 4]
+    assert {path.name for path in (tmp_path / "once").iterdir()} == {PROGRAM, "config.json"}
+    for name in (PROGRAM, "config.json"):
+        assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "twice" / name).read_bytes()
+    assert artifact.weights(tmp_path / "once") == tmp_path / "once" / PROGRAM
+    assert artifact.weights(tmp_path / "dynamic") == tmp_path / "dynamic" / WEIGHTS
+    assert artifact.parameters(artifact.load(tmp_path / "dynamic")) == artifact.parameters(once)
+
+
+def test_threads_are_torchs_and_none_spins_after_a_run(model: nn.Module):
+    data, threads = batches(model), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        program = quantized(model, scheme="onnx_int8")
+    finally:
+        torch.set_num_threads(threads)
+    options = program.session.get_session_options()
+    assert (options.intra_op_num_threads, options.inter_op_num_threads) == (2, 1)
+    says(program, data)
+    begin = time.process_time()
+    time.sleep(0.2)
+    assert time.process_time() - begin < 0.01
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    "params", [{"rest": "bf16"}, {"layers": {"rest": [0]}}, {"embeddings": "int8"}, {"method": "gptq"}], ids=str
+)
+def test_a_program_has_one_scheme(params: dict[str, Any]):
+    with pytest.raises(ConfigError, match="leave rest, layers, embeddings and method out"):
+        operator(Step(operator="quantize", params={"scheme": "onnx_int8", **params}))
+
+
+def test_a_layer_alone_can_not_be_a_program():
+    with pytest.raises(ConfigError, match="layers"):
+        operator(Step(operator="quantize", params={"scheme": "nf4", "layers": {"onnx_int8": [0]}}))
+
+
+def test_the_device_and_the_packages_are_checked_before_any_job(monkeypatch: pytest.MonkeyPatch):
+    step = operator(Step(operator="quantize", params={"scheme": "onnx_int8"}))
+    step.check("cpu", 3, (31, 97))
+    for device in ("any", "cuda"):
+        with pytest.raises(ConfigError, match=r"onnx_int8 runs on cpu only.*set protocol.device=cpu"):
+            step.check(device, 3, (32, 96))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name))
+    with pytest.raises(ConfigError, match=r"onnx_int8 needs onnxruntime; pip install 'hpc-compress\[onnx\]'"):
+        step.check("cpu", 3, (32, 96))
+
+
+def test_a_program_says_what_it_lacks(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    reload(quantized(model, scheme="onnx_int8"), tmp_path / "m")
+    with pytest.raises(ValueError, match="leave it out"):
+        artifact.load(tmp_path / "m", "cuda")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ImportError, match=r"pip install 'hpc-compress\[onnx\]'"):
+        artifact.load(tmp_path / "m")
+
+
+def test_only_fp32_that_fits_becomes_a_program(model: nn.Module, monkeypatch: pytest.MonkeyPatch):
+    for params in ({"scheme": "bf16"}, {"scheme": "dynamic_int8"}):
+        with pytest.raises(ValueError, match=r"reads fp32 only, and some weights are torch\.(bfloat16|int8)"):
+            quantized(quantized(copy.deepcopy(model), **params), scheme="onnx_int8")
+    monkeypatch.setattr(onnx_int8, "LARGEST", 1000)
+    with pytest.raises(ValueError, match="choose dynamic_int8"):
+        quantized(model, scheme="onnx_int8")
+
+
+# --- searches and exports ---
+
+ONE_CHILD = [
+    "probe=false",
+    "generations=1",
+    "protocol.device=cpu",
+    "strategy.population=1",
+    "strategy.mutation_probability=1",
+    "strategy.vocabularies.trim.weight=1",
+    "strategy.quantizations={int8: {weight: 0}, nf4: {weight: 0}}",
+]
+
+
+@pytest.mark.slow
+def test_what_a_search_measured_is_what_it_exports(setup: Any, tmp_path: Path):
+    """Through driver, worker and export, into a process that knows transformers alone."""
+    root = tmp_path / "run"
+    setup.run(root, *ONE_CHILD, "+strategy.quantizations.mine={weight: 1, operator: quantize, scheme: onnx_int8}")
+    run = analysis.open_run(root)
+    (child,) = run.generations[-1].born_ids
+    measurement = run.outcomes[child].measurement
+    assert measurement, run.outcomes[child].failure
+    table = hpc_compress.load_runs(root)
+    assert table[table["candidate"] == child]["deploy"].item() == "trim_vocabulary > onnx_int8"
+
+    target = export.export(root, tmp_path / "model", child)
+    assert "pip install onnxruntime" in (target / "README.md").read_text()
+    assert not (target / WEIGHTS).exists()
+    assert (target / PROGRAM).stat().st_size == measurement.model_bytes
+    assert 0 < measurement.encoder_parameters < measurement.parameters
+    tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
+    rows = pd.read_parquet(root / "data" / "search.parquet")
+    data = encode(tokenizer, rows["text"].tolist(), None, rows["label"].to_numpy(), 128)
+    model = hpc_compress.load_model(target)
+    found = measure.outputs(model, data, 8, CPU)
+    assert metrics.compute(("accuracy",), data.labels, found) == measurement.metrics
+
+    inputs = tokenizer(rows["text"].tolist()[:3], padding=True)
+    elsewhere = outputs_elsewhere(tmp_path, ["model"], dict(inputs))
+    (expected,) = says(model, [{name: torch.tensor(rows) for name, rows in inputs.items()}])
+    assert elsewhere["model"] == elsewhere["model-saved-again"] == expected.double().tolist()
+
+    shutil.rmtree(root / "artifacts")
+    again = export.export(root, tmp_path / "again", child)
+    assert (again / PROGRAM).read_bytes() == (target / PROGRAM).read_bytes()
+
+
+def test_no_step_can_follow_a_program(setup: Any, tmp_path: Path):
+    early = (
+        "strategy.vocabularies={trim: {weight: 0}}",
+        "+strategy.vocabularies.mine={weight: 1, operator: quantize, scheme: onnx_int8}",
+    )
+    setup.run(tmp_path, *ONE_CHILD, *early, "strategy.quantizations={int8: {weight: 1}}")
+    run = analysis.open_run(tmp_path)
+    (child,) = run.generations[-1].born_ids
+    failure = run.outcomes[child].failure
+    assert failure
+    assert "quantize can't act on an ONNX program; let quantize with onnx_int8 be the last step" in failure.message

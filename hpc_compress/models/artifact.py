@@ -1,4 +1,4 @@
-"""Artifacts: saving and loading models of any shape and precision as safetensors and JSON. Knows no search."""
+"""Artifacts: saving and loading models of any shape and precision as safetensors or ONNX, and JSON. Knows no search."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from hpc_compress.models import modeling_hpc_compress as modeling
 from hpc_compress.models import packing, surgery
 
-WEIGHTS = "model.safetensors"
+WEIGHTS = modeling.WEIGHTS
 
 
 def load_base(folder: Path, labels: tuple[str, ...], problem: str, new_head: bool, seed: int) -> PreTrainedModel:
@@ -39,31 +39,41 @@ def save(model: PreTrainedModel, folder: Path) -> None:
 
     Raises: ValueError for a layer that the format can't hold.
     """
+    if is_program(model):
+        model.save_pretrained(folder)
+        return
+    config = describe(model, modeling.HpcCompressForSequenceClassification, _quantized(model))
+    tensors = {f"model.{name}": tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    sparse = [f"model.{name}" for name, scheme in config.quantized.items() if scheme in modeling.SPARSE]
+    tensors = packing.packed(tensors, sparse)
+    config.save_pretrained(folder)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def describe(
+    model: PreTrainedModel, kind: type[PreTrainedModel], quantized: dict[str, str], parameters: list[int] | None = None
+) -> modeling.HpcCompressConfig:
+    """The config of a model that is saved as a `kind`; the others are as in the config."""
     family = surgery.family(model)
-    stock = model.config.to_dict()
-    config = modeling.HpcCompressConfig(
-        stock=stock,
+    return modeling.HpcCompressConfig(
+        stock=model.config.to_dict(),
         layers=modeling.origins(model, family),
         heads=surgery.head_counts(model),
         ffn=surgery.ffn_widths(model),
         hidden=surgery.hidden_size(model),
-        quantized=_quantized(model),
+        quantized=quantized,
         thresholds=modeling.thresholds(model, family),
-        architectures=["HpcCompressForSequenceClassification"],
+        parameters=parameters,
+        architectures=[kind.__name__],
         num_labels=model.config.num_labels,
         id2label=model.config.id2label,
         label2id=model.config.label2id,
         problem_type=model.config.problem_type,
         auto_map={
             "AutoConfig": "modeling_hpc_compress.HpcCompressConfig",
-            "AutoModelForSequenceClassification": "modeling_hpc_compress.HpcCompressForSequenceClassification",
+            "AutoModelForSequenceClassification": f"modeling_hpc_compress.{kind.__name__}",
         },
     )
-    tensors = {f"model.{name}": tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    sparse = [f"model.{name}" for name, scheme in config.quantized.items() if scheme in modeling.SPARSE]
-    tensors = packing.packed(tensors, sparse)
-    config.save_pretrained(folder)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def _quantized(model: PreTrainedModel) -> dict[str, str]:
@@ -84,5 +94,26 @@ def _quantized(model: PreTrainedModel) -> dict[str, str]:
 
 
 def load(folder: Path | str, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """The saved model on a device, in eval mode: a stock class with layers of its own shape and precision."""
+    """The saved model on a device, in eval mode: a stock class with layers of its own shape and precision, or a program."""
+    if weights(Path(folder)).name == modeling.PROGRAM:
+        return modeling.HpcCompressOnnxForSequenceClassification.from_pretrained(folder, device_map=device)
     return modeling.HpcCompressForSequenceClassification.from_pretrained(folder, device_map=device).model
+
+
+def is_program(model: PreTrainedModel) -> bool:
+    """Whether a model is past all further steps: it can be run, saved and loaded, and nothing else."""
+    return isinstance(model, modeling.HpcCompressOnnxForSequenceClassification)
+
+
+def weights(folder: Path) -> Path:
+    """The file that holds a saved model, whatever its kind."""
+    program = folder / modeling.PROGRAM
+    return program if program.is_file() else folder / WEIGHTS
+
+
+def parameters(model: PreTrainedModel) -> tuple[int, int]:
+    """All, and those in the encoder's layers; of a program, those of the model that it was made from."""
+    if is_program(model):
+        every, encoder = model.config.parameters
+        return every, encoder
+    return surgery.all_parameters(model), surgery.encoder_parameters(model)

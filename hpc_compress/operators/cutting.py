@@ -231,23 +231,22 @@ def _cut(model: PreTrainedModel, kept: UnitArrays, batches: Sequence[Batch], rep
 def _repair(model: PreTrainedModel, dense: PreTrainedModel, kept: UnitArrays, batches: Sequence[Batch]) -> None:
     """Refit every output linear, first layer first, to what it said before the cut, given what it hears after it. Where whole
     layers went, what follows takes over what they said too."""
+    before, after = obs.Walk(dense, batches), obs.Walk(model, batches)
     changed = False
     for index, origin, name, stays in _outputs(model, dense, kept):
         linear, whole = linear_of(surgery.layers(model)[index], name), linear_of(surgery.layers(dense)[origin], name)
         changed = changed or linear.in_features < whole.in_features or index != origin
         if changed and linear.in_features:
-            streams = (
-                (surgery.stream(dense, origin, name), surgery.stream(model, index, name)) if "layers" in kept else (None,) * 2
-            )
-            before, after = (
-                obs.Site(surgery.path(dense, origin, name), streams[0]),
-                obs.Site(surgery.path(model, index, name), streams[1]),
-            )
-            seen = obs.moments(dense, before, model, after, batches)
+            at, now = _site(dense, origin, name, kept), _site(model, index, name, kept)
+            seen = obs.moments(before, at, after, now)
             weight, bias = obs.refit(whole.weight, whole.bias, seen, torch.from_numpy(stays).to(whole.weight.device))
             linear.weight.copy_(weight)
             if bias is not None:
                 linear.bias.copy_(bias)
+
+
+def _site(model: PreTrainedModel, layer: int, name: str, kept: UnitArrays) -> obs.Site:
+    return obs.Site(layer, surgery.path(model, layer, name), surgery.stream(model, layer, name) if "layers" in kept else None)
 
 
 def _outputs(model: PreTrainedModel, dense: PreTrainedModel, kept: UnitArrays) -> Iterator[tuple[int, int, str, np.ndarray]]:

@@ -1,5 +1,6 @@
 """Operators that turn a master into its deployed model. Parameters are checked here without torch."""
 
+import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,10 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scheme:
-    """Where a precision can run, and which linears it takes."""
+    """Where a precision can run, which linears it takes, and what it needs that is not always installed."""
 
     devices: tuple[str, ...] = ("cpu", "cuda")
-    multiple: int = 1  # of which the inputs of a linear must be a multiple; with others bitsandbytes is slow or compiles first
+    multiple: int = 1  # of which the inputs of a linear must be a multiple; with others bitsandbytes is slow or wrong
+    packages: tuple[str, ...] = ()
 
 
 SCHEMES = {
@@ -27,9 +29,10 @@ SCHEMES = {
     "fp16": Scheme(),
     "bf16": Scheme(),
     "int8": Scheme(multiple=4),
-    "nf4": Scheme(multiple=2),
-    "fp4": Scheme(multiple=2),
+    "nf4": Scheme(multiple=32),
+    "fp4": Scheme(multiple=32),
     "dynamic_int8": Scheme(devices=("cpu",)),
+    "onnx_int8": Scheme(devices=("cpu",), packages=("onnx", "onnxruntime")),
 }
 Plain = Literal["fp32", "fp16", "bf16"]
 Few = Literal["int8", "nf4", "fp4", "dynamic_int8"]
@@ -37,9 +40,12 @@ Few = Literal["int8", "nf4", "fp4", "dynamic_int8"]
 
 class Quantize(Record):
     """Deploy in a lower precision. int8, nf4 and fp4 hold the encoder's linears in bitsandbytes layers, which save memory and
-    no time; dynamic_int8 is the fast one on CPUs, and runs nowhere else."""
+    no time. dynamic_int8 and onnx_int8 are the fast ones on CPUs, and run nowhere else. onnx_int8 makes a program for ONNX
+    Runtime, with the word embedding in int8 too and the rest in fp32: no step can follow it."""
 
-    scheme: Plain | Few = Field(description="of the encoder's linears; fp16 and bf16: of the whole model")
+    scheme: Plain | Few | Literal["onnx_int8"] = Field(
+        description="of the encoder's linears; fp16 and bf16: of the whole model"
+    )
     rest: Plain = Field(default="fp32", description="of all that is in no scheme of 8 or 4 bits: head, norms, other embeddings")
     layers: dict[Few | Literal["rest"], tuple[Annotated[int, Field(ge=0)], ...]] = Field(
         default={}, description="encoder layers, counted from 0, that have another scheme, such as {nf4: [0, 1], rest: [5]}"
@@ -53,6 +59,9 @@ class Quantize(Record):
     @model_validator(mode="after")
     def _consistent(self) -> "Quantize":
         plain = self.scheme in ("fp32", "fp16", "bf16")
+        others = (self.rest, self.layers, self.embeddings, self.method)
+        if self.scheme == "onnx_int8" and others != ("fp32", {}, "rest", "round"):
+            raise ValueError("scheme=onnx_int8 is one for the whole model; leave rest, layers, embeddings and method out")
         if plain and self.rest != "fp32":
             raise ValueError(f"rest={self.rest} has no effect with scheme={self.scheme}; leave it out")
         named = [index for indices in self.layers.values() for index in indices]
@@ -84,6 +93,10 @@ class Quantize(Record):
                     f"{name} runs on {scheme.devices[0]} only, and protocol.device={device}; set "
                     f"protocol.device={scheme.devices[0]}, or choose another scheme"
                 )
+            if missing := [package for package in scheme.packages if importlib.util.find_spec(package) is None]:
+                raise ConfigError(
+                    f"{name} needs {' and '.join(missing)}; pip install 'hpc-compress[onnx]', or choose another scheme"
+                )
             if odd := [width for width in inputs if width % scheme.multiple]:
                 raise ConfigError(
                     f"{name} takes linears with multiples of {scheme.multiple} inputs, and the base model has some with "
@@ -94,8 +107,10 @@ class Quantize(Record):
 
     def __call__(self, model: "PreTrainedModel", context: "Context") -> "PreTrainedModel":
         from hpc_compress.data.batches import eval_batches
-        from hpc_compress.operators import quantization
+        from hpc_compress.operators import onnx_int8, quantization
 
+        if self.scheme == "onnx_int8":
+            return onnx_int8.quantize(model)
         batches = None
         if self.method == "gptq":
             examples = context.train.take(self.sentences)

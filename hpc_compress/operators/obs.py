@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from hpc_compress.data.batches import Batch
+from hpc_compress.models import surgery
 
 DAMPING = 0.01  # of the mean diagonal: a few hundred sentences leave H near singular (as Frantar et al. 2022, GPTQ)
 
@@ -26,7 +28,7 @@ def input_products(model: PreTrainedModel, paths: Sequence[str], batches: Iterab
     mask = torch.empty(0)
 
     def hook(path: str):
-        def add(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        def add(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             # DeBERTa's queries and keys read relative positions too, of another shape than the texts.
             rows = (args[0][mask] if args[0].shape[:-1] == mask.shape else args[0].flatten(0, -2)).float()
             product = (rows.T @ rows).double()
@@ -96,6 +98,7 @@ def elimination(weight: torch.Tensor, hessian: torch.Tensor, features: int = 1, 
 class Site:
     """A linear that writes into the residual stream, and what is looked at there."""
 
+    layer: int
     linear: str  # dotted path
     stream: str | None = None  # the module whose input is the stream that the linear's output is added to; None: not looked at
 
@@ -113,49 +116,81 @@ class Moments:
     mean_drift: torch.Tensor  # (out,)
 
 
-@torch.no_grad()
-def moments(before: PreTrainedModel, at: Site, after: PreTrainedModel, now: Site, batches: Iterable[Batch]) -> Moments:
-    """Run both models as far as the linear in question."""
-    totals: list[torch.Tensor] = []
-    tokens = 0
-    for batch in batches:
-        mask = batch.inputs["attention_mask"].bool()
-        x, lost = (seen[mask].double() for seen in _inputs(before, at, batch))
-        y, left = (seen[mask].double() for seen in _inputs(after, now, batch))
-        drift = lost - left if at.stream and now.stream else torch.zeros_like(x[:, :0])
-        parts = [x.T @ y, y.T @ y, drift.T @ y, x.sum(0), y.sum(0), drift.sum(0)]
-        totals = [total + part for total, part in zip(totals, parts, strict=True)] if totals else parts
-        tokens += len(x)
-    cross, own, drift, mean_before, mean_after, mean_drift = (total / tokens for total in totals)
-    if before.get_submodule(at.linear).bias is not None:
-        cross, own = cross - torch.outer(mean_before, mean_after), own - torch.outer(mean_after, mean_after)
-        drift = drift - torch.outer(mean_drift, mean_after)
-    return Moments(cross, own, drift, mean_before, mean_after, mean_drift)
+class Walk:
+    """A model's way through some batches, layer by layer: no layer that was left behind is computed again. So the weights of
+    a layer may change until the walk goes on to the next one."""
+
+    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
+        self.model, self.batches = model.eval(), batches
+        self.layer = 0
+        self._outputs: list[Any] = [None] * len(batches)  # of the layer before, for each batch
+
+    def go_to(self, layer: int) -> None:
+        if layer > self.layer:
+            reached = [self._run(batch, surgery.layers(self.model)[layer - 1])[1] for batch in range(len(self.batches))]
+            self.layer, self._outputs = layer, reached
+
+    def inputs(self, batch: int, site: Site) -> tuple[torch.Tensor, torch.Tensor]:
+        """What flows into the linear, and the stream that its output is added to; both (tokens, features), padding left out."""
+        seen: list[torch.Tensor] = []
+
+        def look(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            seen.append(args[0] if args else kwargs["hidden_states"])
+
+        linear = self.model.get_submodule(site.linear)
+        stream = self.model.get_submodule(site.stream) if site.stream else linear
+        handle = stream.register_forward_pre_hook(look, with_kwargs=True)
+        try:
+            flows_in, _ = self._run(batch, linear)
+        finally:
+            handle.remove()
+        mask = self.batches[batch].inputs["attention_mask"].bool()
+        return flows_in[mask].float(), seen[0][mask].float()
+
+    def _run(self, batch: int, last: nn.Module) -> tuple[Any, Any]:
+        """From the layer that was reached through the module `last`, and no further: its first input and its output."""
+        seen: list[Any] = []
+
+        def stop(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            seen.extend((args[0] if args else kwargs["hidden_states"], output))
+            raise _ReachedError
+
+        behind = surgery.layers(self.model)[: self.layer]
+        handle = last.register_forward_hook(stop, with_kwargs=True)
+        try:
+            for module in behind:
+                module.forward = lambda *args, **kwargs: self._outputs[batch]
+            with suppress(_ReachedError):
+                self.model(**self.batches[batch].inputs)
+        finally:
+            handle.remove()
+            for module in behind:
+                del module.forward
+        return seen[0], seen[1]
 
 
 class _ReachedError(Exception):
     """What was looked for has been seen; the rest of the forward pass is not needed."""
 
 
-def _inputs(model: PreTrainedModel, site: Site, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """What flows into the linear, and the stream that its output is added to; both (batch, tokens, features)."""
-    seen: list[torch.Tensor] = []
-
-    def look(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        seen.append(args[0] if args else kwargs["hidden_states"])
-
-    def stop(module: torch.nn.Module, args: tuple) -> None:
-        seen.append(args[0])
-        raise _ReachedError
-
-    with ExitStack() as hooks:
-        if site.stream is not None:
-            hooks.callback(model.get_submodule(site.stream).register_forward_pre_hook(look, with_kwargs=True).remove)
-        hooks.callback(model.get_submodule(site.linear).register_forward_pre_hook(stop).remove)
-        hooks.enter_context(suppress(_ReachedError))
-        model.eval()
-        model(**batch.inputs)
-    return seen[-1], seen[0]
+@torch.no_grad()
+def moments(before: Walk, at: Site, after: Walk, now: Site) -> Moments:
+    """Both walks, over the same batches, go to the linear in question."""
+    before.go_to(at.layer)
+    after.go_to(now.layer)
+    totals: list[torch.Tensor] = []
+    tokens = 0
+    for batch in range(len(before.batches)):
+        (x, lost), (y, left) = before.inputs(batch, at), after.inputs(batch, now)
+        drift = lost - left if at.stream and now.stream else x[:, :0]
+        parts = [part.double() for part in (x.T @ y, y.T @ y, drift.T @ y, x.sum(0), y.sum(0), drift.sum(0))]
+        totals = [total + part for total, part in zip(totals, parts, strict=True)] if totals else parts
+        tokens += len(x)
+    cross, own, drift, mean_before, mean_after, mean_drift = (total / tokens for total in totals)
+    if before.model.get_submodule(at.linear).bias is not None:
+        cross, own = cross - torch.outer(mean_before, mean_after), own - torch.outer(mean_after, mean_after)
+        drift = drift - torch.outer(mean_drift, mean_after)
+    return Moments(cross, own, drift, mean_before, mean_after, mean_drift)
 
 
 def refit(

@@ -1,6 +1,7 @@
 """Precisions of a deployed model. Quantizes in memory, module by module, so that schemes can be mixed and heads stay exact."""
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ def quantize(
     Raises: ValueError when a linear has a width that its scheme can't take.
     """
     plain = DTYPES[scheme if scheme in DTYPES else rest]
-    schemes = _schemes(model, scheme, layers or {})
+    schemes = schemes_of(model, scheme, layers or {})
     # What is rounded is what the rest's precision leaves of a weight, by either method.
     if batches is None:
         quantized = {path: _build(model, path, name, plain) for path, name in schemes.items()}
@@ -57,7 +58,7 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def _schemes(model: PreTrainedModel, scheme: str, layers: Mapping[Any, Sequence[int]]) -> dict[str, str]:
+def schemes_of(model: PreTrainedModel, scheme: str, layers: Mapping[Any, Sequence[int]]) -> dict[str, str]:
     """The scheme of every linear that does not stay in the rest's precision, by path, in the order in which they are run."""
     own = {index: name for name, indices in layers.items() for index in indices}
     schemes = {}
@@ -122,7 +123,9 @@ def _four_bit(linear: nn.Linear, scheme: str) -> nn.Module:
         quant_type=scheme,
         device="meta",
     )
-    layer.weight = Params4bit(linear.weight.detach(), requires_grad=False, quant_type=scheme, module=layer)
+    # A block that goes on into the next row is decoded with wrong scales by bitsandbytes' kernels for AVX-512, without a word.
+    block = math.gcd(linear.in_features, 64)
+    layer.weight = Params4bit(linear.weight.detach(), requires_grad=False, quant_type=scheme, blocksize=block, module=layer)
     # With this path on, a forward repacks the weights, and the next state_dict() is silently wrong.
     layer.support_avx512bf16_for_cpu = False
     layer.bias = linear.bias
@@ -173,7 +176,6 @@ def _grid(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
     state = layer.weight.quant_state
     scale = dequantize_blockwise(state.absmax, state.state2) + state.offset  # the scales are stored in 8 bits themselves
-    # Blocks follow one another through the rows, and may go on from one to the next.
     return state.code, scale.repeat_interleave(state.blocksize)[: shape[0] * shape[1]].view(shape)
 
 

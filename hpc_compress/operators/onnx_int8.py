@@ -1,0 +1,108 @@
+"""A classifier as a program for ONNX Runtime with int8 weights. Knows the exporter and its names; nothing of running it.
+
+onnx and onnxruntime come with the extra `onnx`, and are imported when a model is converted.
+"""
+
+import re
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hpc_compress.models import artifact, surgery
+from hpc_compress.models.modeling_hpc_compress import PROGRAM, HpcCompressOnnxForSequenceClassification
+from hpc_compress.operators import quantization
+
+LARGEST = 2**31 - 2**24  # bytes of one protobuf message, and room for the graph
+
+
+def quantize(model: PreTrainedModel) -> HpcCompressOnnxForSequenceClassification:
+    """The encoder's linears in int8, one scale an output, their inputs rounded as they come; the word embedding in int8, one
+    scale a token; the rest, and with it the task head, in fp32. `model` is used up.
+
+    Raises: ValueError for weights that are not fp32, or that don't fit into one file.
+    """
+    if odd := {str(parameter.dtype) for parameter in model.parameters()} - {"torch.float32"}:
+        raise ValueError(f"onnx_int8 reads fp32 only, and some weights are {', '.join(sorted(odd))}; quantize once only")
+    counts = [surgery.all_parameters(model), surgery.encoder_parameters(model)]
+    linears = quantization.schemes_of(model, "onnx_int8", {})
+    config = artifact.describe(model, HpcCompressOnnxForSequenceClassification, linears, counts)
+    quantization.quantize(model, "fp32", embeddings="int8")
+    return HpcCompressOnnxForSequenceClassification(config, _rounded(export(model), set(linears))).eval()
+
+
+def export(model: PreTrainedModel) -> Any:
+    """The model as an `onnx.ModelProto` for batches and sequences of any length.
+
+    Raises: ValueError when it is larger than such a message can be.
+    """
+    import onnx
+
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    if size > LARGEST:
+        raise ValueError(f"the model has {size / 1e9:.1f} GB before it is quantized, and ONNX takes 2; choose dynamic_int8")
+    model.set_attn_implementation("eager")  # the same numbers by a simpler graph, which runs faster
+    # Only the shapes of this example could matter: neither axis is 1, and some positions are padding.
+    ids = torch.arange(16).view(2, 8) % model.config.vocab_size
+    inputs = {"input_ids": ids, "attention_mask": (torch.arange(8) < torch.tensor([[8], [5]])).long()}
+    if getattr(model.config, "type_vocab_size", 0) > 1:
+        inputs["token_type_ids"] = torch.zeros_like(ids)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
+        # torch recommends its new exporter, which needs onnxscript too; the version that is pinned has both. And it warns of
+        # every branch in the code that it traces.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            _Logits(model, list(inputs)).eval(),
+            tuple(inputs.values()),
+            f"{folder}/{PROGRAM}",
+            dynamo=False,
+            input_names=list(inputs),
+            output_names=["logits"],
+            dynamic_axes={"logits": {0: "batch"}, **{name: {0: "batch", 1: "sequence"} for name in inputs}},
+        )
+        return onnx.load(f"{folder}/{PROGRAM}")
+
+
+class _Logits(nn.Module):
+    """A classifier that takes its inputs in order and returns the logits alone."""
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self.model(**dict(zip(self.names, inputs, strict=True))).logits
+
+
+def _rounded(program: Any, linears: set[str]) -> bytes:
+    """The program with these linears, named by their dotted paths in the model, in int8."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.quant_utils import add_pre_process_metadata
+
+    products = {}
+    for node in program.graph.node:
+        # /model/bert/encoder/layer.0/output/dense/MatMul; where a linear runs twice (DeBERTa), dense_1
+        if match := re.fullmatch(r"\.model\.(.+?)(_\d+)?\.MatMul", node.name.replace("/", ".")):
+            products[node.name] = match[1]
+    products = {node: path for node, path in products.items() if path in linears}
+    assert set(products.values()) == linears, linears - set(products.values())
+    if not products:  # the quantizer would take an empty list for all that there is
+        return program.SerializeToString()
+    add_pre_process_metadata(program)  # else it warns, on the root logger, that the session will do the optimising
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / PROGRAM
+        quantize_dynamic(
+            program,
+            path,
+            op_types_to_quantize=["MatMul"],
+            nodes_to_quantize=list(products),
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            # Without VNNI sums of two products overflow 16 bits, unless the weights have only 7 bits.
+            reduce_range=not torch.cpu._is_vnni_supported(),
+        )
+        return path.read_bytes()
