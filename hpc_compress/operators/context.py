@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from hpc_compress.data.batches import Encoded
+    from hpc_compress.data.batches import Batch, Encoded
     from hpc_compress.measure import BlockTimes
     from hpc_compress.operators.teaching import TeacherOutputs
 
@@ -44,3 +44,9 @@ class Context:
     block_times: "Callable[[], BlockTimes]" = _no_times  # of the base model on this kind of device; measured once a run
     progress: Callable[[int, int], None] | None = None  # told (updates done, updates in all)
     checkpoint: Checkpoint | None = None  # for a long training; a user's own operator may hand it to `training.fit` too
+
+    def batches(self, sentences: int) -> "list[Batch]":
+        """The first training sentences on the device, for what looks at a model without training it."""
+        from hpc_compress.data.batches import eval_batches
+
+        return [batch.to(self.device) for batch in eval_batches(self.train.take(sentences), 32)]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from hpc_compress import identity
 from hpc_compress.config import locate
-from hpc_compress.data.batches import Batch, eval_batches
+from hpc_compress.data.batches import Batch
 from hpc_compress.models import surgery
 from hpc_compress.models.gates import counts
 from hpc_compress.models.modeling_hpc_compress import linear_of
@@ -43,7 +43,7 @@ def drop_layers(model: PreTrainedModel, how: "DropLayers", context: Context) -> 
     total = len(surgery.layers(model))
     if how.count >= total:
         raise ValueError(f"count={how.count} would leave no layer of {total}")
-    batches = _batches(context, how.sentences)
+    batches = context.batches(how.sentences)
     order = np.arange(total)[::-1]
     if how.criterion != "last":
         order = np.argsort(_score(model, how.criterion, batches, ["layers"])["layers"][0], kind="stable")
@@ -51,7 +51,7 @@ def drop_layers(model: PreTrainedModel, how: "DropLayers", context: Context) -> 
 
 
 def prune_heads(model: PreTrainedModel, how: "PruneHeads", context: Context) -> PreTrainedModel:
-    batches = _batches(context, how.sentences)
+    batches = context.batches(how.sentences)
     scores = _score(model, how.criterion, batches, ["heads"])["heads"]
     if surgery.family(model).shared_bias:
         raise ValueError("the layers of this encoder share one position bias, so heads go alike in all layers: use prune")
@@ -69,13 +69,13 @@ def prune_hidden(model: PreTrainedModel, how: "PruneHidden", context: Context) -
     stays = max(1, round((1 - how.share) * width / how.multiple)) * how.multiple
     if stays >= width:
         raise ValueError(f"share={how.share} of {width} is less than multiple={how.multiple}; raise the one or lower the other")
-    scores = _score(model, how.criterion, _batches(context, how.sentences), ["hidden"])["hidden"][0]
+    scores = _score(model, how.criterion, context.batches(how.sentences), ["hidden"])["hidden"][0]
     surgery.prune_hidden(model, np.argsort(scores, kind="stable")[: width - stays].tolist())
     return model
 
 
 def prune(model: PreTrainedModel, how: "Prune", context: Context) -> PreTrainedModel:
-    batches = _batches(context, how.sentences)
+    batches = context.batches(how.sentences)
     price = _parameters(model) if how.cost == "parameters" else _times(context)
     whole, first = price.of(model), {unit: counts(model, unit) for unit in ("heads", "ffn")}
     for done in range(1, how.rounds + 1):
@@ -93,10 +93,6 @@ def prune(model: PreTrainedModel, how: "Prune", context: Context) -> PreTrainedM
 
 
 # --- what goes ---
-
-
-def _batches(context: Context, sentences: int) -> list[Batch]:
-    return [batch.to(context.device) for batch in eval_batches(context.train.take(sentences), 32)]
 
 
 def _score(model: PreTrainedModel, criterion: str, batches: Sequence[Batch], units: Sequence[str]) -> UnitArrays:

@@ -106,16 +106,14 @@ class Quantize(Record):
             raise ConfigError(f"layers={self.layers}: the base model has no layer {beyond[0]}; its last one is {depth - 1}")
 
     def __call__(self, model: "PreTrainedModel", context: "Context") -> "PreTrainedModel":
-        from hpc_compress.data.batches import eval_batches
         from hpc_compress.operators import onnx_int8, quantization
 
         if self.scheme == "onnx_int8":
             return onnx_int8.quantize(model)
         batches = None
         if self.method == "gptq":
-            examples = context.train.take(self.sentences)
             model.to(context.device)
-            batches = lambda: (batch.to(context.device) for batch in eval_batches(examples, 32))  # noqa: E731
+            batches = context.batches(self.sentences)
         return quantization.quantize(model, self.scheme, self.rest, self.layers, self.embeddings, batches)
 
 
@@ -148,16 +146,14 @@ class Sparsify(Record):
         return self
 
     def __call__(self, model: "PreTrainedModel", context: "Context") -> "PreTrainedModel":
-        from hpc_compress.data.batches import eval_batches
         from hpc_compress.operators import quantization, sparsity
 
-        examples = context.train.take(self.sentences)
         model.to(context.device)
         sparsity.sparsify(
             model,
             self.pattern,
             self.share,
-            (lambda: (batch.to(context.device) for batch in eval_batches(examples, 32))) if self.criterion == "obs" else None,
+            context.batches(self.sentences) if self.criterion == "obs" else None,
             context.seed if self.permute else None,
         )
         quantization.cast(model.cpu(), quantization.DTYPES[self.precision])
@@ -172,12 +168,10 @@ class Threshold(Record):
     sentences: int = Field(default=256, ge=1, description="training sentences from which the thresholds are read")
 
     def __call__(self, model: "PreTrainedModel", context: "Context") -> "PreTrainedModel":
-        from hpc_compress.data.batches import eval_batches
         from hpc_compress.operators import thresholding
 
-        examples = context.train.take(self.sentences)
         model.to(context.device)
-        thresholding.threshold(model, self.share, lambda: (batch.to(context.device) for batch in eval_batches(examples, 32)))
+        thresholding.threshold(model, self.share, context.batches(self.sentences))
         return model
 
 

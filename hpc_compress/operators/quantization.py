@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ def quantize(
     rest: str = "fp32",
     layers: Mapping[Any, Sequence[int]] | None = None,
     embeddings: str = "rest",
-    batches: Callable[[], Iterable[Batch]] | None = None,
+    batches: Sequence[Batch] | None = None,
 ) -> PreTrainedModel:
     """Quantize in place; the model ends on the CPU. Only the encoder's linears and the word embedding are ever below 16 bits:
     a 2-class head can't be 4-bit.
@@ -79,13 +79,13 @@ def schemes_of(model: PreTrainedModel, scheme: str, layers: Mapping[Any, Sequenc
 
 
 def _calibrated(
-    model: PreTrainedModel, schemes: Mapping[str, str], plain: torch.dtype, batches: Callable[[], Iterable[Batch]]
+    model: PreTrainedModel, schemes: Mapping[str, str], plain: torch.dtype, batches: Sequence[Batch]
 ) -> dict[str, nn.Module]:
     """GPTQ, layer by layer: each sees inputs that come through quantized weights, and makes up for what went wrong before."""
     quantized: dict[str, nn.Module] = {}
     for index in range(len(surgery.layers(model))):
         paths = [path for leaf in surgery.family(model).linears if (path := surgery.path(model, index, leaf)) in schemes]
-        products = obs.input_products(model, paths, batches()) if paths else {}
+        products = obs.input_products(model, paths, batches) if paths else {}
         for path in paths:
             quantized[path] = _build(model, path, schemes[path], plain)
             levels, scales = _grid(quantized[path])

@@ -5,7 +5,7 @@ Weights are (out_features, in_features), as a linear holds them.
 """
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -29,7 +29,7 @@ def sparsify(
     model: PreTrainedModel,
     pattern: Pattern,
     share: float,
-    batches: Callable[[], Iterable[Batch]] | None = None,
+    batches: Sequence[Batch] | None = None,
     seed: int | None = None,
 ) -> None:
     """Set weights of all linears in the encoder to 0, in place. Where 2:4 does not fit (inputs no multiple of 4), none.
@@ -49,7 +49,7 @@ def sparsify(
             continue
         # Layer after layer, so that each one is fitted to what the sparse ones before it give.
         paths = {surgery.path(model, index, path): linear for path, linear in linears.items()}
-        for path, product in obs.input_products(model, list(paths), batches()).items():
+        for path, product in obs.input_products(model, list(paths), batches).items():
             weight = paths[path].weight
             sparse = surgeon(weight, product, pattern, share)
             weight.copy_(refitted(weight, sparse, product, REFITS))

@@ -3,7 +3,7 @@ Knows models and batches; the activation that applies them lies with the models.
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -16,7 +16,7 @@ from hpc_compress.models import surgery
 log = logging.getLogger(__name__)
 
 
-def threshold(model: PreTrainedModel, share: float, batches: Callable[[], Iterable[Batch]]) -> None:
+def threshold(model: PreTrainedModel, share: float, batches: Sequence[Batch]) -> None:
     """Give each layer the threshold below which a share of its absolute gate values lies (CATS, section 3.1), in place.
 
     Layer after layer, so that each one is fitted to what those before it give with their thresholds.
@@ -30,11 +30,11 @@ def threshold(model: PreTrainedModel, share: float, batches: Callable[[], Iterab
     values = [0.0] * len(surgery.layers(model))
     for index in range(len(values)):
         modeling.set_thresholds(model, family, values)
-        gates = torch.cat([gates.flatten() for _, gates in _gates(model, [index], batches())])
+        gates = torch.cat([gates.flatten() for _, gates in _gates(model, [index], batches)])
         if len(gates):  # none where all neurons were cut
             values[index] = float(gates.kthvalue(min(len(gates), 1 + round(share * len(gates)))).values)
     modeling.set_thresholds(model, family, values)
-    measured = sparsity(model, batches())
+    measured = sparsity(model, batches)
     log.info("gate values that are 0, layer by layer: %s", ", ".join(f"{100 * zeros:.1f} %" for zeros in measured))
 
 
