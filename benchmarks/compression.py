@@ -308,8 +308,9 @@ def _random(model: PreTrainedModel, context: Context, share: float) -> PreTraine
         return _step("prune", scope="local", criterion="compression.random_scores")(model, context, share)
 
 
-def _torch_pruning(kind: str, everywhere: bool) -> Callable[[PreTrainedModel, Context, float], PreTrainedModel]:
-    """Heads and FFN neurons by Torch-Pruning; the ratio is searched for that leaves the wanted encoder."""
+def _torch_pruning(kind: str) -> Callable[[PreTrainedModel, Context, float], PreTrainedModel]:
+    """Heads and FFN neurons by Torch-Pruning, the same share everywhere, which did better than its global choice; the ratio
+    is searched for that leaves the wanted encoder."""
 
     def cut(model: PreTrainedModel, context: Context, share: float) -> PreTrainedModel:
         wanted = (1 - share) * surgery.encoder_parameters(model)
@@ -318,7 +319,7 @@ def _torch_pruning(kind: str, everywhere: bool) -> Callable[[PreTrainedModel, Co
             losses.task_loss(model, batch).backward()
         low, high, ratio = 0.0, 0.98, share  # a local ratio is nearly the share
         for _ in range(6):
-            small = _torch_pruned(model, context, kind, everywhere, ratio)
+            small = _torch_pruned(model, context, kind, ratio)
             left = surgery.encoder_parameters(small)
             if abs(left - wanted) <= 0.015 * wanted:
                 break
@@ -329,7 +330,7 @@ def _torch_pruning(kind: str, everywhere: bool) -> Callable[[PreTrainedModel, Co
     return cut
 
 
-def _torch_pruned(model: PreTrainedModel, context: Context, kind: str, everywhere: bool, ratio: float) -> PreTrainedModel:
+def _torch_pruned(model: PreTrainedModel, context: Context, kind: str, ratio: float) -> PreTrainedModel:
     import torch_pruning as tp
 
     gradients = [parameter.grad for parameter in model.parameters()]
@@ -344,7 +345,6 @@ def _torch_pruned(model: PreTrainedModel, context: Context, kind: str, everywher
         model,
         next(eval_batches(context.train.take(2), 2)).inputs,
         importance,
-        global_pruning=everywhere,
         pruning_ratio=ratio,
         head_pruning_ratio=ratio,
         num_heads=dict.fromkeys(attention, model.config.num_attention_heads),
@@ -362,10 +362,16 @@ METHODS: dict[str, Callable[[PreTrainedModel, Context, float], PreTrainedModel]]
     "ours, by parameters": _step("prune", rounds=3, schedule="linear", repair=True),
     "ours, by time": _step("prune", rounds=3, schedule="linear", repair=True, cost="time"),
     "last layers": _drop_last,
-    "Torch-Pruning Taylor, local": _torch_pruning("taylor", everywhere=False),
-    "Torch-Pruning Taylor, global": _torch_pruning("taylor", everywhere=True),
-    "Torch-Pruning L2, local": _torch_pruning("l2", everywhere=False),
+    "Torch-Pruning Taylor": _torch_pruning("taylor"),
+    "Torch-Pruning L2": _torch_pruning("l2"),
     "random": _random,
+}
+
+GPTQ = {"embeddings": "int8", "rest": "bf16", "method": "gptq"}
+PRECISIONS = {
+    "int8 (GPTQ), 8-bit embeddings, rest bf16": {"scheme": "int8", **GPTQ},
+    "nf4 (GPTQ), 8-bit embeddings, rest bf16": {"scheme": "nf4", **GPTQ},
+    "ONNX Runtime int8": {"scheme": "onnx_int8"},
 }
 
 
@@ -376,6 +382,7 @@ def report(args: argparse.Namespace, bench: Bench) -> None:
     table = bench.table()
     args.out.mkdir(parents=True, exist_ok=True)
     table.drop(columns=["metric"]).round(5).to_csv(args.out / "compression.csv", index=False)
+    equal = _at_equal_latency(table)
     sections = "\n\n".join(_section(name, group) for name, group in table.groupby("dataset", sort=False))
     text = f"""# Compressed encoders: quality, size and latency
 
@@ -385,14 +392,19 @@ official validation set. The encoder is counted without embeddings. Latency is t
 validation rows, all models of a dataset taking turns, in fp32 on {measure.device_name(CPU)}. `heads` and `FFN` are what the
 first seed left in each layer.
 
+## Ours against the best of the others
+
+Differences in quality, seeds averaged. At equal latency: ours cut by time, between its two neighbours in latency (linear).
+
+{_ahead(table, equal)}
+
 {sections}
 
 ## At equal latency
 
-Quality of the peer's model, and of ours cut by time between its two neighbours in latency (linear, seeds averaged), for cuts of
-half of the encoder and more, and for the ready-made model.
+Of each peer's model for which ours has neighbours on both sides.
 
-{_at_equal_latency(table)}
+{equal.to_markdown(index=False, floatfmt=("", "", ".0%", ".0f", ".3f", ".3f", "+.3f"))}
 
 ## As small as possible
 
@@ -424,33 +436,44 @@ def _section(name: str, group: pd.DataFrame) -> str:
     return f"## {name} ({group['metric'].iloc[0]})\n\n" + pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
 
 
-def _at_equal_latency(table: pd.DataFrame) -> str:
+def _at_equal_latency(table: pd.DataFrame) -> pd.DataFrame:
+    """One row for each peer's model: its quality, and that of ours cut by time at the same latency."""
     means = table.groupby(["dataset", "method", "share"], sort=False)[["quality", "latency_ms"]].mean().reset_index()
     rows = []
     for name, group in means.groupby("dataset", sort=False):
-        own = group[group["method"] == "ours, by time"]
-        own = pd.concat([own, group[group["method"] == "base"]]).sort_values("latency_ms")
+        own = group[group["method"].isin(["ours, by time", "base"])].sort_values("latency_ms")
         for _, peer in group[~group["method"].str.startswith(("ours", "base"))].iterrows():
-            if peer["share"] and peer["share"] < 0.5:
-                continue
-            inside = own["latency_ms"].min() <= peer["latency_ms"] <= own["latency_ms"].max()
-            ours = float(np.interp(peer["latency_ms"], own["latency_ms"], own["quality"])) if inside else float("nan")
-            label = peer["method"] + (f" {peer['share']:.0%}" if peer["share"] else "")
-            rows.append((name, label, peer["latency_ms"], peer["quality"], ours, ours - peer["quality"]))
-    columns = ["dataset", "peer", "ms", "its quality", "ours", "difference"]
-    return pd.DataFrame(rows, columns=columns).to_markdown(index=False, floatfmt=("", "", ".0f", ".3f", ".3f", "+.3f"))
+            if own["latency_ms"].min() <= peer["latency_ms"] <= own["latency_ms"].max():
+                ours = float(np.interp(peer["latency_ms"], own["latency_ms"], own["quality"]))
+                rows.append((name, peer["method"], peer["share"], peer["latency_ms"], peer["quality"], ours))
+    frame = pd.DataFrame(rows, columns=["dataset", "peer", "cut", "ms", "its quality", "ours"])
+    return frame.assign(difference=frame["ours"] - frame["its quality"])
+
+
+def _ahead(table: pd.DataFrame, equal: pd.DataFrame) -> str:
+    """By how much ours is better than the best peer, at equal size and at equal latency."""
+    rows = []
+    means = table[table["share"] > 0].groupby(["dataset", "share", "method"], sort=False)["quality"].mean().unstack()
+    for (name, share), quality in means.iterrows():
+        peers = equal[(equal["dataset"] == name) & (equal["cut"] == share)]
+        others = quality.drop(["ours, by parameters", "ours, by time"])
+        row = {"dataset": name, "cut": f"{share:.0%}", "the best peer of that size": others.idxmax()}
+        row["ours, by parameters"] = f"{quality['ours, by parameters'] - others.max():+.3f}"
+        row["ours, by time, against the nearest peer at equal latency"] = f"{peers['difference'].min():+.3f}"
+        rows.append(row)
+    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
 
 
 def _smallest(bench: Bench) -> str:
-    """The cut SST-2 models with a trimmed vocabulary and few bits: bytes and quality of what would be deployed."""
+    """The cut SST-2 models with a trimmed vocabulary and few bits: bytes, quality and speed of what would be deployed."""
     data = DATASETS["sst2"]
     folder = bench.args.work / data.name
-    whole = (folder / "base" / artifact.WEIGHTS).stat().st_size
     quality = json.loads((folder / "base" / "record.json").read_text())["quality"]
-    rows = [("base, fp32", whole, quality)]
-    for share, scheme in itertools.product((0.5, 0.67, 0.8), ("int8", "nf4")):
+    rows = [("base, fp32", artifact.weights(folder / "base").stat().st_size, quality)]
+    timed = [(artifact.load(folder / "base"), measure.timing_sample(bench.read(data, 0).dev, PROTOCOL, CPU))]
+    for share, (label, precision) in itertools.product((0.5, 0.67, 0.8), PRECISIONS.items()):
         source = folder / bench.folder_name("ours, by parameters", share, 0)
-        target = folder / f".{source.name}_{scheme}"
+        target = folder / f".{source.name}_{precision['scheme']}"
         if not (source / "record.json").is_file():
             continue
         model = artifact.load(source)
@@ -461,19 +484,20 @@ def _smallest(bench: Bench) -> str:
             tokenizer=lambda: AutoTokenizer.from_pretrained(resource(bench.args.model)),
             folder=target,
         )
-        precision = {"scheme": scheme, "embeddings": "int8", "rest": "bf16", "method": "gptq"}
         model = operator(Step(operator="trim_vocabulary"))(model, context)
         trimmed = AutoTokenizer.from_pretrained(target)
         small = _rows(bench.args.data / data.name, data, trimmed, 0)
         calibrating = dataclasses.replace(context, train=small.train.take(bench.args.sentences))
         artifact.save(operator(Step(operator="quantize", params=precision))(model, calibrating), target)
-        size = (target / artifact.WEIGHTS).stat().st_size
-        outputs = measure.outputs(artifact.load(target), small.dev, 64, CPU)
-        score = metrics.compute([data.metric], small.dev.labels, outputs)[data.metric]
-        rows.append((f"ours {share:.0%}, trimmed vocabulary, {scheme} (GPTQ), 8-bit embeddings, rest bf16", size, score))
+        deployed = artifact.load(target)
+        timed.append((deployed, measure.timing_sample(small.dev, PROTOCOL, CPU)))
+        score = metrics.compute([data.metric], small.dev.labels, measure.outputs(deployed, small.dev, 64, CPU))[data.metric]
+        rows.append((f"ours {share:.0%}, trimmed vocabulary, {label}", artifact.weights(target).stat().st_size, score))
+    ms = [median(samples) for samples in measure.latencies_ms(timed, PROTOCOL, CPU)]
     frame = pd.DataFrame(rows, columns=["model (sst2)", "bytes", "accuracy"])
-    frame["of the base's bytes"] = [f"1/{whole / size:.1f}" for size in frame["bytes"]]
+    frame["of the base's bytes"] = [f"1/{rows[0][1] / size:.1f}" for size in frame["bytes"]]
     frame["of its accuracy"] = [f"{score / quality:.1%}" for score in frame["accuracy"]]
+    frame["speed-up"] = [f"{ms[0] / time:.2f}x" for time in ms]
     frame["bytes"] = [f"{size / 1e6:.2f} MB" for size in frame["bytes"]]
     return frame.to_markdown(index=False, floatfmt=".3f")
 
