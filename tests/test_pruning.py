@@ -373,6 +373,29 @@ def test_a_repair_brings_the_outputs_nearer(model: nn.Module, how: dict):
     assert errors[1] < errors[0]
 
 
+FAMILIES = ["bert", *(pytest.param(name, marks=slow) for name in ("modernbert", "deberta-v2", "distilbert", "mpnet"))]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_walk_sees_what_a_whole_forward_shows(family: str, tiny_checkpoint: Callable[..., Path]):
+    model, seen = load(tiny_checkpoint(family, layers=3)), {}
+    names, data = surgery.family(model), batches()
+    walk, mask = obs.Walk(model, data), data[1].inputs["attention_mask"].bool()
+    for layer, name in itertools.product((0, 2), (names.attention_out, names.ffn_out)):
+        site = obs.Site(layer, surgery.path(model, layer, name), surgery.stream(model, layer, name))
+        walk.go_to(layer)
+        flows_in, stream = walk.inputs(1, site)
+        linear = linear_of(surgery.layers(model)[layer], name)
+        handle = linear.register_forward_pre_hook(lambda module, args: seen.update(flows_in=args[0]))
+        model(**data[1].inputs)
+        handle.remove()
+        assert torch.equal(flows_in, seen["flows_in"][mask])
+        assert stream.shape == (len(flows_in), surgery.hidden_size(model))
+        linear.weight.mul_(1.1)  # what changes in the layer that was reached is seen from there on
+    assert not any("forward" in vars(layer) for layer in surgery.layers(model))
+
+
 def test_a_refit_is_the_least_squares_solution(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(obs, "DAMPING", 1e-10)
     generator = torch.Generator().manual_seed(0)
