@@ -359,8 +359,8 @@ def _torch_pruned(model: PreTrainedModel, context: Context, kind: str, ratio: fl
 
 
 METHODS: dict[str, Callable[[PreTrainedModel, Context, float], PreTrainedModel]] = {
-    "ours, by parameters": _step("prune", rounds=3, schedule="linear", repair=True),
-    "ours, by time": _step("prune", rounds=3, schedule="linear", repair=True, cost="time"),
+    "ours, by parameters": _step("prune", repair=True),
+    "ours, by time": _step("prune", repair=True, cost="time"),
     "last layers": _drop_last,
     "Torch-Pruning Taylor": _torch_pruning("taylor"),
     "Torch-Pruning L2": _torch_pruning("l2"),

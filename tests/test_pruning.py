@@ -83,7 +83,7 @@ def test_gates_of_each_example_act_on_that_example(model: nn.Module):
 # --- criteria ---
 
 
-@pytest.mark.parametrize(("name", "power"), [("fisher", 2), ("taylor", 1)])
+@pytest.mark.parametrize(("name", "power"), [("fisher", 2), ("taylor", 1), ("gauss_newton", 2)])
 @pytest.mark.parametrize("unit", [*UNITS, "hidden"])
 def test_gate_scores_equal_finite_differences(model: nn.Module, name: str, power: int, unit: str):
     model.double()
@@ -91,13 +91,19 @@ def test_gate_scores_equal_finite_differences(model: nn.Module, name: str, power
     scores = criteria.CRITERIA[name](model, eval_batches(data, 4), [unit])[unit]
     place, position = len(scores) - 1, 1
     assert [len(score) for score in scores] == counts(model, unit)
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.cat([2 * torch.randint(2, (n, 2), generator=generator) - 1 for n in (4, 2)]).double()
     losses = {}
     for sign in (1, -1):
         gates = [torch.ones(count, dtype=torch.float64) for count in counts(model, unit)]
         gates[place][position] += sign * 1e-5
         with torch.no_grad(), gated(model, {unit: gates}):
-            singles = list(eval_batches(data, 1))
-            losses[sign] = np.array([float(nn.functional.cross_entropy(model(**b.inputs).logits, b.labels)) for b in singles])
+            labels = torch.cat([batch.labels for batch in eval_batches(data, 1)])
+            outputs = torch.cat([model(**batch.inputs).logits for batch in eval_batches(data, 1)])
+        if name == "gauss_newton":
+            losses[sign] = (outputs * signs).sum(1).numpy()
+        else:
+            losses[sign] = nn.functional.cross_entropy(outputs, labels, reduction="none").numpy()
     derivative = (losses[1] - losses[-1]) / 2e-5
     assert float(scores[place][position]) == pytest.approx(np.mean(np.abs(derivative) ** power), rel=2e-3, abs=1e-12)
 
@@ -284,7 +290,7 @@ def test_units_parameters_are_what_a_cut_takes_away(model: nn.Module):
 
 def test_the_global_cut_takes_the_least_important_per_parameter(model: nn.Module):
     """All of equal cost and no multiples: the dynamic programme must agree with plain sorting."""
-    scores = np.concatenate(criteria.fisher(model, batches(), ["ffn"])["ffn"])
+    scores = np.concatenate(criteria.gauss_newton(model, batches(), ["ffn"])["ffn"])
     widths = counts(prune(model, share=0.3, units=["ffn"], ffn_multiple=1, sentences=24), "ffn")
     going = 3 * 96 - sum(widths)
     threshold = np.sort(scores)[going]
@@ -426,7 +432,7 @@ def test_the_hidden_size_is_cut_to_a_multiple(model: nn.Module):
     [
         ({"share": 1.0}, "less than 1"),
         ({"share": 0.5, "criterion": "obd"}, "choose one of fisher"),
-        ({"share": 0.5, "criterion": "apoz", "units": ["layers"]}, "choose one of fisher, taylor, magnitude"),
+        ({"share": 0.5, "criterion": "apoz", "units": ["layers"]}, "choose one of fisher, gauss_newton, taylor, magnitude"),
         ({"share": 0.5, "units": ["layers", "ffn"]}, "stand alone"),
         ({"share": 0.5, "units": ["blocks"], "scope": "local"}, "use global"),
         ({"share": 0.5, "training": {"epoch": 1}}, "did you mean epochs"),

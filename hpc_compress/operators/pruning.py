@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # Which units a criterion of ours can score; a user's own, named by its dotted path, is tried on the node.
 CRITERIA = {
     "fisher": {"layers", "blocks", "heads", "ffn", "hidden"},
+    "gauss_newton": {"layers", "blocks", "heads", "ffn", "hidden"},
     "taylor": {"layers", "blocks", "heads", "ffn", "hidden"},
     "magnitude": {"layers", "blocks", "heads", "ffn", "hidden"},
     "obs": {"heads", "ffn"},
@@ -86,7 +87,7 @@ class Prune(Record):
         min_length=1,
         description="heads and ffn (neurons) one by one, alone or together; or whole blocks (attention, FFN); or whole layers",
     )
-    criterion: str = "fisher"
+    criterion: str = "gauss_newton"
     scope: Literal["global", "local"] = Field(
         default="global", description="global: the scores decide where; local: the same share everywhere"
     )
