@@ -383,7 +383,7 @@ def report(args: argparse.Namespace, bench: Bench) -> None:
     table = bench.table()
     args.out.mkdir(parents=True, exist_ok=True)
     table.drop(columns=["metric"]).round(5).to_csv(args.out / "compression.csv", index=False)
-    equal, records = _at_equal_latency(table), table["seconds"]
+    equal = _at_equal_latency(table)
     sections = "\n\n".join(_section(name, group) for name, group in table.groupby("dataset", sort=False))
     text = f"""# Compressed encoders: quality, size and latency
 
@@ -391,8 +391,7 @@ MiniLM-L6 fine-tuned on all training rows; every cut model then gets one epoch o
 (batch {args.batch_size}, learning rate {args.learning_rate:g}). A quality with ± is the mean and the standard deviation over
 {table["seed"].nunique()} seeds, else that of one. It is measured on the official validation set. The encoder is
 counted without embeddings. Latency is the median pass over {PROTOCOL.sentences} validation rows, all models of a dataset taking
-turns, in fp32 on {measure.device_name(CPU)}. `heads` and `FFN` are what the first seed left in each layer. Making the models
-took {sum(records) / 3600:.1f} hours of work in all.
+turns, in fp32 on {measure.device_name(CPU)}. `heads` and `FFN` are what the first seed left in each layer.
 
 ## Ours against the best of the others
 
@@ -461,7 +460,7 @@ def _ahead(table: pd.DataFrame, equal: pd.DataFrame) -> str:
         others = quality.drop(["ours, by parameters", "ours, by time"])
         row = {"dataset": name, "cut": f"{share:.0%}", "the best peer of that size": others.idxmax()}
         row["ours, by parameters"] = f"{quality['ours, by parameters'] - others.max():+.3f}"
-        # None of the same cut is within the range of ours: they are slower, or of less quality and faster than all of ours.
+        # Empty: the peers of this cut are faster than all of ours.
         row["ours, by time, at equal latency"] = f"{peers['difference'].min():+.3f}" if len(peers) else ""
         rows.append(row)
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
