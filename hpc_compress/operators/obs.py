@@ -1,6 +1,6 @@
 """Optimal Brain Surgeon, layer by layer: what a linear's outputs lose when inputs are taken from it or its weights are rounded,
 and how what is left makes up for it. The Hessian of `||W X - W' X||^2` is `H = X X^T` (Frantar & Alistarh 2022, Optimal
-Brain Compression, section 3). Knows linears and batches; nothing of units, budgets or training.
+Brain Compression, section 3). Knows linears, layers and batches; nothing of units, budgets or training.
 """
 
 from collections.abc import Iterable, Sequence
