@@ -353,7 +353,7 @@ def test_the_table_of_times_rises_from_nothing(model: nn.Module):
 @pytest.mark.parametrize(
     "how",
     [
-        {"operator": "prune", "params": {"share": 0.5, "ffn_multiple": 8}},
+        {"operator": "prune", "params": {"share": 0.5, "ffn_multiple": 8, "criterion": "fisher"}},
         {"operator": "prune_heads", "params": {"count": 3, "where": "any"}},
         {"operator": "drop_layers", "params": {"count": 1, "criterion": "magnitude"}},
     ],

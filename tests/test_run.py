@@ -362,8 +362,9 @@ def test_a_search_draws_on_the_whole_tool_box(setup: Setup, tmp_path: Path, stra
         strategy
     ]
     mutations = [f"strategy.mutations.{name}.weight={int(name in drawn)}" for name in MUTATIONS]
-    sizes = ["strategy.mutations.prune.ffn_multiple=8", "+strategy.mutations.prune_time.ffn_multiple=8"]
-    sizes += ["strategy.mutations.prune_hidden.multiple=8", "+strategy.mutations.movement_prune.ffn_multiple=8"]
+    # Widths that nf4 takes, from an encoder that is narrower than the default multiple allows to cut.
+    sizes = ["strategy.mutations.prune.ffn_multiple=32", "+strategy.mutations.prune_time.ffn_multiple=32"]
+    sizes += ["strategy.mutations.prune_hidden.multiple=32", "+strategy.mutations.movement_prune.ffn_multiple=32"]
     overrides = [*mutations, *sizes, "strategy.vocabularies.trim.weight=0.5", "generations=1"]
     setup.run(tmp_path / "run", *overrides)
     run = analysis.open_run(tmp_path / "run")
@@ -375,10 +376,8 @@ def test_a_search_draws_on_the_whole_tool_box(setup: Setup, tmp_path: Path, stra
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("launcher", "seconds"), [("debug", (3, 9)), ("local", (5, 16))])
-def test_a_search_survives_kill_9_at_any_moment(
-    setup: Setup, finished: Path, tmp_path: Path, launcher: str, seconds: tuple[float, float]
-):
+@pytest.mark.parametrize("launcher", ["debug", "local"])
+def test_a_search_survives_kill_9_at_any_moment(setup: Setup, finished: Path, tmp_path: Path, launcher: str):
     """Kill the driver, or one of its workers, at random moments again and again: same result, nothing computed twice."""
     root = tmp_path / "results" / "test"
     command = [sys.executable, "-m", "hpc_compress.cli", "search", *setup.overrides, f"launcher={launcher}", "retries=9"]
@@ -388,8 +387,11 @@ def test_a_search_survives_kill_9_at_any_moment(
     kills = 0
     for attempt in range(7):
         process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        enough = len(known) + chance.randrange(3)  # outcomes; no time, since machines differ
+        while process.poll() is None and len(list(root.glob("tasks/*/outcome.json"))) < enough:
+            time.sleep(0.02)
         try:
-            output, _ = process.communicate(timeout=chance.uniform(*seconds) if attempt < 6 else 300)
+            output, _ = process.communicate(timeout=chance.uniform(0, 2) if attempt < 6 else 300)
         except subprocess.TimeoutExpired:
             workers = _workers(root)
             victim = chance.choice(workers) if workers and chance.random() < 0.5 else process.pid
