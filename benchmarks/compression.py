@@ -309,7 +309,7 @@ def _random(model: PreTrainedModel, context: Context, share: float) -> PreTraine
 
 
 def _torch_pruning(kind: str) -> Callable[[PreTrainedModel, Context, float], PreTrainedModel]:
-    """Heads and FFN neurons by Torch-Pruning, the same share everywhere, which did better than its global choice; the ratio
+    """Heads and FFN neurons by Torch-Pruning, the same share everywhere, which did as well as its global choice; the ratio
     is searched for that leaves the wanted encoder."""
 
     def cut(model: PreTrainedModel, context: Context, share: float) -> PreTrainedModel:
