@@ -33,7 +33,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from hpc_compress import identity, measure
 from hpc_compress.config import resource
 from hpc_compress.data import metrics
-from hpc_compress.data.batches import Encoded, encode, eval_batches
+from hpc_compress.data.batches import Encoded, encode
 from hpc_compress.models import artifact, surgery
 from hpc_compress.models.gates import PerUnit, counts
 from hpc_compress.operators import Checkpoint, Context, Training, losses, operator, teaching, training
@@ -315,7 +315,7 @@ def _torch_pruning(kind: str) -> Callable[[PreTrainedModel, Context, float], Pre
     def cut(model: PreTrainedModel, context: Context, share: float) -> PreTrainedModel:
         wanted = (1 - share) * surgery.encoder_parameters(model)
         model.zero_grad()
-        for batch in eval_batches(context.train.take(512), 32) if kind == "taylor" else ():
+        for batch in context.batches(512) if kind == "taylor" else ():
             losses.task_loss(model, batch).backward()
         low, high, ratio = 0.0, 0.98, share  # a local ratio is nearly the share
         for _ in range(6):
@@ -343,7 +343,7 @@ def _torch_pruned(model: PreTrainedModel, context: Context, kind: str, ratio: fl
     importance = tp.importance.GroupMagnitudeImportance(p=2) if kind == "l2" else tp.importance.GroupTaylorImportance()
     pruner = tp.pruner.BasePruner(
         model,
-        next(eval_batches(context.train.take(2), 2)).inputs,
+        context.batches(2)[0].inputs,
         importance,
         pruning_ratio=ratio,
         head_pruning_ratio=ratio,

@@ -147,7 +147,7 @@ class HpcCompressConfig(PreTrainedConfig):
         self.heads = heads or []  # attention heads of each layer that is left
         self.ffn = ffn or []  # FFN neurons of each layer that is left
         self.hidden = hidden  # dimensions of the residual stream; None: all of them
-        self.quantized = quantized or {}  # dotted path of a linear -> int8, nf4, fp4, sparse, 2:4 or onnx_int8
+        self.quantized = quantized or {}  # dotted path of a linear or embedding -> its scheme
         self.thresholds = thresholds or []  # of each layer: smaller values of its FFN's activated gate become 0; empty: none
         self.parameters = parameters  # of an ONNX program: all of the model that it was made from, and its encoder layers'
         super().__init__(**kwargs)

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hpc_compress.data.batches import Batch, Encoded, eval_batches
+from hpc_compress.operators import obs
 from hpc_compress.operators.training import autocast
 
 CHUNK = 1024  # examples that are held in memory while the files are written
@@ -158,7 +159,7 @@ def projection(student: nn.Module, teacher: Teacher, examples: Encoded, device: 
         pair = ask(student, batch, hidden=True), teacher(batch, True)
         own, wanted = (lesson.hidden[-1][real].double() for lesson in pair)  # (real tokens, hidden) each
         gram, cross = gram + own.T @ own, cross + own.T @ wanted
-    ridge = 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), device=device)  # a few short examples span no space
+    gram = obs.damped(gram, 1e-6)  # a few short examples span no space
     linear = nn.Linear(len(gram), cross.shape[1], bias=False, device="meta")  # its own start would use up random numbers
-    linear.weight = nn.Parameter(torch.linalg.solve(gram + ridge, cross).T.float().contiguous())
+    linear.weight = nn.Parameter(torch.linalg.solve(gram, cross).T.float().contiguous())
     return linear
