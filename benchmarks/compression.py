@@ -4,8 +4,9 @@ and of a ready-made 3-layer MiniLM, all given the same one epoch of distillation
     python benchmarks/compression.py --data FOLDER --out results
 
 FOLDER holds sst2, trec6, stsb, qqp_sample and cola, each with train and dev as tsv or parquet (columns sentence, sentence2,
-label). What was made already is found in --work, so the command may be stopped and given again, and several processes with
---make-only share the work. The timing comes last, all models of a dataset taking turns; it needs an idle machine.
+label). What was made already is found in --work, so the command may be stopped and given again. Every core makes models;
+alone is what is timed: the blocks of each base model, and in the end all models of a dataset, taking turns. Nothing else
+should run on the machine.
 """
 
 from __future__ import annotations
@@ -13,10 +14,14 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import functools
 import itertools
 import json
+import multiprocessing
+import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -40,8 +45,12 @@ from hpc_compress.operators import Checkpoint, Context, Training, losses, operat
 from hpc_compress.store import Store, write_atomically
 from hpc_compress.types import Protocol, Step
 
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
 CPU = torch.device("cpu")
-READY_MADE = "3-layer MiniLM, ready-made"
+BASE, READY_MADE = "base", "3-layer MiniLM, ready-made"
+SMALLEST = "sst2"  # the dataset whose models are made as small as possible
 SHARES = (0.33, 0.5, 0.67, 0.8)
 PROTOCOL = Protocol(sentences=128, warmup_passes=1, min_passes=7, max_passes=9, max_seconds=1e9)
 
@@ -78,27 +87,31 @@ def main() -> None:
     parser.add_argument("--datasets", nargs="+", default=list(DATASETS), choices=DATASETS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of the encoder's parameters that go")
-    parser.add_argument("--seeds", type=int, default=1, help="of the sentences, of random cuts and of the training")
-    parser.add_argument("--sentences", type=int, default=4000, help="for the epoch after the cut")
+    parser.add_argument("--seeds", type=int, default=2, help="of the sentences, of random cuts and of the training")
+    parser.add_argument("--sentences", type=int, default=3000, help="for the epoch after the cut")
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--work", type=Path, default=Path("results/compression"), help="what was made so far")
-    parser.add_argument("--make-only", action="store_true", help="make and train the models; neither time nor report")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for compression.csv, .md and .png")
     args = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    bench = Bench(args)
-    for seed, name in itertools.product(range(args.seeds), args.datasets):
-        bench.base(DATASETS[name], small=False)
-        for share, method in itertools.product(args.shares, args.methods):
-            bench.compressed(DATASETS[name], method, share, seed)
+    begin, anew, bench = time.monotonic(), not args.work.exists(), Bench(args)
+    _everywhere(bench, [(Bench.whole, name, method) for name in args.datasets for method in WHOLE])
     for name in args.datasets:
-        bench.base(DATASETS[name], small=True)
-    if not args.make_only:
-        for name in args.datasets:
-            bench.time(DATASETS[name])
-        report(args, bench)
+        bench.block_times(DATASETS[name])
+    runs = itertools.product(range(args.seeds), args.datasets, args.shares, args.methods)
+    _everywhere(bench, [(Bench.compressed, name, method, share, seed) for seed, name, share, method in runs])
+    for name in args.datasets:
+        bench.time(DATASETS[name])
+    report(args, bench, begin if anew else None)
+
+
+def _everywhere(bench: Bench, calls: Sequence[tuple[Any, ...]]) -> None:
+    """Calls of methods of the benchmark, one on each core at a time: small models gain little from a second thread."""
+    cores, spawn = len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(cores, spawn, torch.set_num_threads, (1,)) as pool:
+        futures = [pool.submit(method, bench, DATASETS[name], *rest) for method, name, *rest in calls]
+        for done, future in enumerate(as_completed(futures), 1):
+            print(f"[{done}/{len(calls)}] {future.result()}", flush=True)
 
 
 @dataclass(frozen=True)
@@ -115,52 +128,45 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.store = args, Store(args.work)
-        self.rows: dict[tuple[str, int], Rows] = {}
 
     def read(self, data: Data, seed: int) -> Rows:
-        if (data.name, seed) not in self.rows:
-            tokenizer = AutoTokenizer.from_pretrained(resource(self.args.model))
-            self.rows[data.name, seed] = _rows(self.args.data / data.name, data, tokenizer, seed)
-        return self.rows[data.name, seed]
+        return _rows(self.args.data / data.name, data, resource(self.args.model), seed)
 
     def score(self, model: PreTrainedModel, data: Data) -> float:
         dev = self.read(data, 0).dev
         return metrics.compute([data.metric], dev.labels, measure.outputs(model, dev, 64, CPU))[data.metric]
 
-    def base(self, data: Data, small: bool) -> Path:
-        """The model that everything is compared with; small: the ready-made one, trained alike."""
-        folder = self.args.work / data.name / ("ready_made" if small else "base")
-        with self.store.lock(f"{data.name}_{folder.name}"):
-            if (folder / "record.json").is_file():
-                return folder
-            rows = self.read(data, 0)
+    def folder(self, data: Data, method: str, share: float = 0.0, seed: int = 0) -> Path:
+        """Where a model lies with its record; share 0: whole."""
+        cut = f"_{share}_{seed}" if share else ""
+        return self.args.work / data.name / (method.replace(" ", "_").replace(",", "") + cut)
+
+    def whole(self, data: Data, method: str) -> str:
+        """The base model, which everything is compared with, or the ready-made one, trained alike."""
+        folder = self.folder(data, method)
+        if not (folder / "record.json").is_file():
+            begin, rows = time.monotonic(), self.read(data, 0)
             torch.manual_seed(0)
-            model = (_ready_made if small else _stock)(self.args, rows.classes or 1)
+            model = WHOLE[method](self.args, rows.classes or 1)
             how = Training(epochs=data.epochs, learning_rate=1e-4, batch_size=32)
-            checkpoint = Checkpoint(self.args.work / f"{data.name}_{folder.name}.pt", 120)
-            begin = time.monotonic()
+            checkpoint = Checkpoint(folder.with_suffix(".pt"), 120)
             training.fit(model, rows.train, losses.task_loss, how, 0, CPU, checkpoint=checkpoint)
             checkpoint.path.unlink(missing_ok=True)
-            self._keep(folder, model, data, READY_MADE if small else "base", 0.0, 0, None, begin)
-        return folder
+            self._keep(folder, model, data, method, 0.0, 0, None, begin)
+        return _said(folder)
 
-    @staticmethod
-    def folder_name(method: str, share: float, seed: int) -> str:
-        return f"{method.replace(' ', '_').replace(',', '')}_{share}_{seed}"
-
-    def compressed(self, data: Data, method: str, share: float, seed: int) -> None:
-        folder = self.args.work / data.name / self.folder_name(method, share, seed)
-        with self.store.lock(f"{data.name}_{folder.name}", wait=False) as mine:
-            if not mine or (folder / "record.json").is_file():
-                return
+    def compressed(self, data: Data, method: str, share: float, seed: int) -> str:
+        folder = self.folder(data, method, share, seed)
+        if not (folder / "record.json").is_file():
             begin = time.monotonic()
-            base = artifact.load(self.base(data, small=False))
+            base = artifact.load(self.folder(data, BASE))
             context = self.context(data, base, seed)
             model = METHODS[method](copy.deepcopy(base), context, share)
             before = self.score(model, data)
             how = {"learning_rate": self.args.learning_rate, "batch_size": self.args.batch_size}
             model = operator(Step(operator="distill", params=how))(model, context)
             self._keep(folder, model, data, method, share, seed, before, begin)
+        return _said(folder)
 
     def context(self, data: Data, base: PreTrainedModel, seed: int) -> Context:
         rows = self.read(data, seed).train.take(self.args.sentences)
@@ -177,15 +183,15 @@ class Bench:
             seed=identity.derive(seed, "benchmark"),
             teacher=lambda: base,
             taught=lambda: teaching.read(lessons, rows),
-            block_times=lambda: self._block_times(data, base, rows),
+            block_times=lambda: self.block_times(data),
         )
 
-    def _block_times(self, data: Data, base: PreTrainedModel, rows: Encoded) -> measure.BlockTimes:
-        with self.store.lock(f"{data.name}_times"):
-            times = self.store.read(f"{data.name}/times.json", measure.BlockTimes)
-            if times is None:
-                times = measure.block_times(base, measure.timing_sample(rows, PROTOCOL, CPU), PROTOCOL, CPU)
-                self.store.write(f"{data.name}/times.json", times)
+    def block_times(self, data: Data) -> measure.BlockTimes:
+        times = self.store.read(f"{data.name}/times.json", measure.BlockTimes)
+        if times is None:
+            base, sample = artifact.load(self.folder(data, BASE)), measure.timing_sample(self.read(data, 0).dev, PROTOCOL, CPU)
+            times = measure.block_times(base, sample, PROTOCOL, CPU)
+            self.store.write(f"{data.name}/times.json", times)
         return times
 
     def _keep(
@@ -215,7 +221,6 @@ class Bench:
             "seconds": time.monotonic() - begin,
         }
         write_atomically(folder / "record.json", json.dumps(record))
-        print({key: record[key] for key in ("dataset", "method", "share", "seed", "before", "quality", "seconds")}, flush=True)
 
     def folders(self, data: Data) -> list[Path]:
         return sorted(path.parent for path in (self.args.work / data.name).glob("*/record.json"))
@@ -235,7 +240,7 @@ class Bench:
         for name in self.args.datasets:
             folders = self.folders(DATASETS[name])
             ms = {folder: median(json.loads((folder / "latency_ms.json").read_text())) for folder in folders}
-            base = self.args.work / name / "base"
+            base = self.folder(DATASETS[name], BASE)
             for folder in folders:
                 record = json.loads((folder / "record.json").read_text())
                 size = (folder / artifact.WEIGHTS).stat().st_size
@@ -246,7 +251,9 @@ class Bench:
 # --- rows and models ---
 
 
-def _rows(folder: Path, data: Data, tokenizer: Any, seed: int) -> Rows:
+@functools.cache
+def _rows(folder: Path, data: Data, tokenizer_folder: Path, seed: int) -> Rows:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     train, dev = (tables.read(next(folder.glob(f"{split}.*"))) for split in ("train", "dev"))
     train = train.sample(frac=1, random_state=seed)
     classes = [] if data.regression else sorted(str(label) for label in train["label"].unique())
@@ -256,6 +263,12 @@ def _rows(folder: Path, data: Data, tokenizer: Any, seed: int) -> Rows:
         second = table["sentence2"].tolist() if data.pair else None
         encoded.append(encode(tokenizer, table["sentence"].tolist(), second, labels.to_numpy(), 128))
     return Rows(*encoded, len(classes))
+
+
+def _said(folder: Path) -> str:
+    record = json.loads((folder / "record.json").read_text())
+    cut = f" {record['share']:.0%}, seed {record['seed']}: {record['before']:.3f} before," if record["share"] else ":"
+    return f"{record['dataset']}, {record['method']}{cut} {record['metric']} {record['quality']:.3f}, {record['seconds']:.0f} s"
 
 
 def _stock(args: argparse.Namespace, outputs: int) -> PreTrainedModel:
@@ -367,6 +380,7 @@ METHODS: dict[str, Callable[[PreTrainedModel, Context, float], PreTrainedModel]]
     "random": _random,
 }
 
+WHOLE = {BASE: _stock, READY_MADE: _ready_made}
 EQUAL_FORMAT = ("", "", "", ".0f", ".3f", ".3f", "+.3f")
 GPTQ = {"embeddings": "int8", "rest": "bf16", "method": "gptq"}
 PRECISIONS = {
@@ -379,8 +393,10 @@ PRECISIONS = {
 # --- report ---
 
 
-def report(args: argparse.Namespace, bench: Bench) -> None:
+def report(args: argparse.Namespace, bench: Bench, begin: float | None) -> None:
     table = bench.table()
+    smallest = f"\n## As small as possible\n\n{_smallest(bench)}\n" if SMALLEST in args.datasets else ""
+    took = "" if begin is None else f"All of it took {(time.monotonic() - begin) / 60:.0f} minutes."
     args.out.mkdir(parents=True, exist_ok=True)
     table.drop(columns=["metric"]).round(5).to_csv(args.out / "compression.csv", index=False)
     equal = _at_equal_latency(table)
@@ -392,6 +408,7 @@ MiniLM-L6 fine-tuned on all training rows; every cut model then gets one epoch o
 {table["seed"].nunique()} seeds, else that of one. It is measured on the official validation set. The encoder is
 counted without embeddings. Latency is the median pass over {PROTOCOL.sentences} validation rows, all models of a dataset taking
 turns, in fp32 on {measure.device_name(CPU)}. `heads` and `FFN` are what the first seed left in each layer.
+{took}
 
 ## Ours against the best of the others
 
@@ -406,11 +423,7 @@ Differences in quality, seeds averaged. At equal latency: ours cut by time, betw
 Of each peer's model for which ours has neighbours on both sides.
 
 {equal.assign(cut=[f"{share:.0%}" if share else "" for share in equal["cut"]]).to_markdown(index=False, floatfmt=EQUAL_FORMAT)}
-
-## As small as possible
-
-{_smallest(bench)}
-"""
+{smallest}"""
     (args.out / "compression.md").write_text(text, encoding="utf-8")
     _plot(table, args.out / "compression.png")
     print(text)
@@ -467,15 +480,15 @@ def _ahead(table: pd.DataFrame, equal: pd.DataFrame) -> str:
 
 
 def _smallest(bench: Bench) -> str:
-    """The cut SST-2 models with a trimmed vocabulary and few bits: bytes, quality and speed of what would be deployed."""
-    data = DATASETS["sst2"]
-    folder = bench.args.work / data.name
-    quality = json.loads((folder / "base" / "record.json").read_text())["quality"]
-    rows = [("base, fp32", artifact.weights(folder / "base").stat().st_size, quality)]
-    timed = [(artifact.load(folder / "base"), measure.timing_sample(bench.read(data, 0).dev, PROTOCOL, CPU))]
+    """A dataset's cut models with a trimmed vocabulary and few bits: bytes, quality and speed of what would be deployed."""
+    data = DATASETS[SMALLEST]
+    base = bench.folder(data, BASE)
+    quality = json.loads((base / "record.json").read_text())["quality"]
+    rows = [("base, fp32", artifact.weights(base).stat().st_size, quality)]
+    timed = [(artifact.load(base), measure.timing_sample(bench.read(data, 0).dev, PROTOCOL, CPU))]
     for share, (label, precision) in itertools.product((0.5, 0.67, 0.8), PRECISIONS.items()):
-        source = folder / bench.folder_name("ours, by parameters", share, 0)
-        target = folder / f".{source.name}_{precision['scheme']}"
+        source = bench.folder(data, "ours, by parameters", share)
+        target = source.with_name(f".{source.name}_{precision['scheme']}")
         if not (source / "record.json").is_file():
             continue
         model = artifact.load(source)
@@ -487,8 +500,7 @@ def _smallest(bench: Bench) -> str:
             folder=target,
         )
         model = operator(Step(operator="trim_vocabulary"))(model, context)
-        trimmed = AutoTokenizer.from_pretrained(target)
-        small = _rows(bench.args.data / data.name, data, trimmed, 0)
+        small = _rows(bench.args.data / data.name, data, target, 0)
         calibrating = dataclasses.replace(context, train=small.train.take(bench.args.sentences))
         artifact.save(operator(Step(operator="quantize", params=precision))(model, calibrating), target)
         deployed = artifact.load(target)
@@ -496,9 +508,9 @@ def _smallest(bench: Bench) -> str:
         score = metrics.compute([data.metric], small.dev.labels, measure.outputs(deployed, small.dev, 64, CPU))[data.metric]
         rows.append((f"ours {share:.0%}, trimmed vocabulary, {label}", artifact.weights(target).stat().st_size, score))
     ms = [median(samples) for samples in measure.latencies_ms(timed, PROTOCOL, CPU)]
-    frame = pd.DataFrame(rows, columns=["model (sst2)", "bytes", "accuracy"])
+    frame = pd.DataFrame(rows, columns=[f"model ({data.name})", "bytes", data.metric])
     frame["of the base's bytes"] = [f"1/{rows[0][1] / size:.1f}" for size in frame["bytes"]]
-    frame["of its accuracy"] = [f"{score / quality:.1%}" for score in frame["accuracy"]]
+    frame["of its quality"] = [f"{score / quality:.1%}" for score in frame[data.metric]]
     frame["speed-up"] = [f"{ms[0] / time:.2f}x" for time in ms]
     frame["bytes"] = [f"{size / 1e6:.2f} MB" for size in frame["bytes"]]
     return frame.to_markdown(index=False, floatfmt=".3f")

