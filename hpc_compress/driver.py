@@ -23,8 +23,7 @@ from hpc_compress.data import source
 from hpc_compress.dispatch import CANCELLED, HEARTBEAT_SECONDS, Dispatch, Heartbeat, Progress, SearchError, describe, figures
 from hpc_compress.launch import Launcher
 from hpc_compress.models import checkpoint
-from hpc_compress.operators import operator
-from hpc_compress.operators.deploying import Quantize
+from hpc_compress.operators import Particular, operator
 from hpc_compress.search.objective import quality_of
 from hpc_compress.search.space import Shape
 from hpc_compress.store import Store
@@ -126,7 +125,7 @@ def search(
 
         rehearsal = strategy(lambda measurement: 0.0)
         for step in (*plan.base.preparation, *rehearsal.steps, *rehearsal.deploys):
-            if isinstance(chosen := operator(step), Quantize):
+            if isinstance(chosen := operator(step), Particular):
                 chosen.check(config.protocol.device, len(plan.shape.heads), plan.shape.widths)
         with launcher.open(store.root, progress.working, progress.say) as jobs:
             store.write("run.json", plan)  # after the last check: what is written can't be changed any more

@@ -75,8 +75,6 @@ class Job:
     ) -> None:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
-        # One warning for each int8 layer in each forward on a CPU.
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         self.store, self.report, self.interrupts = store, report, interrupts
         self.checkpoint_seconds = checkpoint_seconds
         self.device = measure.device()

@@ -172,6 +172,7 @@ OWN_OPERATORS = '''
 """Operators of a user's own, outside the package."""
 from dataclasses import dataclass
 import torch
+from hpc_compress.config import ConfigError
 
 @dataclass(frozen=True)
 class PruneNeurons:
@@ -198,6 +199,14 @@ class RoundEmbeddings:
 class Broken:
     def __call__(self, model, context):
         raise RuntimeError("this operator is broken")
+
+@dataclass(frozen=True)
+class ForGpus:
+    def check(self, device, depth, inputs):
+        raise ConfigError(f"{depth} layers are not for me")
+
+    def __call__(self, model, context):
+        return model
 '''
 
 
@@ -227,6 +236,13 @@ def test_a_users_own_pruning_and_quantization_take_part(setup: Setup, tmp_path: 
     half = born[born["deploy"] != "fp32"]
     assert (born["encoder_parameters"] < base["encoder_parameters"]).all()
     assert (half["model_bytes"] < 0.65 * base["model_bytes"]).all()
+
+
+@pytest.mark.usefixtures("own_operators")
+def test_an_operator_may_refuse_the_base_model_before_any_job(setup: Setup, tmp_path: Path):
+    with pytest.raises(ConfigError, match="3 layers are not for me"):
+        setup.run(tmp_path / "run", "+strategy.mutations.mine={weight: 1, operator: own_operators.ForGpus}")
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 @pytest.mark.slow

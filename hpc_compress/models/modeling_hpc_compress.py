@@ -7,6 +7,7 @@ to give a stock model an irregular shape, and how to read quantized weights back
 
 import copy
 import dataclasses
+import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -510,6 +511,8 @@ def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], quantized: 
 def _restore_int8(linear: nn.Linear, tensors: dict[str, torch.Tensor]) -> nn.Module:
     from bitsandbytes.nn import Int8Params, Linear8bitLt
 
+    # It warns of each layer in each forward that inputs are cast.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     bias = tensors.get("bias")
     layer = Linear8bitLt(linear.in_features, linear.out_features, bias=False, has_fp16_weights=False, device="meta")
     weight, scale = tensors["weight"], tensors["SCB"]

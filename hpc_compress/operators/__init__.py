@@ -5,7 +5,7 @@ stock classifier with fp32 weights; one that deploys is given a copy of its own 
 operator is named in the config by its dotted path.
 """
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from hpc_compress.config import ConfigError, build
 from hpc_compress.operators.context import Checkpoint, Context
@@ -17,11 +17,22 @@ from hpc_compress.types import Record, Step
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["OPERATORS", "Checkpoint", "Context", "Operator", "Training", "operator"]
+__all__ = ["OPERATORS", "Checkpoint", "Context", "Operator", "Particular", "Training", "operator"]
 
 
 class Operator(Protocol):
     def __call__(self, model: "PreTrainedModel", context: Context) -> "PreTrainedModel": ...
+
+
+@runtime_checkable
+class Particular(Protocol):
+    """An operator that not every device or base model suits: it is asked before any job is submitted."""
+
+    def check(self, device: str, depth: int, inputs: tuple[int, ...]) -> None:
+        """device: as in the protocol. depth: encoder layers of the base model. inputs: widths of what leads into its linears.
+
+        Raises: ConfigError that says what does not suit.
+        """
 
 
 OPERATORS: dict[str, type[Record]] = {

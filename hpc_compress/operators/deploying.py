@@ -82,10 +82,7 @@ class Quantize(Record):
         return named - {"rest", "fp32", "fp16", "bf16"}
 
     def check(self, device: str, depth: int, inputs: tuple[int, ...]) -> None:
-        """device: as in the protocol. depth: encoder layers of the base model. inputs: widths of what leads into its linears.
-
-        Raises: ConfigError when the device, or the base model as it is, can't take a scheme.
-        """
+        """As in `Particular`: neither every device nor every width takes every scheme."""
         for name in sorted(self._few):
             scheme = SCHEMES[name]
             if len(scheme.devices) == 1 and device != scheme.devices[0]:
