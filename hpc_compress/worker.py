@@ -75,6 +75,7 @@ class Job:
     ) -> None:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
+        measure.keep_freed_memory()
         self.store, self.report, self.interrupts = store, report, interrupts
         self.checkpoint_seconds = checkpoint_seconds
         self.device = measure.device()

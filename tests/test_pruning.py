@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+import platform
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -336,6 +338,20 @@ def test_a_cut_by_time_keeps_to_the_table(model: nn.Module):
         heads, widths = surgery.head_counts(small), surgery.ffn_widths(small)
         assert (sum(heads) <= 6) == bool(heads_ms)
         assert (sum(widths) <= 144) == bool(ffn_ms)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
+def test_a_timed_pass_waits_for_no_new_memory():
+    faults = []
+
+    class Wasteful(nn.Module):
+        def forward(self, **inputs: torch.Tensor) -> None:
+            _ = [torch.ones(2**22) for _ in range(4)]  # 16 MiB each, on 4,096 new pages if the last pass's went back
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+
+    protocol = Protocol(min_passes=5, max_passes=5)
+    measure.latencies_ms([(Wasteful(), measure.timing_sample(examples(8), protocol, CPU))], protocol, CPU)
+    assert faults[-1] - faults[-3] < 400
 
 
 def test_the_table_of_times_rises_from_nothing(model: nn.Module):

@@ -23,6 +23,9 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import cached_file
 
+# On a CPU it warns of each int8 layer in each forward, and of kernels that nobody asked for.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 
 @dataclass(frozen=True)
 class Family:
@@ -511,8 +514,6 @@ def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], quantized: 
 def _restore_int8(linear: nn.Linear, tensors: dict[str, torch.Tensor]) -> nn.Module:
     from bitsandbytes.nn import Int8Params, Linear8bitLt
 
-    # It warns of each layer in each forward that inputs are cast.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     bias = tensors.get("bias")
     layer = Linear8bitLt(linear.in_features, linear.out_features, bias=False, has_fp16_weights=False, device="meta")
     weight, scale = tensors["weight"], tensors["SCB"]
