@@ -318,7 +318,7 @@ def test_outputs_are_those_of_the_whole_model(
     loaded = artifact.load(tmp_path)
     assert all(torch.equal(tensor, small.state_dict()[name]) for name, tensor in loaded.state_dict().items())
     # A mapped file aligns tensors in another way, and kernels then add up in another order.
-    torch.testing.assert_close(logits(loaded, words(fewer, pair)), expected, atol=1e-7, rtol=0)
+    torch.testing.assert_close(logits(loaded, words(fewer, pair)), expected, atol=1e-6, rtol=0)
     assert AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False).get_vocab() == fewer.get_vocab()
 
 
