@@ -1,25 +1,44 @@
 """From run folders to tables, plots and a status. Reads records only; knows pandas and matplotlib, no torch and no Slurm."""
 
+import io
 import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pandas as pd
+from pydantic import ValidationError
 
-from hpc_compress import identity
-from hpc_compress.config import ConfigError, build
+from hpc_compress import door
+from hpc_compress.config import ConfigError
 from hpc_compress.dispatch import HEARTBEAT_SECONDS, Heartbeat, describe, figures
-from hpc_compress.driver import Generation, Plan, Result
-from hpc_compress.launch.slurm import Ends, Submission
-from hpc_compress.search.objective import Product, speed_up
-from hpc_compress.store import Store
-from hpc_compress.types import Genome, Measurement, Outcome, Proposal, Task
+from hpc_compress.driver import learnt
+from hpc_compress.launch import Process
+from hpc_compress.runs import Reader, Run, find_runs, open_run, open_runs
+from hpc_compress.search.objective import Product, noise, speed_up, speed_up_spread
+from hpc_compress.store import write_atomically
+from hpc_compress.types import Measurement
+
+__all__ = [  # with those of `runs`
+    "Reader",
+    "Run",
+    "as_text",
+    "find_runs",
+    "gpu_hours",
+    "load_runs",
+    "open_run",
+    "plot",
+    "report",
+    "status",
+    "status_of",
+    "write_report",
+]
+
+BOUND = 0.9  # an enqueue_share above it: the time is that of starting kernels
 
 REPORT_COLUMNS = {  # of a report, with their units
     "dataset": "dataset",
@@ -31,99 +50,46 @@ REPORT_COLUMNS = {  # of a report, with their units
     "mb": "size, MB",
     "latency_ms": "inference, ms",
     "speed_up": "speed-up",
+    "speed_up_best": "speed-up over 16 bits",  # of the base model, where it was timed so
 }
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run folder, read."""
-
-    root: Path
-    plan: Plan
-    generations: tuple[Generation, ...]
-    outcomes: dict[str, Outcome]  # by task id; the probe's are left out
-    result: Result | None  # None while the search goes on
-
-    @property
-    def base_id(self) -> str:
-        return next(id for id, o in self.outcomes.items() if o.task.genome == Genome() and o.task.split == "search")
-
-    def report_of(self, candidate: str) -> Outcome | None:
-        """The outcome of the same genome on the report split."""
-        task = self.outcomes[candidate].task.model_copy(update={"split": "report"})
-        return self.outcomes.get(identity.task_id(task))
-
-
-def open_run(root: Path | str) -> Run:
-    """Read a run folder, finished or not.
-
-    Raises: ConfigError when it is not one.
-    """
-    store = Store(root)
-    plan = store.read("run.json", Plan)
-    if plan is None:
-        raise ConfigError(f"{root} is not a run folder: it has no readable run.json")
-    result = store.read("result.json", Result)
-    numbers = sorted(path.name for path in (store.root / "generations").glob("[0-9]*.json"))
-    if result is not None:
-        numbers = numbers[: result.generations]  # the run may have been ended earlier than it was at first
-    generations = [store.read(f"generations/{name}", Generation) for name in numbers]
-    outcomes = {}
-    for folder in sorted((store.root / "tasks").glob("*")):
-        outcome = store.outcome(folder.name)
-        if outcome is not None and outcome.task.limit is None:
-            outcomes[folder.name] = outcome
-    return Run(
-        root=store.root,
-        plan=plan,
-        generations=tuple(generation for generation in generations if generation is not None),
-        outcomes=outcomes,
-        result=result,
-    )
-
-
-def find_runs(paths: Iterable[Path | str]) -> list[Path]:
-    """Run folders at or below the paths.
-
-    Raises: ConfigError for a path that holds none.
-    """
-    found: dict[Path, None] = {}
-    for path in map(Path, paths):
-        here = [path] if (path / "run.json").is_file() else [file.parent for file in sorted(path.rglob("run.json"))]
-        if not here:
-            raise ConfigError(f"no run in {path}: a run folder holds a run.json; `hpc-compress search` makes one in results/")
-        found.update(dict.fromkeys(here))
-    return list(found)
 
 
 def load_runs(paths: Path | str | Iterable[Path | str]) -> pd.DataFrame:
     """Every candidate of some runs, one row each, in the order of birth.
 
     Columns: run, dataset, model, candidate, parent, generation, genome, steps, deploy, status (measured, or the kind of
-    failure), failure, alive, best, fitness (F within the last population), metric, quality, search_<metric>,
-    report_<metric>, latency_ms, base_latency_ms, report_latency_ms, speed_up, model_bytes, parameters, encoder_parameters,
-    peak_bytes, seconds, device.
+    failure), failure, alive, best, fitness (F within the last population; missing for an own objective), metric, quality,
+    search_<metric>, report_<metric>, latency_ms, base_latency_ms, report_latency_ms (of the first timing), speed_up (median of
+    all timings), speed_up_best (over the base model in 16 bits), timings (how many), speed_up_spread (largest minus smallest),
+    noise (how far the base model's speed-up over itself was from 1, for 9 of 10 pairs of passes), model_bytes, parameters,
+    encoder_parameters, peak_bytes, enqueue_share (part of a pass until the CPU has sent all work to the GPU), seconds, device.
+
+    What is missing or damaged in a run is named in the log, and the rest is shown.
 
     Raises: ConfigError for a path that holds no run.
     """
     paths = [paths] if isinstance(paths, (str, Path)) else paths
-    frames = [_candidates(open_run(root)) for root in find_runs(paths)]
-    return pd.concat(frames, ignore_index=True)
+    return _load(open_runs(find_runs(paths)))
+
+
+def _load(runs: Sequence[Run]) -> pd.DataFrame:
+    return pd.concat([_candidates(run) for run in runs], ignore_index=True)
 
 
 def _candidates(run: Run) -> pd.DataFrame:
-    born: dict[str, tuple[int, Proposal]] = {}
-    if any(o.task.genome == Genome() and o.task.split == "search" for o in run.outcomes.values()):
-        born[run.base_id] = (0, Proposal(genome=Genome()))
+    born: dict[str, tuple[int, str | None]] = {}  # generation and parent
+    if any(seen.is_base and seen.split == "search" for seen in run.seen.values()):
+        born[run.base_id] = (0, None)
     for generation in run.generations:
-        for task_id, proposal in zip(generation.born_ids, generation.born, strict=True):
-            born.setdefault(task_id, (generation.number, proposal))
+        for task_id, parent in zip(generation.born_ids, generation.parents, strict=True):
+            born.setdefault(task_id, (generation.number, parent))
     population = run.generations[-1].population if run.generations else tuple(born)
-    fitness = _fitness(run, population)
+    alive, fitness = set(population), _fitness(run, population)
+    base = next((seen.measurement for seen in run.seen.values() if seen.is_base and seen.split == "search"), None)
     rows = []
-    for task_id, (number, proposal) in born.items():
-        outcome = run.outcomes.get(task_id)
-        if outcome is None:
+    for task_id, (number, parent) in born.items():
+        seen = run.seen.get(task_id)
+        if seen is None:
             continue
         rows.append(
             {
@@ -131,37 +97,36 @@ def _candidates(run: Run) -> pd.DataFrame:
                 "dataset": run.plan.dataset.name,
                 "model": run.plan.base.name,
                 "candidate": task_id,
-                "parent": proposal.parent,
+                "parent": parent,
                 "generation": number,
-                "genome": str(proposal.genome),
-                "steps": len(proposal.genome.steps),
-                "deploy": _deploy(proposal.genome),
-                "status": outcome.failure.kind if outcome.failure else "measured",
-                "failure": outcome.failure.message if outcome.failure else None,
-                "alive": task_id in population,
+                "genome": seen.genome,
+                "steps": seen.steps,
+                "deploy": seen.deploy,
+                "status": seen.failure.kind if seen.failure else "measured",
+                "failure": seen.failure.message if seen.failure else None,
+                "alive": task_id in alive,
                 "best": bool(population) and task_id == population[0],
                 "fitness": fitness.get(task_id, math.nan),
-                "seconds": sum(outcome.seconds.values()),
-                **_figures(outcome.measurement, "search"),
-                **_report_figures(run.report_of(task_id)),
+                "noise": noise(base) if base else math.nan,
+                "seconds": seen.seconds,
+                **_figures(seen.measurement, "search"),
+                **_report_figures(run, seen.report_id),
             }
         )
     return pd.DataFrame(rows)
 
 
-def _deploy(genome: Genome) -> str:
-    return " > ".join(str(step.params.get("scheme", step.operator)) for step in genome.deploy) or "fp32"
-
-
 def _fitness(run: Run, population: Sequence[str]) -> dict[str, float]:
-    """F of the living; the objective of a user's own is reported as it is."""
-    objective = build(run.plan.objective, "objective")
-    members = {id: run.outcomes[id].measurement for id in population if id in run.outcomes}
+    """F of the living. Nothing for an objective that is not ours: it would have to be imported, and a stranger names it."""
+    settings = dict(run.plan.objective)
+    if settings.pop("_target_", None) != f"{Product.__module__}.{Product.__qualname__}":
+        return {}
+    members = {id: run.seen[id].measurement for id in population if id in run.seen}
     measured = {id: measurement for id, measurement in members.items() if measurement is not None}
-    if isinstance(objective, Product):
-        return dict(zip(measured, objective.fitness(list(measured.values())), strict=True))
-    base = run.outcomes[run.base_id].measurement
-    return {id: objective(measurement, base) for id, measurement in measured.items()}
+    try:
+        return dict(zip(measured, Product.model_validate(settings).fitness(list(measured.values())), strict=True))
+    except (ValidationError, ValueError, OverflowError):
+        return {}  # weights or figures that no search of ours has
 
 
 def _figures(measurement: Measurement | None, split: str) -> dict[str, Any]:
@@ -175,19 +140,24 @@ def _figures(measurement: Measurement | None, split: str) -> dict[str, Any]:
         "latency_ms": median(measurement.latency_ms),
         "base_latency_ms": median(measurement.base_latency_ms),
         "speed_up": speed_up(measurement),
+        "speed_up_best": speed_up(measurement, "best") if measurement.base_best_latency_ms else math.nan,
+        "timings": len(measurement.timings),
+        "speed_up_spread": speed_up_spread(measurement),
         "model_bytes": measurement.model_bytes,
         "parameters": measurement.parameters,
         "encoder_parameters": measurement.encoder_parameters,
         "peak_bytes": measurement.peak_bytes,
+        "enqueue_share": measurement.enqueue_share,
         "device": measurement.device,
     }
 
 
-def _report_figures(outcome: Outcome | None) -> dict[str, Any]:
-    if outcome is None or outcome.measurement is None:
+def _report_figures(run: Run, report_id: str) -> dict[str, Any]:
+    seen = run.seen.get(report_id)
+    if seen is None or seen.measurement is None:
         return {}
-    figures = {f"report_{metric}": value for metric, value in outcome.measurement.metrics.items()}
-    return {**figures, "report_latency_ms": median(outcome.measurement.latency_ms)}
+    figures = {f"report_{metric}": value for metric, value in seen.measurement.metrics.items()}
+    return {**figures, "report_latency_ms": median(seen.measurement.latency_ms)}
 
 
 # --- report ---
@@ -200,29 +170,34 @@ def report(roots: Sequence[Path]) -> pd.DataFrame:
 
     Raises: ConfigError for a run that has not come to its end.
     """
+    return _report(open_runs(roots))
+
+
+def _report(runs: Sequence[Run]) -> pd.DataFrame:
     rows = []
-    for root in roots:
-        run = open_run(root)
+    for run in runs:
         if run.result is None:
-            raise ConfigError(f"{root} has not come to its end; see `hpc-compress status {root}`, or start its search again")
+            raise ConfigError(
+                f"{run.root} has not come to its end; see `hpc-compress status {run.root}`, or start its search again"
+            )
         best = run.result.best
         for candidate in dict.fromkeys((run.result.base, *run.result.reported)):
-            outcome = run.report_of(candidate)
-            if outcome is None or outcome.measurement is None:
+            seen = run.seen.get(run.seen[candidate].report_id) if candidate in run.seen else None
+            if seen is None or seen.measurement is None:
                 continue
             method = "base model" if candidate == run.result.base else ("best" if candidate == best else "next best")
-            rows.append(_report_row(run, candidate, method, outcome.task, outcome.measurement))
+            rows.append(_report_row(run, candidate, method, seen.genome, seen.measurement))
     if not rows:
         raise ConfigError("no candidate could be measured on the report split; start the search again, which tries once more")
     return pd.DataFrame(rows)
 
 
-def _report_row(run: Run, candidate: str, method: str, task: Task, measurement: Measurement) -> dict[str, Any]:
+def _report_row(run: Run, candidate: str, method: str, genome: str, measurement: Measurement) -> dict[str, Any]:
     name, quality = next(iter(measurement.metrics.items()))
     return {
         "run": run.root.name,
         "candidate": candidate,
-        "dataset": task.dataset.name,
+        "dataset": run.plan.dataset.name,
         "method": method,
         "metric": name,
         "quality": quality,
@@ -231,38 +206,79 @@ def _report_row(run: Run, candidate: str, method: str, task: Task, measurement: 
         "mb": measurement.model_bytes / 1e6,
         "latency_ms": median(measurement.latency_ms),
         "speed_up": speed_up(measurement),
-        "genome": str(task.genome),
+        "speed_up_best": speed_up(measurement, "best") if measurement.base_best_latency_ms else math.nan,
+        "noise": noise(measurement) if measurement.of_base else math.nan,
+        "enqueue_share": math.nan if measurement.enqueue_share is None else measurement.enqueue_share,
+        "genome": genome,
     }
 
 
 def as_text(table: pd.DataFrame) -> str:
-    """A report as a Markdown table, genomes last."""
+    """A report as a Markdown table, genomes last, and below it the noise of its speed-ups."""
     names = ["run"] if table["run"].nunique() > 1 else []
-    shown = table.rename(columns=REPORT_COLUMNS)[[*names, *REPORT_COLUMNS.values(), "genome"]]
-    formats = (*("" for _ in names), "", "", "", ".3f", ".2f", ".2f", ".1f", ".1f", ".2f", "")
-    return shown.to_markdown(index=False, floatfmt=formats)
+    columns = [name for name in REPORT_COLUMNS if name != "speed_up_best" or table[name].notna().any()]
+    shown = table[[*names, *columns, "genome"]].rename(columns=REPORT_COLUMNS)
+    formats = (*("" for _ in names), "", "", "", ".3f", ".2f", ".2f", ".1f", ".1f", ".2f", *(".2f" for _ in columns[9:]), "")
+    text = shown.map(door.markdown_cell).to_markdown(index=False, floatfmt=formats)
+    if table["noise"].notna().any():
+        text += (
+            f"\n\nNoise of a speed-up: two passes of the base model, one after the other, differ by at most "
+            f"{table['noise'].max():.1%} in 9 of 10 cases."
+        )
+    if bound := int((table["enqueue_share"] > BOUND).sum()):
+        text += (
+            f"\n\n{bound} of these {len(table)} models keep the CPU busy for over {BOUND:.0%} of a pass: they wait for the "
+            "start of kernels, so cuts hardly show in their time. Raise protocol.batch_size."
+        )
+    return text
 
 
 def write_report(roots: Sequence[Path], folder: Path) -> pd.DataFrame:
-    """Write report.md, report.csv, candidates.csv and candidates.png into a folder; returns the report."""
-    table, candidates = report(roots), load_runs(roots)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.md").write_text(as_text(table) + "\n", encoding="utf-8")
-    table.to_csv(folder / "report.csv", index=False)
-    candidates.to_csv(folder / "candidates.csv", index=False)
-    plot(candidates, folder / "candidates.png")
+    """Write report.md, report.csv, candidates.csv and candidates.png into a folder; returns the report.
+
+    Raises: ConfigError for a run that has not come to its end, or a folder that can't be written to.
+    """
+    runs = open_runs(roots)
+    table, candidates = _report(runs), _load(runs)
+    picture = io.BytesIO()
+    plot(candidates, picture)
+    try:
+        write_atomically(folder / "report.md", "\n".join([as_text(table), *_on_the_data(runs)]) + "\n")
+        write_atomically(folder / "report.csv", _csv(table))
+        write_atomically(folder / "candidates.csv", _csv(candidates))
+        write_atomically(folder / "candidates.png", picture.getvalue())
+    except OSError as error:
+        raise ConfigError(f"the report can't be written to {folder} ({error.strerror}); choose a folder with --out") from None
     return table
 
 
-def plot(candidates: pd.DataFrame, path: Path) -> None:
+def _on_the_data(runs: Sequence[Run]) -> list[str]:
+    """Under a report: which rows the splits share, and whether the base model has learnt anything."""
+    lines = []
+    for run in runs:
+        said = [] if run.plan.rows is None else run.plan.rows.lines()
+        outcome = run.report_of(run.base_id)
+        if outcome is not None and (hardly := learnt(run.plan, outcome)):
+            said.append(f"warning: {hardly[0]}")
+        if said:
+            name = f"{run.plan.dataset.name} ({run.root.name})"
+            lines += ["", f"{door.one_line(name)}:", "", *(f"- {door.one_line(line)}" for line in said)]
+    return lines
+
+
+def _csv(table: pd.DataFrame) -> str:
+    return table.map(door.cell).rename(columns=door.one_line).to_csv(index=False)
+
+
+def plot(candidates: pd.DataFrame, path: Path | io.BytesIO) -> None:
     """Quality against speed for every measured candidate, one panel a dataset; the area of a mark is the model's bytes."""
     from matplotlib.figure import Figure
 
     measured = candidates[candidates["status"] == "measured"]
     names = list(dict.fromkeys(measured["dataset"]))
-    figure = Figure(figsize=(7 * len(names), 4.8), layout="constrained")
-    panels = figure.subplots(1, len(names), squeeze=False)[0]
-    for axes, name in zip(panels, names, strict=True):
+    figure = Figure(figsize=(7 * max(1, len(names)), 4.8), layout="constrained")
+    panels = figure.subplots(1, max(1, len(names)), squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=False):
         rows = measured[measured["dataset"] == name]
         area = 300 * rows["model_bytes"] / rows["model_bytes"].max()
         marks = axes.scatter(
@@ -274,12 +290,18 @@ def plot(candidates: pd.DataFrame, path: Path) -> None:
             axes.scatter(special["speed_up"], special["quality"], s=area[special.index], facecolors="none", edgecolors=color)
             for _, row in special.iterrows():
                 axes.annotate(label, (row["speed_up"], row["quality"]), textcoords="offset points", xytext=(10, 8), color=color)
-        axes.set_title(f"{name} (area: MB of the deployed model, at most {rows['model_bytes'].max() / 1e6:.0f})", fontsize=10)
-        axes.set_xlabel(f"speed-up over the base model on {rows['device'].iloc[0]}")
-        axes.set_ylabel(f"{rows['metric'].iloc[0]} on the search split")
+        axes.set_title(
+            f"{_plain(name)} (area: MB of the deployed model, at most {rows['model_bytes'].max() / 1e6:.0f})", fontsize=10
+        )
+        axes.set_xlabel(f"speed-up over the base model on {_plain(rows['device'].iloc[0])}")
+        axes.set_ylabel(f"{_plain(rows['metric'].iloc[0])} on the search split")
         axes.margins(0.12)
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, format="png")
+
+
+def _plain(text: str) -> str:
+    return door.one_line(text, most=60).replace("$", r"\$")  # matplotlib takes what stands between two for a formula
 
 
 # --- status ---
@@ -287,52 +309,53 @@ def plot(candidates: pd.DataFrame, path: Path) -> None:
 
 def status(root: Path) -> str:
     """Where a run stands, from its files alone."""
-    run = open_run(root)
-    store = Store(root)
+    return status_of(open_run(root))
+
+
+def status_of(run: Run) -> str:
     lines = [
-        f"run         {run.root}",
-        f"compresses  {run.plan.base.name} on {run.plan.dataset.name}",
-        f"generation  {len(run.generations)} of {run.plan.config.generations} done",
+        ("run", str(run.root)),
+        ("compresses", f"{run.plan.base.name} on {run.plan.dataset.name}"),
+        ("generation", f"{len(run.generations)} of {run.plan.config.generations} done"),
     ]
-    heartbeat = store.read("driver.json", Heartbeat)
-    if heartbeat and run.result is None:
-        lines.append(f"now         {heartbeat.doing}: {heartbeat.done} of {heartbeat.total} tasks settled")
-        jobs = ", ".join(f"{number} {state}" for state, number in heartbeat.jobs.items())
-        lines.append(f"jobs        {jobs or 'none'}")
-    tasks = len(list((run.root / "tasks").glob("*/task.json")))
-    settled = len(list((run.root / "tasks").glob("*/outcome.json")))
-    failures = Counter(describe(outcome.failure)[:100] for outcome in run.outcomes.values() if outcome.failure)
-    lines.append(f"tasks       {settled} of {tasks} settled, {failures.total()} failed")
-    lines += [f"            {number} x {reason}" for reason, number in failures.most_common(5)]
-    if run.generations and (best := run.outcomes.get(run.generations[-1].population[0])) and best.measurement:
-        lines.append(f"best so far {best.task.genome}: {figures(best.measurement)}")
-    lines.append(f"GPU time    {gpu_hours(store, run.outcomes):.2f} hours")
+    if run.heartbeat and run.result is None:
+        lines.append(("now", f"{run.heartbeat.doing}: {run.heartbeat.done} of {run.heartbeat.total} tasks settled"))
+        lines.append(("jobs", ", ".join(f"{number} {state}" for state, number in run.heartbeat.jobs.items()) or "none"))
+    failures = Counter(describe(seen.failure)[:100] for seen in run.seen.values() if seen.failure)
+    lines.append(("tasks", f"{run.settled} of {run.tasks} settled, {failures.total()} failed"))
+    lines += [("", f"{number} x {reason}") for reason, number in failures.most_common(5)]
+    best = run.seen.get(run.generations[-1].population[0]) if run.generations else None
+    if best and best.measurement:
+        lines.append(("best so far", f"{best.genome}: {figures(best.measurement)}"))
+    lines.append(("GPU time", f"{gpu_hours(run):.2f} hours"))
+    lines += [("damaged", line) for line in run.damage_lines()]
     if run.result is not None:
-        return "\n".join([*lines, f"state       ended: {run.result.stopped}"])
-    if left := _time_left(run):
-        lines.append(f"time left   {left}")
-    return "\n".join([*lines, f"state       {_sign_of_life(store, heartbeat)}"])
+        lines.append(("state", f"ended: {run.result.stopped}"))
+    else:
+        lines += [("time left", left)] if (left := _time_left(run)) else []
+        lines.append(("state", _sign_of_life(run)))
+    return "\n".join(f"{what:<11} {door.one_line(text, most=4096)}" for what, text in lines)
 
 
-def gpu_hours(store: Store, outcomes: Mapping[str, Outcome]) -> float:
+def gpu_hours(run: Run) -> float:
     """Of ended Slurm jobs as the accounting counts them; of everything else the time that its tasks took on a GPU."""
     seconds, counted = 0.0, set()
-    for submission in store.read_all("jobs/*/submission.json", Submission):
-        ends = store.read(f"jobs/{submission.name}/ends.json", Ends) or Ends()
+    for submission, ends in run.jobs:
         for index, end in ends.ends.items():
             seconds += end.seconds * ends.gpus
-            counted |= {task_id for bundle in submission.packs[index] for task_id in bundle}
-    for task_id, outcome in outcomes.items():
-        if task_id not in counted and outcome.measurement and outcome.measurement.device_type == "cuda":
-            seconds += sum(outcome.seconds.values())
+            if 0 <= index < len(submission.packs):
+                counted |= {task_id for bundle in submission.packs[index] for task_id in bundle}
+    for task_id, seen in run.seen.items():
+        if seen.measurement and seen.measurement.device_type == "cuda" and task_id not in counted:
+            seconds += seen.seconds
     return seconds / 3600
 
 
 def _time_left(run: Run) -> str:
     """From the pace of the generations so far."""
-    base = run.root / "tasks" / run.base_id / "outcome.json" if run.outcomes else None
-    files = [run.root / "generations" / f"{generation.number:04d}.json" for generation in run.generations]
-    marks = [path.stat().st_mtime for path in (*([base] if base else []), *files) if path.exists()]
+    names = [f"tasks/{task_id}/outcome.json" for task_id, seen in run.seen.items() if seen.is_base and seen.split == "search"]
+    names += [f"generations/{generation.number:04d}.json" for generation in run.generations]
+    marks = [mark for name in names if (mark := _written(run.root / name)) is not None]
     if len(marks) < 2:
         return ""
     pace = median(max(0.0, later - earlier) for earlier, later in itertools.pairwise(marks))
@@ -341,13 +364,22 @@ def _time_left(run: Run) -> str:
     return f"about {_duration(seconds)} for {left} more, at {_duration(pace)} a generation"
 
 
-def _sign_of_life(store: Store, heartbeat: Heartbeat | None) -> str:
-    if heartbeat is None:
+def _written(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
+
+
+def _sign_of_life(run: Run) -> str:
+    heartbeat, beat = run.heartbeat, _written(run.root / "driver.json")
+    if heartbeat is None or beat is None:
         return "not started; the same search command goes on with it"
-    age = max(0.0, time.time() - (store.root / "driver.json").stat().st_mtime)
+    age = max(0.0, time.time() - beat)
     where = f"on {heartbeat.host}" + (f" in job {heartbeat.job_id}" if heartbeat.job_id else f", process {heartbeat.pid}")
     here = heartbeat.host == Heartbeat.here().host
-    if Path(f"/proc/{heartbeat.pid}").exists() if here else age < 4 * HEARTBEAT_SECONDS:
+    lives = Process(heartbeat.pid, heartbeat.started).lives() if here else age < 4 * HEARTBEAT_SECONDS
+    if lives and not heartbeat.ended:
         return f"driver at work {where}, last sign of life {_duration(age)} ago"
     return f"no driver at work; the last one, {where}, was there {_duration(age)} ago; the same search command goes on with it"
 

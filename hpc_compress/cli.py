@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import difflib
+import errno
+import io
 import itertools
 import logging
 import os
@@ -14,7 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hpc_compress.config import ConfigError
+from hpc_compress.config import ConfigError, check_name
+from hpc_compress.door import DamageError
 
 USAGE = """hpc-compress COMMAND ...
 
@@ -31,13 +34,24 @@ Find the best compressed BERT-like model for the device that it will run on.
 """
 
 log = logging.getLogger("hpc_compress")
-FAILED: list[Path] = []  # runs of this sweep
+NOTES = "HPC_COMPRESS_NOTES"  # environment variable: the folder where each failed run of a sweep leaves a note
+MENDED_BY_USER = (
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENOTEMPTY,
+    errno.ELOOP,
+)
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
 
 
 def main() -> None:
-    """Entry point; exits with 2 for a mistake of the user, 1 for a run that can't go on."""
-    sys.path.insert(0, str(Path.cwd()))  # operators of a user's own may lie in the folder where the command is given
-    command, *rest = sys.argv[1:] or ["--help"]
+    """Entry point; exits with 2 for what the user can mend, with 1 for what failed."""
     commands = {
         "search": _search,
         "status": _status,
@@ -47,17 +61,55 @@ def main() -> None:
         "prefetch": _prefetch,
         "doctor": _doctor,
     }
-    if command in ("-h", "--help"):
-        print(USAGE)
-        return
-    if command not in commands:
-        print(f"hpc-compress: {command!r} is not a command; choose one of {', '.join(commands)}", file=sys.stderr)
-        sys.exit(2)
+    command, *rest = sys.argv[1:] or ["--help"]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path need not be valid text
     try:
-        commands[command](rest)
-    except ConfigError as error:
-        print(f"hpc-compress {command}: {error}", file=sys.stderr)
-        sys.exit(2)
+        if command in ("-h", "--help"):
+            print(USAGE)
+        elif command in commands:
+            commands[command](rest)
+        else:
+            print(f"hpc-compress: {command!r} is not a command; choose one of {', '.join(commands)}", file=sys.stderr)
+            sys.exit(2)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        print(f"hpc-compress {command}: {_said(error)}", file=sys.stderr)
+        sys.exit(code)
+
+
+def _exit_code(error: Exception) -> int | None:
+    """2 for what the user can mend, 1 for what failed; None for a mistake of the program."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from hpc_compress.dispatch import SearchError
+
+    if isinstance(error, (ConfigError, DamageError, UnicodeError, HydraException, OmegaConfBaseException)):
+        return 2
+    if isinstance(error, OSError):
+        return 1 if error.errno in OF_THE_DISK else 2 if error.errno in MENDED_BY_USER else None
+    return 1 if isinstance(error, SearchError) else None
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        advice = "free some room, or choose another folder" if error.errno in OF_THE_DISK else "give another path"
+        return f"{where}{error.strerror}; {advice}"
+    if isinstance(error, UnicodeError):
+        return f"this is not valid text ({error}); give names, paths and files in UTF-8"
+    cause = error.__cause__  # of a mistake that Hydra found, it says what is wrong
+    return f"{error}" + (f"\n{cause}" if cause is not None and str(cause) not in str(error) else "")
 
 
 def conf_dir() -> Path:
@@ -71,13 +123,36 @@ def conf_dir() -> Path:
 
 def _search(arguments: list[str]) -> None:
     import hydra
+    from hydra.core.global_hydra import GlobalHydra
 
+    _find_own_modules()
     _refuse_unknown_keys(arguments)
-    sys.argv = ["hpc-compress search", *arguments]
-    hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(_run)()
-    if FAILED:
-        log.error("runs of the sweep that did not come to their end: " + ", ".join(map(str, FAILED)))
+    notes = Path("results", f".failed-{secrets.token_hex(4)}").absolute()
+    told = str(notes).replace("'", "\\'")
+    # Beside another word: argparse takes all words from one place, before or after the options.
+    place = next((index for index, word in enumerate(arguments) if word in _overrides(arguments)), len(arguments))
+    words = [*arguments[:place], f"++hydra.job.env_set.{NOTES}='{told}'", *arguments[place:]]
+    sys.argv = ["hpc-compress search", *words]
+    # Hydra prints a traceback and exits with 1 for the mistakes of users too, unless it is told to raise what happened.
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(_run)()
+    finally:
+        GlobalHydra.instance().clear()
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
+    if notes.is_dir():
+        failed = sorted(path.read_text(encoding="utf-8") for path in notes.iterdir())
+        shutil.rmtree(notes)
+        print("\n".join([f"hpc-compress search: {len(failed)} runs of the sweep failed:", *failed]), file=sys.stderr)
         sys.exit(1)
+
+
+def _find_own_modules() -> None:
+    """Operators of a user's own may lie in the folder where the command is given. It comes last: it hides no library."""
+    sys.path.append(str(Path.cwd()))
 
 
 def _refuse_unknown_keys(arguments: list[str]) -> None:
@@ -99,6 +174,11 @@ def _refuse_unknown_keys(arguments: list[str]) -> None:
             config = compose("config", [*chosen, *_search_path(own_dirs)], return_hydra_config=True)
     except HydraException:
         return  # Hydra is about to say it itself
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ConfigError(f"{shlex.join(arguments)} can't be read: {error}; give KEY=VALUE or GROUP=OPTION") from None
+    for name in _names(overrides) or [config.get("name")]:
+        if isinstance(name, str):
+            check_name(name)
     for key in keys:
         parent, _, leaf = key.rpartition(".")
         node = OmegaConf.select(config, parent, throw_on_missing=False) if parent else config
@@ -117,43 +197,60 @@ def _refuse_unknown_keys(arguments: list[str]) -> None:
             )
 
 
+def _names(overrides: list[Any]) -> list[Any]:
+    """Every value that the words give to name=."""
+    named = [item for item in overrides if item.key_or_group == "name"]
+    return [
+        name for item in named for name in (item.sweep_string_iterator() if item.is_discrete_sweep() else [str(item.value())])
+    ]
+
+
 def _run(cfg: Any) -> None:
     """One Hydra job: one search. In a sweep, one that can't go on does not end the others."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf import OmegaConf
 
-    from hpc_compress import analysis, config, driver, export
+    from hpc_compress import analysis, config, defaults, driver, export
+    from hpc_compress.store import write_atomically
 
-    root = Path(HydraConfig.get().runtime.output_dir)
+    hydra = HydraConfig.get()
+    root = Path(hydra.runtime.output_dir)
+
+    def accepted() -> None:
+        log.info(defaults.describe(settings.protocol, strategy))
+        write_atomically(root / ".hydra/config.yaml", OmegaConf.to_yaml(cfg))
+        write_atomically(root / ".hydra/overrides.yaml", OmegaConf.to_yaml(hydra.overrides.task))
+
     try:
         settings, strategy, objective, launcher, retries = _settings(cfg)
         with Console() as progress:
-            driver.search(settings, strategy, objective, config.build, launcher, root, progress, retries)
+            driver.search(settings, strategy, objective, config.build, launcher, root, progress, retries, accepted=accepted)
         _answer(root, analysis, export)
     except KeyboardInterrupt:
         log.error(f"interrupted; the same command goes on with it. Jobs on a cluster go on: hpc-compress cancel {_short(root)}")
-        sys.exit(130)
-    except (ConfigError, OmegaConfBaseException, driver.SearchError) as error:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            log.error(f"{root.name}: {error}")
-            FAILED.append(root)
-        elif isinstance(error, driver.SearchError):
-            log.error(str(error))
-            sys.exit(1)
-        else:
-            print(f"hpc-compress search: {error}", file=sys.stderr)
-            sys.exit(2)
+        raise
+    except Exception as error:
+        if hydra.mode != RunMode.MULTIRUN or _exit_code(error) is None:
+            raise
+        line = f"{_short(root)}: {_said(error)}"
+        print(line, file=sys.stderr)  # not to the log: it lies in the run folder, which may not be ours
+        write_atomically(Path(os.environ[NOTES], secrets.token_hex(8)), line)
 
 
 def _settings(cfg: Any) -> tuple[Any, dict[str, Any], dict[str, Any], Any, int]:
     """A Hydra config as the driver takes it: run config, strategy, objective, launcher, retries."""
     from omegaconf import OmegaConf
 
-    from hpc_compress import config
+    from hpc_compress import config, defaults
 
-    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-    parts = {name: values.pop(name) for name in ("strategy", "objective", "launcher", "cluster", "retries")}
+    values: dict[str, Any] = defaults.chosen(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]
+    needed = ("strategy", "objective", "launcher", "cluster", "retries")
+    if missing := [name for name in needed if name not in values]:
+        raise ConfigError(f"{', '.join(missing)} can't be left out; take ~{missing[0]} away")
+    parts = {name: values.pop(name) for name in needed}
+    if odd := [name for name in needed[:-1] if not isinstance(parts[name], dict)]:
+        raise ConfigError(f"{odd[0]}={parts[odd[0]]!r}; choose one of conf/{odd[0]}/")
     retries = parts["retries"]
     if not isinstance(retries, int) or retries < 0:
         raise ConfigError(f"retries={retries!r}; allowed is a whole number of 0 or more")
@@ -162,6 +259,7 @@ def _settings(cfg: Any) -> tuple[Any, dict[str, Any], dict[str, Any], Any, int]:
         known = sorted([*config.RunConfig.model_fields, *parts])
         raise ConfigError(f"{unknown[0]} is not a known key; allowed here: {', '.join(known)}")
     settings = config.validate(config.RunConfig, values)
+    check_name(settings.name)
     return settings, parts["strategy"], parts["objective"], config.build(parts["launcher"], "launcher"), retries
 
 
@@ -197,7 +295,7 @@ def _search_path(folders: list[Path]) -> list[str]:
 def _answer(root: Path, analysis: Any, export: Any) -> None:
     """What was found, where it lies, what to do next."""
     table = analysis.write_report([root], root)
-    best = _short(export.export(root, root / "best"))
+    best = _short(export.export(root, root / "best", trust=True))
     text = '"a text", "a second text"' if analysis.open_run(root).plan.dataset.pair else '"a text"'
     print(f"\n{analysis.as_text(table)}")
     print(f"\nbest model: {best}\n\n{export.LOADING.format(path=best, text=text)}")
@@ -260,9 +358,11 @@ def _status(arguments: list[str]) -> None:
     from rich.text import Text
 
     with contextlib.suppress(KeyboardInterrupt), Live(auto_refresh=False) as live:
+        reader = analysis.Reader(options.run)
         while True:
-            live.update(Text(analysis.status(options.run)), refresh=True)
-            if analysis.open_run(options.run).result is not None:
+            run = reader.read()
+            live.update(Text(analysis.status_of(run)), refresh=True)
+            if run.result is not None:
                 return
             time.sleep(2)
 
@@ -285,12 +385,17 @@ def _cancel(arguments: list[str]) -> None:
     heartbeat = store.read("driver.json", Heartbeat)
     own_job = (heartbeat.job_id, heartbeat.job_name) if heartbeat and heartbeat.job_id else None
     try:
-        cancelled = slurm.cancel(store, Commands(), own_job)
-        print(f"{cancelled} jobs cancelled; a driver that is at work stops when it next looks at its jobs")
+        done = slurm.cancel(store, Commands(), own_job)
     except CommandError as error:
         if list(root.glob("jobs/*/submission.json")) or own_job:
-            raise ConfigError(f"its jobs could not be cancelled: {error}") from None
+            print(f"hpc-compress cancel: its jobs could not be cancelled: {error}", file=sys.stderr)
+            sys.exit(1)
         print("this run has no Slurm jobs; a driver that is at work stops when it next looks at its jobs")
+        return
+    print(f"{done.cancelled} jobs cancelled; a driver that is at work stops when it next looks at its jobs")
+    if done.left:
+        print(f"hpc-compress cancel: {done.left} jobs go on ({done.trouble}); give the command again", file=sys.stderr)
+        sys.exit(1)
 
 
 def _report(arguments: list[str]) -> None:
@@ -317,10 +422,17 @@ def _export(arguments: list[str]) -> None:
     parser.add_argument("run", type=Path, help="run folder, such as results/demo")
     parser.add_argument("folder", type=Path, help="where to; a new folder, or an earlier export")
     parser.add_argument("--candidate", help="id, or its first digits, from candidates.csv; default: the best of the run")
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="import and run your own operators that the run names, and ship their files; for runs of people whom you trust",
+    )
     options = parser.parse_args(arguments)
     from hpc_compress import export
 
-    print(export.export(options.run, options.folder, options.candidate))
+    if options.trust:
+        _find_own_modules()
+    print(export.export(options.run, options.folder, options.candidate, options.trust))
 
 
 # --- before a run ---
@@ -349,17 +461,14 @@ def _prefetch(arguments: list[str]) -> None:
         if word.startswith("--to="):
             os.environ["HF_HOME"] = str(Path(word.removeprefix("--to=")).expanduser().absolute())
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "0"  # before the hub's library is imported
-    from omegaconf import OmegaConf
-
-    from hpc_compress import config
     from hpc_compress.data import source
     from hpc_compress.models import checkpoint
 
     words = [word for word in arguments if not word.startswith("--to=")]
-    values: Any = OmegaConf.to_container(_compose(words), resolve=True)
-    found = checkpoint.find(config.validate(config.ModelConfig, values["model"], "model"))
+    settings = _settings(_compose(words))[0]
+    found = checkpoint.find(settings.model)
     print(f"model    {found.name}: {sum(path.stat().st_size for path in found.files) / 1e6:.1f} MB in {found.folder}")
-    dataset, tables = source.load(config.validate(config.DatasetConfig, values["dataset"], "dataset"), values["seed"])
+    dataset, tables, _ = source.load(settings.dataset, settings.seed)
     print(f"dataset  {dataset.name}: {', '.join(f'{len(table)} {split}' for split, table in tables.items())} rows")
     home = os.environ.get("HF_HOME")
     print("next: " + (f"export HF_HOME={shlex.quote(home)}; " if home else "") + f"hpc-compress search {shlex.join(words)}")
@@ -369,6 +478,7 @@ def _doctor(arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(DOCTOR)
         return
+    _find_own_modules()
     words = arguments if any(word.startswith("launcher=") for word in arguments) else ["launcher=slurm", *arguments]
     from rich.console import Console as Terminal
 

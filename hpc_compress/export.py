@@ -1,17 +1,51 @@
 """From a run to a folder that loads anywhere: weights, config, tokenizer, their code and a card of what was measured."""
 
 import importlib.util
+import json
+import logging
+import os
 import secrets
 import shutil
 from pathlib import Path
+from typing import Any
 
-from hpc_compress import analysis, identity
+from hpc_compress import analysis, door, identity
 from hpc_compress.config import ConfigError
+from hpc_compress.door import DamageError
 from hpc_compress.search.objective import speed_up
 from hpc_compress.store import Store
 from hpc_compress.types import Task
 
 CODE = "modeling_hpc_compress.py"
+# As in CODE, which can't be imported without torch.
+PROGRAM, MODEL_TYPE = "model.onnx", "hpc_compress"
+MODEL_CLASS, PROGRAM_CLASS = "HpcCompressForSequenceClassification", "HpcCompressOnnxForSequenceClassification"
+WEIGHTS = ("model.safetensors", PROGRAM)  # one of the two
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spm.model",
+    "sentencepiece.bpe.model",
+)
+EXTRAS = "files_of_operators"  # in an export's config.json: what operators of a user's own wrote
+LEAD_TO_CODE = (
+    "auto_map",
+    "custom_pipelines",
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "_experts_implementation",
+    "_experts_implementation_internal",
+    "quantization_config",
+)
+
+log = logging.getLogger(__name__)
+
 LOADING = """from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 model = AutoModelForSequenceClassification.from_pretrained({path!r}, trust_remote_code=True)
@@ -19,10 +53,13 @@ tokenizer = AutoTokenizer.from_pretrained({path!r})
 logits = model(**tokenizer({text}, return_tensors="pt")).logits"""
 
 
-def export(root: Path, target: Path, candidate: str | None = None) -> Path:
-    """Export a candidate of a finished run, by default the best one.
+def export(root: Path, target: Path, candidate: str | None = None, trust: bool = False) -> Path:
+    """Export a candidate of a finished run, by default the best one. The run folder is taken as a stranger's.
 
-    Raises: ConfigError for an unknown candidate or a target that holds something else.
+    trust: import and run operators of a user's own that the run names, and ship the files that they wrote.
+
+    Raises: ConfigError for an unknown candidate, a target that holds something else, or a run that needs trust;
+    DamageError for a run with damaged files.
     """
     run = analysis.open_run(root)
     if candidate is None:
@@ -36,27 +73,111 @@ def export(root: Path, target: Path, candidate: str | None = None) -> Path:
             f"--candidate {candidate!r} names {len(found)} measured candidates of {root}; "
             "see the column `candidate` of candidates.csv"
         )
-    if target.exists() and not (target / CODE).is_file() and any(target.iterdir()):
-        raise ConfigError(f"{target} is not empty and not an earlier export; choose another folder")
+    place = Path(os.path.abspath(target))
+    _require_replaceable(place)
     task = run.outcomes[found[0]].task
-    weights, tokenizer = _artifacts(Store(root), task)
-    draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    weights, tokenizer = _artifacts(Store(root), task, trust)
+    draft = place.with_name(f".export-{secrets.token_hex(4)}")
     try:
-        shutil.copytree(tokenizer, draft)
-        shutil.copytree(weights, draft, dirs_exist_ok=True)  # with a tokenizer of its own, if its vocabulary was trimmed
-        shutil.copy(_code(), draft / CODE)
+        draft.mkdir(parents=True)
+        for folder in (tokenizer, weights):  # a model with a trimmed vocabulary has a tokenizer of its own
+            for name in TOKENIZER:
+                _copy(run.root, folder, name, draft)
+        extras = _extras(run.root, weights, trust)
+        for name in (*WEIGHTS, *extras):
+            _copy(run.root, weights, name, draft)
+        if not any((draft / name).is_file() for name in WEIGHTS):
+            raise DamageError(f"{weights} has no weights; delete the folder, and they are computed again")
+        config = _config(door.json_object(door.inside(run.root, str(weights / "config.json"))), draft, extras)
+        (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if (draft / "tokenizer_config.json").is_file():
+            safe = _without(door.json_object(draft / "tokenizer_config.json"))
+            (draft / "tokenizer_config.json").write_text(json.dumps(safe, indent=2) + "\n", encoding="utf-8")
+        shutil.copyfile(_code(), draft / CODE)
         (draft / "README.md").write_text(card(run, found[0], target), encoding="utf-8")
-        shutil.rmtree(target, ignore_errors=True)
-        draft.rename(target)
+        shutil.rmtree(place, ignore_errors=True)
+        draft.rename(place)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return target
 
 
-def _artifacts(store: Store, task: Task) -> tuple[Path, Path]:
+def _require_replaceable(target: Path) -> None:
+    """Raises: ConfigError for a folder that holds anything but an earlier export."""
+    if not target.is_symlink() and not target.exists():
+        return
+    advice = "choose another folder"
+    if target.is_symlink() or not target.is_dir():
+        raise ConfigError(f"{target} is no folder; {advice}")
+    found = {str(path.relative_to(target)): path for path in target.rglob("*") if path.is_symlink() or not path.is_dir()}
+    if not found and not any(target.iterdir()):
+        return
+    try:
+        config = door.json_object(target / "config.json")
+    except (FileNotFoundError, DamageError):
+        config = {}
+    if config.get("model_type") != MODEL_TYPE or CODE not in found:
+        raise ConfigError(f"{target} is not empty and not an earlier export; {advice}")
+    extras = config.get(EXTRAS) if isinstance(config.get(EXTRAS), list) else []
+    others = found.keys() - {*WEIGHTS, *TOKENIZER, *map(str, extras or []), "config.json", "README.md", CODE}
+    others |= {name for name, path in found.items() if path.is_symlink() or not path.is_file()}
+    if others:
+        raise ConfigError(f"{target} is an earlier export, but {min(others)} in it is none of its files; {advice}")
+
+
+def _extras(root: Path, weights: Path, trust: bool) -> list[str]:
+    """Files of an operator of a user's own: they may hold anything, so they are shipped by trust alone."""
+    found = sorted(str(path.relative_to(weights)) for path in weights.rglob("*") if not path.is_dir() or path.is_symlink())
+    extras = [name for name in found if name not in (*WEIGHTS, *TOKENIZER, "config.json", "README.md", CODE)]
+    if extras and not trust:
+        log.warning("left out, since only --trust ships them: %s", door.one_line(", ".join(extras)))
+    return extras if trust else []
+
+
+def _copy(root: Path, folder: Path, name: str, target: Path) -> None:
+    """Copy a file if it is there.
+
+    Raises: DamageError when it is no regular file, or lies outside of the run folder.
+    """
+    path = door.inside(root, str(folder / name))
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise DamageError(f"{path} is not a regular file")
+    (target / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, target / name)
+
+
+def _config(found: dict[str, Any], draft: Path, extras: list[str]) -> dict[str, Any]:
+    """A model's config.json without anything that leads to other code than ours."""
+    if found.get("model_type") != MODEL_TYPE:
+        raise DamageError(f"the config.json of the model says model_type {found.get('model_type')!r}, and not {MODEL_TYPE!r}")
+    kind = PROGRAM_CLASS if (draft / PROGRAM).is_file() else MODEL_CLASS
+    code = CODE.removesuffix(".py")
+    ours = {"AutoConfig": f"{code}.HpcCompressConfig", "AutoModelForSequenceClassification": f"{code}.{kind}"}
+    return {**_without(found), "architectures": [kind], "auto_map": ours, **({EXTRAS: extras} if extras else {})}
+
+
+def _without(values: Any) -> Any:
+    """JSON data without the keys by which transformers finds code, wherever they stand."""
+    if isinstance(values, dict):
+        return {key: _without(value) for key, value in values.items() if key not in LEAD_TO_CODE}
+    return [_without(value) for value in values] if isinstance(values, list) else values
+
+
+def _artifacts(store: Store, task: Task, trust: bool) -> tuple[Path, Path]:
     """The deployed model and the base model's tokenizer. A dead candidate's model was deleted and is computed again."""
+    for name in ("artifacts", "base", "data", "teacher", "checkpoints", "locks"):
+        door.inside(store.root, name)
     weights, tokenizer = store.artifact(identity.deployed_key(task)), store.artifact("tokenizer")
     if weights is None or tokenizer is None:
+        steps = (*task.base.preparation, *task.genome.steps, *task.genome.deploy)
+        own = sorted({step.operator for step in steps if "." in step.operator})
+        if own and not trust:
+            raise ConfigError(
+                f"this model must be computed again, and {door.one_line(', '.join(own))} is no operator of this program: "
+                "add --trust if you trust that code and this run folder, or export a candidate that is alive"
+            )
         from hpc_compress import worker
 
         worker.restore(store.root, task)
@@ -109,6 +230,7 @@ def card(run: analysis.Run, candidate: str, target: Path) -> str:
             f"Latency: one pass over {measurement.protocol.sentences} sentences at most, "
             f"in batches of {measurement.protocol.batch_size}.",
             "",
+            *([f"Data: {'; '.join(run.plan.rows.lines())}.", ""] if run.plan.rows else []),
             "What was done to the base model:",
             "",
             *(f"{number}. `{step.operator}` {step.params or ''}".rstrip() for number, step in enumerate(steps, 1)),

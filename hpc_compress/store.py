@@ -13,25 +13,29 @@ RUN/jobs/<name>/                 what was submitted, how it ended, and its logs
 RUN/block_times/<key>.json       what blocks take on this kind of device, for cuts by time
 RUN/driver.json                  what the driver is at, and its last sign of life
 RUN/result.json                  the end of the search
+RUN/seen.json                    what readers keep of outcomes, to be faster the next time; may be deleted
 """
 
 import contextlib
+import errno
 import fcntl
+import logging
 import os
 import secrets
 import shutil
 import time
 from collections.abc import Iterator, Set
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
-from pydantic import ValidationError
-
-from hpc_compress import identity
+from hpc_compress import door, identity
 from hpc_compress.types import Outcome, Record, Task
 
 R = TypeVar("R", bound=Record)
 DRAFT_SECONDS = 6 * 3600  # a younger draft may have a living writer, perhaps one that outlived its driver
+LOCK_SECONDS = 600.0  # longest wait for a lock: a network filesystem may keep the lock of a dead node for ever
+
+log = logging.getLogger(__name__)
 
 
 class Store:
@@ -47,10 +51,10 @@ class Store:
         write_atomically(self.root / name, record.model_dump_json(indent=1))
 
     def read(self, name: str, kind: type[R]) -> R | None:
-        """The record in `RUN/name`; None when it is missing, cut off or not of this kind."""
+        """The record in `RUN/name`; None when it is missing or damaged. Waits while the filesystem has a passing error."""
         try:
-            return kind.model_validate_json((self.root / name).read_bytes())
-        except (FileNotFoundError, ValidationError):
+            return door.record(door.inside(self.root, name), kind)
+        except door.DamageError:
             return None
 
     def read_all(self, pattern: str, kind: type[R]) -> list[R]:
@@ -67,22 +71,29 @@ class Store:
 
     def task(self, task_id: str) -> Task:
         task = self.read(f"tasks/{task_id}/task.json", Task)
-        if task is None or identity.task_id(task) != task_id:
+        if task is None or not identity.is_id_of(task_id, task):
             raise FileNotFoundError(f"{self.root}/tasks/{task_id}/task.json is missing or damaged; start the search again")
         return task
 
     def outcome(self, task_id: str) -> Outcome | None:
         """The outcome of a task, believed only when it is whole and speaks of this very task."""
         outcome = self.read(f"tasks/{task_id}/outcome.json", Outcome)
-        return outcome if outcome is not None and identity.task_id(outcome.task) == task_id else None
+        return outcome if outcome is not None and identity.is_id_of(task_id, outcome.task) else None
 
     def settle(self, outcome: Outcome) -> Outcome:
         """Record an outcome unless there is a valid one already; returns the one that holds."""
         task_id = identity.task_id(outcome.task)
-        earlier = self.outcome(task_id)
-        if earlier is not None:
-            return earlier
-        self.write(f"tasks/{task_id}/outcome.json", outcome)
+        final = self.root / "tasks" / task_id / "outcome.json"
+        with _draft(final, outcome.model_dump_json(indent=1)) as draft:
+            try:
+                os.link(draft, final)  # fails where there is a file: of two writers, the first one wins
+                return outcome
+            except OSError:
+                # There is an outcome, or this filesystem has no links.
+                with self.lock("settle"):
+                    if (earlier := self.outcome(task_id)) is not None:
+                        return earlier
+                    draft.replace(final)
         return outcome
 
     def forget_failure(self, task_id: str) -> None:
@@ -110,7 +121,7 @@ class Store:
         return _new_folder(self.path(key))
 
     def keep_artifacts(self, keys: Set[str]) -> int:
-        """Delete every artifact but these, and what failed trainings left; returns the bytes set free.
+        """Delete every artifact but these, and what failed trainings of others left; returns the bytes set free.
 
         What is deleted can be computed again.
         """
@@ -129,7 +140,7 @@ class Store:
         for file in (self.root / "checkpoints").glob("*"):
             with contextlib.suppress(FileNotFoundError):
                 status = file.stat()
-                if time.time() - status.st_mtime >= DRAFT_SECONDS:
+                if file.stem not in keys and time.time() - status.st_mtime >= DRAFT_SECONDS:
                     file.unlink()
                     freed += status.st_size
         return freed
@@ -154,19 +165,46 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self, name: str, wait: bool = True) -> Iterator[bool]:
-        """Hold `RUN/locks/name`; yields whether it is held. The system lets go of it when the process dies."""
+        """Hold `RUN/locks/name`; yields whether it is held. The system lets go of it when the process dies.
+
+        wait: until it is free, but no longer than LOCK_SECONDS. Go on without it then: two writers may repeat work, but
+        they do no harm.
+        """
         path = self.root / "locks" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                held = True
-            except BlockingIOError:
-                held = False
-            except OSError:
-                # Some shared filesystems have no locks. Two writers then repeat work, but do no harm.
-                held = True
-            yield held
+        end, pause = time.monotonic() + LOCK_SECONDS, 0.02
+        while (stream := _lock(path)) is None and wait and time.monotonic() < end:
+            time.sleep(pause)
+            pause = min(2 * pause, 5.0)
+        if stream is None:
+            if wait:
+                log.warning("%s has been held for %.0f s, perhaps by a dead node; going on without it", path, LOCK_SECONDS)
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()  # while it is held: see _lock
+            stream.close()
+
+
+def _lock(path: Path) -> IO[str] | None:
+    """A lock file, open and locked; None when somebody else holds it."""
+    while True:
+        stream = path.open("a")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever lets go of a lock deletes its file. A lock on a deleted file keeps nobody out.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(stream.fileno()), path.stat()):
+                    return stream
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                return stream  # some shared filesystems have no locks
+            stream.close()
+            return None
+        stream.close()
 
 
 @contextlib.contextmanager
@@ -185,15 +223,27 @@ def _new_folder(final: Path) -> Iterator[Path]:
         raise OSError(f"{final} could not be put in place; is the folder writable?")
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
+    with _draft(path, content) as draft:
+        draft.replace(path)
+
+
+@contextlib.contextmanager
+def _draft(path: Path, content: str | bytes) -> Iterator[Path]:
+    """A file beside `path` with this content, safe on the disk; deleted in the end if it is still there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with draft.open("w", encoding="utf-8") as stream:
-            stream.write(text)
+    content = content.encode() if isinstance(content, str) else content
+
+    def write() -> None:
+        with draft.open("wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        draft.replace(path)
+
+    try:
+        door.patiently(write)
+        yield draft
     finally:
         draft.unlink(missing_ok=True)
 

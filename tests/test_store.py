@@ -1,5 +1,7 @@
 """The run folder against crashes, damaged files, two writers and odd paths."""
 
+import errno
+import math
 import multiprocessing
 import os
 import signal
@@ -9,9 +11,9 @@ from pathlib import Path
 import pytest
 from test_search import measured, task
 
-from hpc_compress import identity
+from hpc_compress import door, identity
 from hpc_compress.store import Store
-from hpc_compress.types import Failure, Outcome, Task
+from hpc_compress.types import Failure, Genome, Outcome, Step, Task
 
 TASK = task()
 ID = identity.task_id(TASK)
@@ -165,3 +167,96 @@ def test_killed_writers_leave_no_half_record(tmp_path: Path):
 def _write_forever(store: Store) -> None:
     for seed in range(10**9):
         store.write(f"tasks/{seed % 3}/task.json", task(seed=seed))
+
+
+# --- several writers ---
+
+LOST = Outcome(task=TASK, failure=Failure(kind="lost", stage="job", message="late"))
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+def test_an_outcome_that_arrives_while_another_is_written_wins(store: Store, monkeypatch: pytest.MonkeyPatch, links: bool):
+    def settle_meanwhile(file: int) -> None:
+        monkeypatch.setattr(os, "fsync", lambda file: None)
+        store.settle(GOOD)
+
+    def no_links(*paths: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    monkeypatch.setattr(os, "fsync", settle_meanwhile)
+    assert store.settle(LOST) == GOOD
+    assert store.outcome(ID) == GOOD
+    assert [path.name for path in (store.root / "tasks" / ID).iterdir()] == ["outcome.json"]
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO], ids=errno.errorcode.get)
+def test_an_error_that_passes_does_not_hide_an_outcome(store: Store, monkeypatch: pytest.MonkeyPatch, number: int):
+    store.settle(GOOD)
+    read, errors = door._read, [number, number]
+
+    def unsteady(*arguments: object) -> bytes:
+        if errors:
+            raise OSError(errors.pop(), "for a moment")
+        return read(*arguments)
+
+    monkeypatch.setattr(door, "_read", unsteady)
+    monkeypatch.setattr(door, "WAITS_SECONDS", (0.0, 0.0))
+    assert store.outcome(ID) == GOOD
+    assert not errors
+
+
+def test_an_outcome_that_is_a_link_out_of_the_folder_is_not_believed(store: Store, tmp_path: Path):
+    (tmp_path / "outcome.json").write_text(GOOD.model_dump_json())
+    (store.root / "tasks" / ID).mkdir(parents=True)
+    (store.root / "tasks" / ID / "outcome.json").symlink_to(tmp_path / "outcome.json")
+    assert store.outcome(ID) is None
+    store.settle(LOST)
+    assert store.outcome(ID) == LOST
+    assert (tmp_path / "outcome.json").read_text() == GOOD.model_dump_json()
+
+
+def test_a_task_with_a_nan_in_it_is_not_believed(store: Store):
+    genome = Genome(steps=(Step(operator="mine", params={"p": math.nan}),))
+    text = Outcome(task=TASK.model_copy(update={"genome": genome}), measurement=measured(0.9)).model_dump_json()
+    (store.root / "tasks" / ID).mkdir(parents=True)
+    (store.root / "tasks" / ID / "outcome.json").write_text(text)
+    assert Outcome.model_validate_json(text).task.genome.steps
+    assert store.outcome(ID) is None
+
+
+def test_a_lock_that_nobody_lets_go_of_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("hpc_compress.store.LOCK_SECONDS", 0.05)
+    store = Store(tmp_path)
+    with store.lock("master") as first, store.lock("master") as second:
+        assert first
+        assert not second
+
+
+def test_locks_leave_no_files(tmp_path: Path):
+    store = Store(tmp_path)
+    for number in range(3):
+        with store.lock(f"master{number}"), store.lock("teacher"):
+            pass
+    assert not list((tmp_path / "locks").iterdir())
+
+
+def test_a_lock_on_a_file_that_was_deleted_keeps_others_out(tmp_path: Path):
+    """Its holder deletes it between our opening and our locking it."""
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_count, args=(tmp_path,)) for _ in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert (tmp_path / "count").read_text() == "200"
+
+
+def _count(root: Path) -> None:
+    count = root / "count"
+    for _ in range(50):
+        with Store(root).lock("count"):
+            before = int(count.read_text()) if count.exists() else 0
+            time.sleep(0.0005)
+            count.write_text(str(before + 1))

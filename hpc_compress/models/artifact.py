@@ -17,7 +17,7 @@ def load_base(folder: Path, labels: tuple[str, ...], problem: str, new_head: boo
 
     A new head is drawn from `seed`, whatever the caller's generator state.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     modeling.family_of(config.model_type)
     config.num_labels = len(labels) or 1
     if labels:
@@ -27,7 +27,12 @@ def load_base(folder: Path, labels: tuple[str, ...], problem: str, new_head: boo
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            folder, config=config, output_loading_info=True, dtype=torch.float32, ignore_mismatched_sizes=new_head
+            folder,
+            config=config,
+            output_loading_info=True,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=new_head,
+            trust_remote_code=False,
         )
     if report["missing_keys"] and not new_head:
         raise ValueError(f"{folder} lacks {sorted(report['missing_keys'])[:4]}; set model.head=new to train a new head")
@@ -80,7 +85,7 @@ def _quantized(model: PreTrainedModel) -> dict[str, str]:
     schemes = {}
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if kind == "Linear8bitLt":
+        if kind == "Int8Linear":
             schemes[name] = "int8"
         elif kind == "Linear4bit":
             schemes[name] = module.weight.quant_type
@@ -88,7 +93,7 @@ def _quantized(model: PreTrainedModel) -> dict[str, str]:
             schemes[name] = "dynamic_int8"
         elif kind == "QuantizedEmbedding":
             schemes[name] = module.scheme
-        elif kind == "Linear" and (scheme := packing.sparse_scheme(module)):
+        elif kind in ("Linear", "TwoOfFourLinear") and (scheme := packing.sparse_scheme(module)):
             schemes[name] = scheme
     return schemes
 

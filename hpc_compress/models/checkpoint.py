@@ -1,16 +1,14 @@
 """Finding the base checkpoint and copying it into the run folder. Reads JSON and safetensors headers; knows no torch."""
 
-import json
 import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
-from hpc_compress import identity
+from hpc_compress import door, identity
 from hpc_compress.config import ConfigError, ModelConfig, resource
+from hpc_compress.models import inspection
 from hpc_compress.types import Base, Dataset, Step
 
 # What a classifier needs from a checkpoint. Pickled weights are left where they are.
@@ -49,18 +47,15 @@ class Checkpoint:
 
     @property
     def has_head(self) -> bool:
-        keys: set[str] = set()
-        for path in self.files:
-            if path.suffix == ".safetensors":
-                with safe_open(str(path), framework="np") as tensors:
-                    keys.update(tensors.keys())
-        return any(key.startswith("classifier.") for key in keys)
+        headers = (inspection.header(path) for path in self.files if path.suffix == ".safetensors")
+        return any(name.startswith("classifier.") for names in headers for name in names)
 
 
 def find(config: ModelConfig) -> Checkpoint:
     """Find a local checkpoint, or one on the hub (from the cache when there is no network).
 
-    Raises: ConfigError when there is none, or none with safetensors weights.
+    Raises: ConfigError when there is none, none with safetensors weights, or none that can be used; DamageError for a
+    damaged file.
     """
     folder, revision = resource(config.path), config.revision
     if not folder.is_dir():
@@ -72,7 +67,9 @@ def find(config: ModelConfig) -> Checkpoint:
     ):
         if not any(folder.glob(needed)):
             raise ConfigError(f"model.path={config.path!r}: no {needed} in {folder}; {advice}")
-    return Checkpoint(config.path, folder, revision, json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    found = Checkpoint(config.path, folder, revision, door.json_object(folder / "config.json"))
+    inspection.inspect(folder, found.files, found.config)
+    return found
 
 
 def _from_hub(config: ModelConfig) -> tuple[Path, str | None]:

@@ -177,16 +177,6 @@ class HpcCompressForSequenceClassification(PreTrainedModel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """What `to`, `cuda` and `half` go through. An int8 layer's scales are no parameters: they are taken along here."""
-        super()._apply(fn, recurse)
-        for module in self.modules():
-            if type(module).__name__ == "Linear8bitLt":
-                for holder in (module.weight, module.state):  # before the first forward the one, then the other
-                    if holder.SCB is not None:
-                        holder.CB, holder.SCB = module.weight.data, holder.SCB.to(module.weight.device)
-        return self
-
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """Load on the CPU, or on `device_map` when it names one device; weights keep the precision they were saved in.
@@ -197,11 +187,7 @@ class HpcCompressForSequenceClassification(PreTrainedModel):
         with no_init_weights():
             model = cls(config)
         load_weights(model, load_file(str(weights)), config.quantized, prefix="model.")
-        model.to(device)
-        for name, scheme in config.quantized.items():
-            if scheme == "2:4":
-                _run_sparse(linear_of(model.model, name))
-        return model.eval()
+        return model.to(device).eval()
 
 
 class HpcCompressOnnxForSequenceClassification(PreTrainedModel):
@@ -511,15 +497,38 @@ def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], quantized: 
         raise ValueError(f"the saved weights do not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}")
 
 
-def _restore_int8(linear: nn.Linear, tensors: dict[str, torch.Tensor]) -> nn.Module:
-    from bitsandbytes.nn import Int8Params, Linear8bitLt
+class Int8Linear(nn.Linear):
+    """int8 weights with one scale a row. bitsandbytes multiplies, and rounds the inputs as they come.
 
-    bias = tensors.get("bias")
-    layer = Linear8bitLt(linear.in_features, linear.out_features, bias=False, has_fp16_weights=False, device="meta")
-    weight, scale = tensors["weight"], tensors["SCB"]
-    layer.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False, CB=weight, SCB=scale)
-    layer.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-    return layer
+    bitsandbytes' own layer holds the scales where a move of the whole model does not find them.
+    """
+
+    SCB: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """weight: (out, in) int8. scale: (out,) float32, the largest absolute value of each row, for which 127 stands."""
+        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("SCB", scale)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        from bitsandbytes import MatmulLtState, matmul
+
+        state = MatmulLtState(CB=self.weight.data, SCB=self.SCB)
+        state.has_fp16_weights = state.is_training = False
+        return matmul(inputs, self.weight, bias=None if self.bias is None else self.bias.to(inputs.dtype), state=state)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What `to`, `cuda` and `half` go through. The kernels read scales in fp32 only, so these keep their precision."""
+        scale = self.SCB
+        super()._apply(fn, recurse)
+        self.SCB = scale.to(self.weight.device)
+        return self
+
+
+def _restore_int8(linear: nn.Linear, tensors: dict[str, torch.Tensor]) -> nn.Module:
+    return Int8Linear(tensors["weight"], tensors["SCB"], tensors.get("bias"))
 
 
 def _restore_4bit(linear: nn.Linear, tensors: dict[str, torch.Tensor]) -> nn.Module:
@@ -530,6 +539,7 @@ def _restore_4bit(linear: nn.Linear, tensors: dict[str, torch.Tensor]) -> nn.Mod
     statistics = {key.removeprefix("weight."): value for key, value in tensors.items()}
     layer = Linear4bit(linear.in_features, linear.out_features, bias=False, device="meta")
     layer.weight = Params4bit.from_prequantized(weight, statistics, device="cpu", module=layer)
+    layer.weight.module = None  # else layer and weight hold each other, and outlive the model until the next `gc.collect()`
     layer.compute_dtype = layer.weight.quant_state.dtype
     layer.compute_type_is_set = True
     # With this path on, a forward repacks the weights, and the next state_dict() is silently wrong.
@@ -617,19 +627,42 @@ def _restore_sparse(linear: nn.Linear, tensors: dict[str, torch.Tensor]) -> nn.M
     return linear
 
 
-def _run_sparse(linear: nn.Linear) -> None:
-    """Let a 2:4 linear run on sparse tensor cores, where the GPU has them and the kernels know its precision and widths."""
-    weight = linear.weight
-    known = weight.dtype in (torch.float16, torch.bfloat16) and linear.out_features % 32 == 0 and linear.in_features % 64 == 0
-    if not weight.is_cuda or torch.cuda.get_device_capability(weight.device) < (8, 0) or not known:
-        return
-    linear.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(weight.detach()), requires_grad=False)
-    linear.register_state_dict_post_hook(_dense_state)
+class TwoOfFourLinear(nn.Linear):
+    """A linear with two zeros in each four weights of a row. On a GPU with sparse tensor cores it runs without the zeros, where
+    the kernels know its precision and widths. Everywhere else it is a dense linear."""
+
+    def __init__(self, dense: nn.Linear) -> None:
+        super().__init__(dense.in_features, dense.out_features, bias=False, device="meta")
+        self.weight, self.bias = dense.weight, dense.bias
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What `to`, `cuda` and `half` go through. Only the dense weight can be moved or cast."""
+        if isinstance(self.weight, torch.sparse.SparseSemiStructuredTensor):
+            self.weight = nn.Parameter(self.weight.to_dense(), requires_grad=False)
+        super()._apply(fn, recurse)
+        if self._suits_the_kernels():
+            self.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(self.weight.detach()), requires_grad=False)
+        return self
+
+    def _suits_the_kernels(self) -> bool:
+        return (
+            self.weight.is_cuda
+            and torch.cuda.get_device_capability(self.weight.device) >= (8, 0)
+            and torch.backends.cusparselt.is_available()
+            and self.weight.dtype in (torch.float16, torch.bfloat16)
+            and self.out_features % 32 == 0
+            and self.in_features % 64 == 0
+        )
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """What is saved is the dense weight: the kernels' own form has no storage that safetensors could read."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if isinstance(self.weight, torch.sparse.SparseSemiStructuredTensor):
+            destination[f"{prefix}weight"] = self.weight.to_dense()
 
 
-def _dense_state(linear: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """What is saved is the dense weight: the kernels' own form has no storage that safetensors could read."""
-    state[f"{prefix}weight"] = cast(Any, linear.weight).to_dense()
+def _restore_2_of_4(linear: nn.Linear, tensors: dict[str, torch.Tensor]) -> nn.Module:
+    return TwoOfFourLinear(cast(nn.Linear, _restore_sparse(linear, tensors)))
 
 
 RESTORE = {
@@ -637,5 +670,6 @@ RESTORE = {
     "nf4": _restore_4bit,
     "fp4": _restore_4bit,
     "dynamic_int8": _restore_dynamic_int8,
-    **dict.fromkeys(SPARSE, _restore_sparse),
+    "sparse": _restore_sparse,
+    "2:4": _restore_2_of_4,
 }

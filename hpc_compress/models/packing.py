@@ -19,6 +19,12 @@ def sparse_scheme(linear: nn.Linear) -> str | None:
     return "2:4" if weight.shape[1] % 4 == 0 and int(nonzero.unflatten(1, (-1, 4)).sum(-1).max()) <= 2 else "sparse"
 
 
+def zeros(weight: torch.Tensor) -> torch.Tensor | None:
+    """Where a linear's weights are 0, as a mask; None where none is. Weights that are all 0 are yet to be learnt: None too."""
+    mask = weight.detach() == 0
+    return mask if mask.any() and not mask.all() else None
+
+
 def packed(tensors: dict[str, torch.Tensor], paths: list[str]) -> dict[str, torch.Tensor]:
     """The tensors with the weights of the linears at `paths` as bits (uint8, 8 weights each) and values (those not 0)."""
     tensors = dict(tensors)

@@ -1,0 +1,208 @@
+"""Exports: what a stranger's run folder can't do, and what an export never overwrites."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import light
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from searches import Setup
+
+from hpc_compress import analysis, cli, export, identity
+from hpc_compress.config import ConfigError
+from hpc_compress.door import DamageError
+from hpc_compress.launch.local import Debug
+from hpc_compress.store import Store
+from hpc_compress.types import Genome, Step
+
+CONFIG = {
+    "model_type": "hpc_compress",
+    "stock": {"model_type": "bert", "auto_map": {"AutoConfig": "evil.X"}, "_attn_implementation": "evil/kernel"},
+    "auto_map": {"AutoConfig": "evil.Config", "AutoModelForSequenceClassification": "evil.Model"},
+    "attn_implementation": "evil/kernel",
+    "_attn_implementation_internal": "evil/kernel",
+    "quantization_config": {"quant_method": "evil"},
+    "custom_pipelines": {"x": {"impl": "evil.Pipeline"}},
+    "architectures": ["Evil"],
+}
+
+
+@pytest.fixture(scope="module")
+def searched(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run by a worker that only answers: it has no artifacts."""
+    root = tmp_path_factory.mktemp("searched") / "run"
+    setup.run(root, "probe=false", launcher=Debug(worker="light.run"))
+    return root
+
+
+@pytest.fixture
+def foreign(searched: Path, tmp_path: Path) -> Path:
+    """A run folder of somebody else, with an artifact of its best candidate that holds more than it should."""
+    root = tmp_path / "run"
+    shutil.copytree(searched, root)
+    weights, tokenizer = artifacts(root)
+    for folder in (weights, tokenizer):
+        folder.mkdir(parents=True)
+    save_file({"x": np.zeros(2, np.float32)}, weights / "model.safetensors")
+    (weights / "config.json").write_text(json.dumps(CONFIG))
+    (weights / "evil.py").write_text("raise SystemExit('evil')")
+    (weights / "modeling_hpc_compress.py").write_text("raise SystemExit('evil')")
+    (tokenizer / "tokenizer.json").write_text("{}")
+    (tokenizer / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": "evil.T"}, "model_max_length": 9}')
+    return root
+
+
+def artifacts(root: Path) -> tuple[Path, Path]:
+    run = analysis.open_run(root)
+    store = Store(root)
+    return store.path(identity.deployed_key(run.outcomes[run.result.best].task)), store.path("tokenizer")
+
+
+def test_nothing_foreign_is_shipped_but_data(foreign: Path, tmp_path: Path):
+    target = export.export(foreign, tmp_path / "model")
+    names = {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "README.md", export.CODE}
+    assert {path.name for path in target.iterdir()} == names
+    assert (target / export.CODE).read_bytes() == export._code().read_bytes()
+    config = json.loads((target / "config.json").read_text())
+    assert "evil" not in (target / "config.json").read_text().lower()
+    assert config["auto_map"]["AutoModelForSequenceClassification"] == "modeling_hpc_compress." + export.MODEL_CLASS
+    assert config["stock"] == {"model_type": "bert"}
+    assert json.loads((target / "tokenizer_config.json").read_text()) == {"model_max_length": 9}
+
+
+def test_the_names_are_those_of_the_models():
+    from hpc_compress.models import modeling_hpc_compress as modeling
+
+    assert modeling.HpcCompressConfig.model_type == export.MODEL_TYPE
+    assert hasattr(modeling, export.MODEL_CLASS)
+    assert hasattr(modeling, export.PROGRAM_CLASS)
+    assert {modeling.WEIGHTS, modeling.PROGRAM} == set(export.WEIGHTS)
+
+
+def test_trust_ships_what_an_operator_wrote(foreign: Path, tmp_path: Path):
+    for _ in range(2):  # the second one over the first
+        target = export.export(foreign, tmp_path / "model", trust=True)
+    assert (target / "evil.py").is_file()
+    assert (target / export.CODE).read_bytes() == export._code().read_bytes()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "", "artifacts"])
+def test_no_link_leads_out_of_the_run(foreign: Path, tmp_path: Path, name: str):
+    weights, tokenizer = artifacts(foreign)
+    path = tokenizer / name if name == "tokenizer.json" else foreign / name if name == "artifacts" else weights / name
+    moved = tmp_path / "secret"
+    path.rename(moved)
+    path.symlink_to(moved)
+    with pytest.raises(DamageError, match="leads out"):
+        export.export(foreign, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_pipe_is_no_file(foreign: Path, tmp_path: Path):
+    path = artifacts(foreign)[0] / "model.safetensors"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DamageError, match="not a regular file"):
+        export.export(foreign, tmp_path / "model")
+
+
+OWN = """
+from pathlib import Path
+Path("imported").touch()
+
+def own(model, context):
+    return model
+"""
+
+
+def test_a_run_imports_nothing_without_trust(
+    foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "stranger.py").write_text(OWN)
+    store, run = Store(foreign), analysis.open_run(foreign)
+    task = run.outcomes[run.result.best].task
+    genome = Genome(steps=(*task.genome.steps, Step(operator="stranger.own")))
+    task = task.model_copy(update={"genome": genome})
+    task_id = store.add_task(task)
+    store.settle(light.answer(task))
+    last = run.generations[-1]
+    changed = {"born_ids": (*last.born_ids, task_id), "parents": (*last.parents, None), "told": (*last.told, task_id)}
+    store.write(f"generations/{last.number:04d}.json", last.model_copy(update=changed))
+    monkeypatch.setattr(sys, "argv", ["hpc-compress", "export", "run", "model", "--candidate", task_id])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "add --trust" in capsys.readouterr().err
+    assert not (tmp_path / "imported").exists()
+
+    def restore(root: Path, task: Any) -> None:
+        from hpc_compress.operators import operator
+
+        operator(task.genome.steps[-1])
+        raise ConfigError("as far as this")
+
+    monkeypatch.setattr("hpc_compress.worker.restore", restore)
+    sys.argv.append("--trust")
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "as far as this" in capsys.readouterr().err
+    assert (tmp_path / "imported").exists()
+    sys.modules.pop("stranger", None)
+
+
+def test_status_imports_nothing_from_where_it_is_given(foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", ["hpc-compress", "status", "run"])
+    cli.main()
+    assert sys.path == before
+
+
+# --- targets ---
+
+
+def a_source(target: Path) -> None:
+    for name in (export.CODE, "artifact.py", "config.json"):
+        (target / name).write_text("{}")
+
+
+def with_notes(target: Path) -> None:
+    (target / "notes.txt").write_text("precious")
+
+
+def with_a_link(target: Path) -> None:
+    (target / "tokenizer.json").unlink()
+    (target / "tokenizer.json").symlink_to(target / "config.json")
+
+
+def another_model(target: Path) -> None:
+    (target / "config.json").write_text('{"model_type": "bert"}')
+
+
+@pytest.mark.parametrize("change", [a_source, with_notes, with_a_link, another_model])
+def test_only_an_export_is_replaced(foreign: Path, tmp_path: Path, change: Callable[[Path], None]):
+    target = tmp_path / "model"
+    export.export(foreign, target)
+    change(target)
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    with pytest.raises(ConfigError, match="choose another folder"):
+        export.export(foreign, target)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+
+
+def test_an_export_replaces_no_file_and_no_link(foreign: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for name in ("file", "link"):
+        with pytest.raises(ConfigError, match="is no folder"):
+            export.export(foreign, tmp_path / name)
+    assert (tmp_path / "file").read_text() == "precious"
