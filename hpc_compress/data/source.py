@@ -1,11 +1,13 @@
 """From a dataset's configuration to three tables of rows: train, search and report. Knows pandas and `datasets`, no torch.
 
-The search split is held out of train, so that the official validation rows are touched for the report only.
+The search split is held out of train, so that the official validation rows are touched for the report only. Rows that are
+equal, and texts that lie in one another, stay on one side (`data.overlap`).
 """
 
 import csv
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,37 +15,50 @@ import pandas as pd
 
 from hpc_compress import identity
 from hpc_compress.config import ConfigError, DatasetConfig, resource
-from hpc_compress.types import Dataset
+from hpc_compress.data import metrics, overlap
+from hpc_compress.types import Dataset, Rows, Split
 
+POSITIVE = ("1", "1.0", "true", "yes", "positive", "pos", "duplicate", "equivalent", "paraphrase")
+MOST_EMPTY = 0.5  # share of rows without text or label above which a table is refused
 Tables = dict[str, pd.DataFrame]  # columns: text, text2 (pairs only), label (class id or target)
 
 
-def load(config: DatasetConfig, seed: int, label_order: Sequence[str] = ()) -> tuple[Dataset, Tables]:
+def load(config: DatasetConfig, seed: int, label_order: Sequence[str] = ()) -> tuple[Dataset, Tables, Rows]:
     """Read, clean and split a dataset; the same rows in the same splits for the same seed.
 
     label_order: classes as a trained head orders them; obeyed when it names the classes that the rows have.
 
     Raises: ConfigError when rows, columns or labels are not what the configuration says.
     """
-    train = _clean(_read(config, config.train), config)
-    validation = None if config.validation is None else _clean(_read(config, config.validation), config)
+    read = [split for split in (config.train, config.validation) if split is not None]
+    cleaned = [_clean(_read(config, split), config, split) for split in read]
+    empty = {split: n for split, (_, n) in zip(("train", "validation"), cleaned, strict=False) if n}
+    train, validation = cleaned[0][0], (None if config.validation is None else cleaned[1][0])
     if train.empty:
         raise _empty("train", config)
     labels = _labels(train, config)
     if set(labels) == set(label_order):
         labels = tuple(label_order)
     rng = np.random.default_rng(identity.derive(seed, "split"))
-    order = train.iloc[rng.permutation(len(train))]
+    order = rng.permutation(len(train))
+    groups, total = None, len(order)
+    if validation is None or config.search_on == "held_out":
+        groups = overlap.Groups(train)
     if validation is None:
-        order, report = _hold_out(order, config.report_rows, "report")
+        assert groups is not None
+        order, held_out = _hold_out(groups, order, config.report_rows, "report")
+        report, total = train.iloc[held_out], total - len(held_out)
     else:
         report = validation
     if config.search_on == "validation":
         # Shuffled, since max_search_rows may take a part of it, and such files are often sorted by label.
         search = report.iloc[rng.permutation(len(report))]
     else:
-        order, search = _hold_out(order, config.search_rows, "search")
-    tables = {"train": order[: config.max_train_rows], "search": search[: config.max_search_rows], "report": report}
+        assert groups is not None
+        order, held_out = _hold_out(groups, order, config.search_rows, "search")
+        search, total = train.iloc[held_out], total - len(held_out)
+    unused = total - len(order)
+    tables = {"train": train.iloc[order[: config.max_train_rows]], "search": search[: config.max_search_rows], "report": report}
     tables = {split: _with_ids(table, labels, config, split) for split, table in tables.items()}
     dataset = Dataset(
         name=config.name,
@@ -52,15 +67,20 @@ def load(config: DatasetConfig, seed: int, label_order: Sequence[str] = ()) -> t
         labels=labels,
         pair=config.text2 is not None,
         metrics=config.metrics,
+        positive=_positive(labels, config) if "f1" in config.metrics else None,
         max_length=config.max_length,
     )
-    return dataset, tables
+    splits: tuple[Split, ...] = ("search", "report")
+    trivial = {split: metrics.trivial(dataset, tables[split]["label"].to_numpy()) for split in splits}
+    return dataset, tables, Rows(empty=empty, unused=unused, overlaps=overlap.between(tables), trivial=trivial)
 
 
 def _read(config: DatasetConfig, split: str) -> pd.DataFrame:
     if config.path is not None:
         return _read_hub(config, split)
     path = resource(split)
+    if path.is_dir():
+        raise ConfigError(f"dataset file {path} is a folder; give a csv, tsv or parquet file (a folder: dataset.path)")
     if not path.is_file():
         raise ConfigError(f"dataset file {path} does not exist; give an existing csv, tsv or parquet file")
     # As GLUE writes a tsv: a quotation mark is a plain character.
@@ -70,15 +90,21 @@ def _read(config: DatasetConfig, split: str) -> pd.DataFrame:
         raise ConfigError(f"dataset file {path} ends in {path.suffix!r}; allowed are .csv, .tsv and .parquet")
     try:
         if suffix == ".parquet":
-            return pd.read_parquet(path)
+            return _unique(pd.read_parquet(path), path)
         # Read as they stand, since pandas takes the words "null", "NA" and "None" for missing values.
-        words: dict[str, Any] = {"dtype": str, "keep_default_na": False, "encoding_errors": "replace", **styles[suffix]}
+        words: dict[str, Any] = {"dtype": str, "keep_default_na": False, **styles[suffix]}
+        header = pd.read_csv(path, encoding=config.encoding, header=None, nrows=1, **words)
+        _unique(header.set_axis(header.iloc[0], axis=1), path)
         table = pd.read_csv(path, encoding=config.encoding, **words)
+    except UnicodeError:
+        raise ConfigError(f"dataset file {path} {_undecodable(path, config.encoding)}") from None
     except (ValueError, LookupError, OSError) as error:  # pandas' and pyarrow's own errors are ValueErrors
         raise ConfigError(f"dataset file {path} could not be read ({error}); mend it, or set dataset.encoding") from None
     if not isinstance(table.index, pd.RangeIndex):
         # pandas takes the first column of a table without a name for each column to be an index.
         raise ConfigError(f"lines of dataset file {path} have more fields than its header; quote texts that hold the separator")
+    if any(table[column].str.contains("\0", regex=False).any() for column in table):
+        raise ConfigError(f"dataset file {path} holds NUL bytes; delete them, or set dataset.encoding (perhaps utf-16)")
     for column in table.columns.difference([config.text, config.text2 or ""]):
         numbers = pd.to_numeric(table[column], errors="coerce")
         if not (numbers.isna() & (table[column] != "")).any():
@@ -86,11 +112,32 @@ def _read(config: DatasetConfig, split: str) -> pd.DataFrame:
     return table
 
 
+def _unique(table: pd.DataFrame, path: Path) -> pd.DataFrame:
+    names = table.columns[table.columns.duplicated() & (table.columns != "")]
+    if len(names):
+        raise ConfigError(f"dataset file {path} has more than one column {names[0]!r}; rename or delete one of them")
+    return table
+
+
+def _undecodable(path: Path, encoding: str) -> str:
+    """Where a file is not in the encoding."""
+    content = path.read_bytes()
+    try:
+        content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        return (
+            f"is not {encoding}: line {line} has the byte 0x{content[error.start]:02x} at byte {error.start}; "
+            "set dataset.encoding to the file's own, such as latin-1 or cp1252"
+        )
+    return f"could not be read as {encoding}; set dataset.encoding to the file's own"
+
+
 def _read_hub(config: DatasetConfig, split: str) -> pd.DataFrame:
     import datasets
 
     try:
-        return datasets.load_dataset(config.path, config.subset, split=split).to_pandas()
+        rows = datasets.load_dataset(config.path, config.subset, split=split)
     except Exception as error:
         # `datasets` raises many kinds here, most of them when there is no network.
         raise ConfigError(
@@ -98,9 +145,14 @@ def _read_hub(config: DatasetConfig, split: str) -> pd.DataFrame:
             f"or fetch it where there is a network: hpc-compress prefetch dataset.path={shlex.quote(str(config.path))}"
             f"{f' dataset.subset={shlex.quote(config.subset)}' if config.subset else ''}, with the other words of this search"
         ) from error
+    table = rows.to_pandas()
+    if isinstance(rows.features.get(config.label), datasets.ClassLabel) and (table[config.label] != -1).any():
+        table[config.label] = table[config.label].where(table[config.label] != -1)  # -1 stands for a missing class here
+    return table
 
 
-def _clean(table: pd.DataFrame, config: DatasetConfig) -> pd.DataFrame:
+def _clean(table: pd.DataFrame, config: DatasetConfig, split: str) -> tuple[pd.DataFrame, int]:
+    """The rows with the columns text, text2 and label, and how many were left out for want of a text or a label."""
     wanted = {"text": config.text, "text2": config.text2, "label": config.label}
     columns = {name: column for name, column in wanted.items() if column is not None}
     for name, column in columns.items():
@@ -115,11 +167,28 @@ def _clean(table: pd.DataFrame, config: DatasetConfig) -> pd.DataFrame:
             raise ConfigError(f"dataset.where={config.where!r} is not a query that these rows understand: {error}") from None
     table = pd.DataFrame({name: table[column] for name, column in columns.items()}).reset_index(drop=True)
     texts = [name for name in ("text", "text2") if name in table]
+    for name, column in columns.items():
+        odd = table[name].map(lambda value: isinstance(value, list | dict | tuple | bytes | np.ndarray))
+        if odd.any():
+            kind = type(table[name][odd].iloc[0]).__name__
+            raise ConfigError(f"column {column!r} of {config.name} holds values of kind {kind}; give plain texts and labels")
     for name in texts:
-        table[name] = table[name].astype(str).fillna("")
+        table[name] = table[name].astype(object).where(table[name].notna(), "").astype(str)
     # Rows without a text or a label teach nothing.
     absent = table["label"].isna() | (table["label"].astype(str) == "") | (table[texts] == "").all(axis=1)
-    return table[~absent].reset_index(drop=True)
+    table, missing = table[~absent].reset_index(drop=True), int(absent.sum())
+    hidden = len(table) > 0 and set(table["label"].map(_class_name)) == {"-1"}
+    if hidden:
+        raise ConfigError(
+            f"every label of split {split!r} of {config.name} is -1: they are hidden, as those of GLUE's test splits are; "
+            "set dataset.train and dataset.validation to splits with labels, such as train and validation"
+        )
+    if missing > MOST_EMPTY * len(absent):
+        raise ConfigError(
+            f"{missing} of {len(absent)} rows of split {split!r} of {config.name} have no text or no label; check "
+            "dataset.text and dataset.label, or delete those rows"
+        )
+    return table, missing
 
 
 def _labels(train: pd.DataFrame, config: DatasetConfig) -> tuple[str, ...]:
@@ -168,9 +237,29 @@ def _empty(split: str, config: DatasetConfig) -> ConfigError:
     return ConfigError(f"the {split} split of {config.name} is empty; check dataset.where and the row limits")
 
 
-def _hold_out(rows: pd.DataFrame, amount: float, what: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Cut `amount` rows (a share below 1, else a number) off the end."""
-    count = int(amount) if amount >= 1 else round(amount * len(rows))
-    if not 0 < count < len(rows):
-        raise ConfigError(f"dataset.{what}_rows={amount} takes {count} of {len(rows)} rows; leave some on both sides")
-    return rows.iloc[:-count], rows.iloc[-count:]
+def _hold_out(groups: overlap.Groups, rows: np.ndarray, amount: float, what: str) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers that stay, and `amount` (a share below 1, else a number) of those that can be held out."""
+    able = int(groups.whole[groups.group[rows]].sum())
+    count = int(amount) if amount >= 1 else round(amount * able)
+    stay, out = groups.hold_out(rows, count) if 0 < count < able else (rows[:0], rows)
+    if not len(stay):
+        raise ConfigError(
+            f"dataset.{what}_rows={amount} takes {count} of {able} rows (of {len(rows)}, those that lie in no longer text); "
+            "leave some on both sides"
+        )
+    return stay, out
+
+
+def _positive(labels: tuple[str, ...], config: DatasetConfig) -> str:
+    """The class that F1 is of: as GLUE has it, class 1, or a name that says yes."""
+    if config.positive is not None:
+        found = [label for label in labels if label == config.positive]
+    else:
+        found = [label for label in labels if label.casefold() in POSITIVE]
+    if len(found) != 1:
+        came = "is not set" if config.positive is None else f"is {config.positive!r}"
+        raise ConfigError(
+            f"dataset.metrics has f1, which is of one class, and dataset.positive {came}; "
+            f"set dataset.positive to one of {', '.join(labels)}"
+        )
+    return found[0]
