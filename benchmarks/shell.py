@@ -6,7 +6,9 @@ waits for a whole generation and when it does not. The time that the simulation 
 
 Real cluster, where there is one: wall time from the first submission to the last outcome seen, for the same tasks sent by this
 package and by a bare `sbatch --array` whose elements do the same work in a plain Python script. The bare array has its tasks
-described before the clock starts, and nobody who looks after lost jobs. Examples:
+described before the clock starts, and nobody who looks after lost jobs.
+
+Reading: CPU time of following a run folder of 10,000 tasks with few changes, and of loading it as a table. Examples:
 
     python benchmarks/shell.py --out results
     python benchmarks/shell.py --out results --only cluster --tasks 1000 --partition main --parallel 16
@@ -30,29 +32,33 @@ from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TESTS = REPOSITORY / "tests"
 sys.path.insert(0, str(TESTS))  # before the imports of light and simulated, which lie there
 
 # ruff: noqa: E402
+import light
 import pandas as pd
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from searches import Silent
 from simulated import SimulatedSlurm, nothing_to_load
 
-from hpc_compress import cli, config, driver
+from hpc_compress import cli, config, defaults, driver
+from hpc_compress.analysis import Reader, load_runs, status_of
 from hpc_compress.dispatch import Dispatch
 from hpc_compress.launch.commands import Commands
 from hpc_compress.launch.slurm import Cluster, Slurm
+from hpc_compress.search.space import Shape
 from hpc_compress.store import Store
 from hpc_compress.types import Base, Dataset, Genome, Protocol, Step, Task
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["simulation", "cluster"], help="one of the two parts")
+    parser.add_argument("--only", choices=["simulation", "cluster", "reading"], help="one of the parts")
     parser.add_argument("--population", type=int, default=250, help="children a generation of the simulated search")
     parser.add_argument("--generations", type=int, default=40, help="of the simulated search")
     parser.add_argument("--nodes", type=int, default=64, help="of the simulated cluster")
@@ -68,6 +74,8 @@ def main() -> None:
     parser.add_argument("--partition", help="of the real cluster; its default when left out")
     parser.add_argument("--mem-gb", type=float, default=0.3, help="of an element on the real cluster")
     parser.add_argument("--scratch", type=Path, help="folder that the nodes of the real cluster share; --out when left out")
+    parser.add_argument("--read-tasks", type=int, default=10_000, help="in the run folder that is read")
+    parser.add_argument("--follow-seconds", type=float, default=60, help="for which it is followed")
     parser.add_argument("--out", type=Path, help="folder for shell.md")
     args = parser.parse_args()
 
@@ -75,10 +83,8 @@ def main() -> None:
         "# The shell alone",
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, tasks that do nothing.",
     ]
-    if args.only != "cluster":
-        parts += simulation(args)
-    if args.only != "simulation":
-        parts += cluster(args)
+    for name, part in {"simulation": simulation, "cluster": cluster, "reading": reading}.items():
+        parts += part(args) if args.only in (None, name) else []
     text = "\n\n".join(parts) + "\n"
     print(text)
     if args.out:
@@ -151,10 +157,11 @@ def _simulate(args: argparse.Namespace, share: float) -> dict[str, Any]:
             *nothing_to_load(Path("model")),
             *("~strategy.mutations.drop_layers", "~strategy.mutations.prune_heads", *mutations),
             *(f"strategy.population={args.population}", "strategy.mutation_probability=1"),
-            *(f"generations={args.generations}", f"select_after={share}", "probe=false"),
+            *(f"generations={args.generations}", f"select_after={share}", "probe=false", "timings=1"),
         ]
         with initialize_config_dir(str(cli.conf_dir()), version_base="1.3"):
-            values: Any = OmegaConf.to_container(compose("config", overrides), resolve=True)
+            composed: Any = OmegaConf.to_container(compose("config", overrides), resolve=True)
+        values = defaults.chosen(composed)
         parts = {name: values.pop(name) for name in ("strategy", "objective", "launcher", "cluster", "retries")}
         slurm = Timed(nodes=args.nodes)
         slurm.forever = math.inf
@@ -300,6 +307,79 @@ def _drain(commands: Commands, name: str) -> None:
     """Wait until none of these jobs is left, so that the next ones find the cluster free."""
     while any(row.name.startswith(name) for row in commands.squeue()):
         time.sleep(0.5)
+
+
+# --- reading a run folder ---
+
+
+def reading(args: argparse.Namespace) -> list[str]:
+    folder = Path(tempfile.mkdtemp(dir=args.scratch))
+    with _removed(folder):
+        store, late = _long_run(folder, args.read_tasks, generation_size=250)
+        load = [_cpu_seconds(lambda: load_runs(folder))[1] for _ in range(2)]
+        (folder / "seen.json").unlink()
+        reader = Reader(folder)
+        _, first_look = _cpu_seconds(lambda: status_of(reader.read()))
+        start, looks, seconds = time.monotonic(), 0, 0.0
+        while time.monotonic() - start < args.follow_seconds:
+            time.sleep(2)
+            if late:
+                store.settle(light.answer(late.pop()))
+            seconds += _cpu_seconds(lambda: status_of(reader.read()))[1]
+            looks += 1
+        elapsed = time.monotonic() - start
+        record_bytes = (folder / "generations" / "0001.json").stat().st_size
+    rows = {
+        "load_runs for the first time, CPU s": load[0],
+        "load_runs again, CPU s": load[1],
+        "first look of status --follow, CPU s": first_look,
+        f"{looks} further looks in {elapsed:.0f} s, CPU s": seconds,
+        "share of one core, %": 100 * seconds / elapsed,
+        "record of a generation of 250, bytes": record_bytes,
+    }
+    table = pd.Series(rows, name="").to_frame().to_markdown(floatfmt=".4g")
+    return [f"## Reading a run folder of {args.read_tasks} tasks, one more settled before each look", table]
+
+
+def _cpu_seconds(do: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.process_time()
+    return do(), time.process_time() - start
+
+
+def _long_run(folder: Path, count: int, generation_size: int) -> tuple[Store, list[Task]]:
+    """A run folder in the middle of its last generation, and the tasks of it that are not settled yet."""
+    settings = config.RunConfig(
+        name="long", model=config.ModelConfig(path="none"), dataset=config.DatasetConfig(name="none"), generations=1000
+    )
+    operators = ("prune", "distill", "quantize", "prune_heads", "fine_tune", "drop_layers")
+    template = _tasks(1)[0]
+    genomes = [
+        Genome(steps=tuple(Step(operator=name, params={"share": 0.1, "epochs": n, "units": ["heads"]}) for name in operators))
+        for n in range(count - 1)
+    ]
+    tasks = [template.model_copy(update={"genome": genome}) for genome in (Genome(), *genomes)]
+    store = Store(folder)
+    objective = {"_target_": "hpc_compress.search.objective.Product"}
+    shape = Shape(heads=(4, 4))
+    plan = driver.Plan(
+        config=settings, strategy={}, objective=objective, base=template.base, dataset=template.dataset, shape=shape
+    )
+    store.write("run.json", plan)
+    # Without the fsync of a real writer: this is not what is measured.
+    with mock.patch("os.fsync"):
+        ids = [store.add_task(task) for task in tasks]
+        late = tasks[-50:]
+        for task in tasks[:-50]:
+            outcome = light.answer(task)
+            assert outcome.measurement is not None
+            times = {"latency_ms": outcome.measurement.latency_ms * 20, "base_latency_ms": (10.0,) * 20}
+            store.settle(outcome.model_copy(update={"measurement": outcome.measurement.model_copy(update=times)}))
+    for number, start in enumerate(range(1, count - generation_size, generation_size), 1):
+        born = tuple(ids[start : start + generation_size])
+        parents = (ids[0],) * len(born)
+        generation = driver.Generation(number=number, born_ids=born, parents=parents, told=born, population=born[:100])
+        store.write(f"generations/{number:04d}.json", generation)
+    return store, late
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ from typing import Protocol
 
 from pydantic import Field
 
-from hpc_compress import identity
-from hpc_compress.launch import Jobs
+from hpc_compress import door, identity
+from hpc_compress.launch import Jobs, Process
 from hpc_compress.search.objective import speed_up
 from hpc_compress.store import Store
-from hpc_compress.types import Failure, Measurement, Outcome, Record, Task
+from hpc_compress.types import Failure, Measurement, Outcome, Record, SpentError, Task
 
 HEARTBEAT_SECONDS = 15.0  # between two signs of life of a driver that has no news
 CANCELLED = "cancelled"  # a file in the run folder that asks the driver to stop
@@ -35,17 +35,26 @@ class Heartbeat(Record):
 
     host: str
     pid: int
-    job_id: str | None  # of the Slurm job that the driver lives in
+    started: int | None = None  # of this process, in clock ticks after the machine's start
+    job_id: str | None  # of the Slurm job that the driver lives in; 17_3 for an element of an array
     job_name: str | None
     doing: str = "starting"
     done: int = 0  # tasks of it that are settled
     total: int = 0
     jobs: Mapping[str, int] = Field(default={})  # by state
+    ended: bool = False  # the driver has let go of the run; its process may live on
+
+    def same_driver(self, other: "Heartbeat") -> bool:
+        return (self.host, self.pid, self.started) == (other.host, other.pid, other.started)
 
     @classmethod
     def here(cls) -> "Heartbeat":
         job_id, job_name = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_JOB_NAME")
-        return cls(host=platform.node(), pid=os.getpid(), job_id=job_id, job_name=job_name)
+        if "SLURM_ARRAY_JOB_ID" in os.environ:
+            # In the last element of an array SLURM_JOB_ID is the id of the whole array.
+            job_id = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ.get('SLURM_ARRAY_TASK_ID', '0')}"
+        process = Process.here()
+        return cls(host=platform.node(), pid=process.pid, started=process.started, job_id=job_id, job_name=job_name)
 
 
 class Dispatch:
@@ -112,19 +121,24 @@ class Dispatch:
         return outcome
 
     def _turn(self) -> None:
-        if (self.store.root / CANCELLED).exists():
+        if os.path.exists(self.store.root / CANCELLED):  # Path.exists raises where the filesystem has an error
             self.jobs.cancel()
             raise SearchError("cancelled; the same search command goes on with it")
-        ended = self.jobs.poll()
+        try:
+            ended = self.jobs.poll()
+        except SpentError as error:  # of a worker in this very process
+            raise SearchError(f"{error}; start the search again, and it goes on with the other tasks") from error
         for task_id in list(self.open):
             outcome = self.store.outcome(task_id)
             if outcome is not None:
                 self._arrive(task_id, outcome)
         again = []
         for job in ended:
-            for task_id in job.task_ids:
-                if task_id in self.open and self._lost(task_id, job.reason):
-                    again.append(task_id)
+            left = [task_id for task_id in job.task_ids if task_id in self.open]
+            # A job that settled one task and then ended may have ended because of it, so the others lose no try. They are
+            # alone in their next job: this happens only once a task.
+            blamed = len(left) == len(job.task_ids)
+            again += [task_id for task_id in left if self._lost(task_id, job.reason, blamed)]
         # Alone, so that a task that kills its job takes no other with it.
         self.jobs.submit([(task_id,) for task_id in again], alone=True)
         self._beat()
@@ -137,13 +151,13 @@ class Dispatch:
     def _arrived(self) -> int:
         return len(self.wanted - self.open.keys())
 
-    def _lost(self, task_id: str, reason: str) -> bool:
-        """Whether to send a task again whose job ended without an outcome."""
+    def _lost(self, task_id: str, reason: str, blamed: bool) -> bool:
+        """Whether to send a task again whose job ended without an outcome of it. blamed: this costs the task a try."""
         # A network filesystem believes for a while that a file is not there; a look at the folder teaches it better.
-        os.listdir(self.store.root / "tasks" / task_id)
+        door.patiently(lambda: os.listdir(self.store.root / "tasks" / task_id))
         outcome = self.store.outcome(task_id)
         if outcome is None:
-            self.losses[task_id] += 1
+            self.losses[task_id] += blamed
             left = self.retries + 1 - self.losses[task_id]
             self.progress.say(f"  {self.open[task_id].genome}: lost, {reason}; {f'{left} tries left' if left else 'given up'}")
             if left:
@@ -161,6 +175,12 @@ class Dispatch:
         jobs = dict(sorted(self.jobs.counts().items()))
         news = self.heartbeat.model_copy(update={"done": self._arrived(), "total": len(self.wanted), "jobs": jobs})
         if news != self.heartbeat or time.monotonic() - self.beaten > HEARTBEAT_SECONDS:
+            last = self.store.read("driver.json", Heartbeat)
+            if last is not None and not last.same_driver(news):
+                # Where the filesystem has no locks, or after this process was held up for long.
+                raise SearchError(
+                    f"another driver has gone on with this run ({last.host}, process {last.pid}), so this one stops"
+                )
             self.store.write("driver.json", news)
             self.heartbeat, self.beaten = news, time.monotonic()
 
@@ -179,11 +199,13 @@ def describe(failure: Failure) -> str:
 
 def figures(measurement: Measurement) -> str:
     name, quality = next(iter(measurement.metrics.items()))
-    return f"{name} {quality:.3f}, {measurement.model_bytes / 1e6:.1f} MB, {speed_up(measurement):.2f}x speed"
+    best = f" ({speed_up(measurement, 'best'):.2f}x of {precision})" if (precision := measurement.base_best_precision) else ""
+    return f"{name} {quality:.3f}, {measurement.model_bytes / 1e6:.1f} MB, {speed_up(measurement):.2f}x speed{best}"
 
 
 def _outcome_line(outcome: Outcome) -> str:
     if outcome.measurement is None:
         assert outcome.failure is not None
         return f"{outcome.task.genome}: FAILED, {describe(outcome.failure)}"
-    return f"{outcome.task.genome}: {figures(outcome.measurement)}  ({sum(outcome.seconds.values()):.0f} s)"
+    again = ", timed again" if outcome.task.repeat else ""
+    return f"{outcome.task.genome}{again}: {figures(outcome.measurement)}  ({sum(outcome.seconds.values()):.0f} s)"

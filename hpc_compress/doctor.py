@@ -1,22 +1,30 @@
 """What can be wrong with a cluster, found before a long run: check after check, and a sentence of advice for each failure."""
 
-import json
+import contextlib
 import os
 import platform
 import secrets
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
+from hpc_compress import door
+from hpc_compress.door import one_line
 from hpc_compress.launch.commands import CommandError, Commands, RefusedError, ask, call, run
+from hpc_compress.launch.local import driver_version
 from hpc_compress.launch.slurm import Slurm
+from hpc_compress.types import Record
 
 COMMANDS = ("sbatch", "srun", "squeue", "sacct", "scancel", "scontrol", "sinfo")
 NODE_MINUTES = 10.0  # that the first job may take to come back; a full cluster takes longer
 SKEW_SECONDS = 5.0  # between two clocks that nobody would notice
+# The oldest driver on which each major version of CUDA runs: https://docs.nvidia.com/deploy/cuda-compatibility
+OLDEST_DRIVERS = {11: 450, 12: 525, 13: 580}
+SCHEMES, RESTS = ("int8", "nf4", "fp4"), ("fp32", "bf16")  # what a search makes with bitsandbytes
 
 
 @dataclass(frozen=True)
@@ -29,8 +37,7 @@ class Check:
     advice: str = ""  # what to do when it is not ok
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(Record):
     """What a job saw where it ran."""
 
     host: str
@@ -38,9 +45,11 @@ class Node:
     python: str
     seen: bool  # the file that the login node had written
     locks: bool
+    driver: str  # version of NVIDIA's driver; "" where there is none
+    cuda: str  # that torch is built for; "" for a build without it
     device: str  # "" where torch sees no GPU
-    cuda: str  # "" for a build of torch without it
-    bitsandbytes: str  # "" when it works
+    refusal: str  # why torch sees none, in its own words
+    bitsandbytes: str  # what does not work; "" when all does
 
 
 @dataclass(frozen=True)
@@ -50,37 +59,69 @@ class Look:
     folder: str
 
     def __call__(self) -> None:
-        from hpc_compress.store import Store, write_atomically
+        import torch
 
-        store = Store(self.folder)
+        from hpc_compress.store import Store
+
+        store, refusal = Store(self.folder), ""
         with store.lock("node", wait=False) as locks:
-            device, cuda, bitsandbytes = _gpu()
+            if not torch.cuda.is_available():
+                try:
+                    torch.cuda.init()
+                except Exception as error:  # whatever it is, it is the answer
+                    refusal = one_line(str(error))
             node = Node(
                 host=platform.node(),
                 time=time.time(),
                 python=sys.version.split()[0],
                 seen=(store.root / "hello").is_file(),
                 locks=locks,
-                device=device,
-                cuda=cuda,
-                bitsandbytes=bitsandbytes,
+                driver=driver_version(),
+                cuda=torch.version.cuda or "",
+                device=torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+                refusal=refusal,
+                bitsandbytes=precisions_that_fail(),
             )
-        write_atomically(store.root / "node.json", json.dumps(asdict(node)))
+        store.write("node.json", node)
 
 
-def _gpu() -> tuple[str, str, str]:
+def precisions_that_fail() -> str:
+    """Each precision of bitsandbytes with each rest, as a search makes, stores, loads and runs it; "" when all work."""
+    failures: dict[str, list[str]] = {}
+    for scheme in SCHEMES:
+        for rest in RESTS:
+            try:
+                _try_precision(scheme, rest)
+            except Exception as error:  # whatever it is, it is the answer
+                failures.setdefault(one_line(f"{type(error).__name__}: {error}", 200), []).append(f"{scheme} with {rest}")
+    return "; ".join(f"{', '.join(names)}: {message}" for message, names in failures.items())
+
+
+def _try_precision(scheme: str, rest: str) -> None:
+    """Raises: whatever goes wrong with a tiny model."""
     import torch
+    from transformers import AutoModelForSequenceClassification, BertConfig
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        import bitsandbytes
+    from hpc_compress import measure
+    from hpc_compress.models import artifact
+    from hpc_compress.operators.quantization import quantize
 
-        layer = bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4").to(device)
-        layer(torch.zeros(1, 64, device=device))
-        trouble = ""
-    except Exception as error:  # whatever it is, it is the answer
-        trouble = f"{type(error).__name__}: {error}"
-    return torch.cuda.get_device_name() if device.type == "cuda" else "", torch.version.cuda or "", trouble
+    config = BertConfig(
+        vocab_size=99,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=128,
+        max_position_embeddings=16,
+    )
+    on = measure.device()
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        artifact.save(quantize(AutoModelForSequenceClassification.from_config(config), scheme, rest), Path(folder))
+        model = artifact.load(Path(folder), on)
+        for rows in (1, 32):  # bitsandbytes has kernels of their own for few rows
+            logits = model(input_ids=torch.ones(rows, 12, dtype=torch.long, device=on)).logits
+            if not torch.isfinite(logits).all():
+                raise FloatingPointError(f"{rows} rows give numbers that are not finite")
 
 
 def examine(
@@ -114,7 +155,7 @@ def examine(
         "accounting",
         not trouble,
         trouble or "answers",
-        "without sacct a job that dies is noticed later and its reason is not known; raise retries",
+        "without sacct it takes launcher.accounting_seconds until a dead job is noticed, and its reason is not known",
     )
     came_back = True
     for check in _node(settings, folder, commands):
@@ -127,8 +168,10 @@ def examine(
 def _partition(settings: Slurm) -> Iterator[Check]:
     cluster = settings.cluster
     chosen = [f"--partition={cluster.partition}"] if cluster.partition else []
-    lines = _lines("sinfo", "--noheader", *chosen, "--format=%P|%D|%G|%l|%m|%c")
-    names = sorted({line.split("|")[0].rstrip("*") for line in _lines("sinfo", "--noheader", "--format=%P")})
+    lines = [
+        line for line in _lines("sinfo", "--noheader", "--all", *chosen, "--format=%P|%D|%G|%l|%m|%c") if line.count("|") == 5
+    ]
+    names = sorted({line.rstrip("*") for line in _lines("sinfo", "--noheader", "--all", "--format=%P")})
     yield Check(
         "partition",
         bool(lines),
@@ -146,7 +189,8 @@ def _partition(settings: Slurm) -> Iterator[Check]:
     flags = [f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}") for key, value in words.items()]
     try:
         tested = run("sbatch", "--test-only", *flags, "--wrap=true")
-        admitted, said = tested.returncode == 0, tested.stderr.strip().replace("sbatch: ", "").replace("error: ", "")
+        admitted = tested.returncode == 0
+        said = one_line(tested.stderr.strip().replace("sbatch: ", "").replace("error: ", ""))
     except CommandError as error:
         admitted, said = False, str(error)
     yield Check("sbatch", admitted, said, "mend account, qos, timeout_min, cpus_per_task, mem_gb or sbatch of cluster")
@@ -169,7 +213,7 @@ def _node(settings: Slurm, folder: Path, commands: Commands) -> Iterator[Check]:
         state = _wait_for(commands, job_id, room / "node.json")
         if not (room / "node.json").exists():
             logs = [path for path in sorted(room.iterdir()) if path.suffix in (".log", ".err", ".out") and path.stat().st_size]
-            tail = " | ".join(line for path in logs for line in path.read_text(errors="replace").splitlines()[-3:])
+            tail = one_line(" | ".join(line for path in logs for line in path.read_text(errors="replace").splitlines()[-3:]))
             advice = (
                 "the cluster is full or the request can't be met: try again later, or see `squeue --start`"
                 if state == "PENDING"
@@ -179,7 +223,8 @@ def _node(settings: Slurm, folder: Path, commands: Commands) -> Iterator[Check]:
             yield Check("job", False, f"job {job_id} is {state} and left nothing; {tail or 'no log'}", advice)
             return
         seen = time.time()
-        node = Node(**json.loads((room / "node.json").read_text()))
+        node = door.record(room / "node.json", Node)
+        assert node is not None
         yield Check("job", True, f"ran on {node.host} with Python {node.python}, {seen - begin:.0f} s after sbatch")
         yield Check(
             "shared folder", node.seen, f"{folder} seen and written from {node.host}", "keep results/ on a shared filesystem"
@@ -194,19 +239,44 @@ def _node(settings: Slurm, folder: Path, commands: Commands) -> Iterator[Check]:
         yield Check(
             "clock", skew < SKEW_SECONDS, f"{skew:.0f} s apart at the least", "nothing breaks; but logs will be out of order"
         )
-        wanted = cluster.gpus_per_node > 0 and cluster.require_cuda
+        yield _cuda(node, wanted=cluster.gpus_per_node > 0 and cluster.require_cuda)
         yield Check(
-            "CUDA",
-            bool(node.device) or not wanted,
-            node.device or f"no device; torch is built for {node.cuda or 'CPUs'}",
-            "install the CUDA build of torch, and see that cluster.modules suit the driver of the node (nvidia-smi)",
-        )
-        yield Check(
-            "bitsandbytes", not node.bitsandbytes, node.bitsandbytes or "4-bit layer works", "leave int8, nf4 and fp4 out"
+            "bitsandbytes",
+            not node.bitsandbytes,
+            node.bitsandbytes or f"{', '.join(SCHEMES)} work with a rest of {' and '.join(RESTS)}",
+            "install the bitsandbytes of pyproject.toml; or leave these precisions out: strategy.mutations.int8.weight=0",
         )
     finally:
-        commands.cancel([job_id])
+        with contextlib.suppress(CommandError):  # most likely it has ended
+            commands.cancel([job_id])
         shutil.rmtree(room, ignore_errors=True)
+
+
+def _cuda(node: Node, wanted: bool) -> Check:
+    """Whether torch sees the GPU; if not, whether the driver, the build of torch or the job is to blame."""
+    build = f"torch is built for {f'CUDA {node.cuda}' if node.cuda else 'CPUs'}"
+    driver = f"NVIDIA driver {node.driver}" if node.driver else "no NVIDIA driver"
+    found = f"{node.device or 'no device'}; {driver}; {build}"
+    if node.device or not wanted:
+        return Check("CUDA", True, found)
+    oldest = OLDEST_DRIVERS.get(int(node.cuda.partition(".")[0] or 0), 0)
+    if not node.driver:
+        advice = "choose a cluster.partition with GPUs, and set cluster.gpu_type as the gres of its nodes has it"
+    elif not node.cuda:
+        advice = "install a CUDA build of torch (https://pytorch.org/get-started)"
+    elif int(node.driver.partition(".")[0]) < oldest:
+        fitting = [major for major, least in OLDEST_DRIVERS.items() if int(node.driver.partition(".")[0]) >= least]
+        advice = f"CUDA {node.cuda} needs driver {oldest} or newer: ask for a newer driver on the nodes" + (
+            f", or install a build of torch for CUDA {fitting[-1]} (https://pytorch.org/get-started). Modules don't help here"
+            if fitting
+            else ""
+        )
+    else:
+        advice = (
+            f"the driver is new enough, and torch says: {node.refusal or 'nothing'}. See that the job was given a GPU "
+            "(cluster.gpus_per_node, cluster.gpu_type) and that no module or setup line hides it"
+        )
+    return Check("CUDA", False, found, advice)
 
 
 def _wait_for(commands: Commands, job_id: str, path: Path) -> str:
@@ -236,4 +306,4 @@ def _canary(canary: Callable[[], None]) -> Check:
 
 
 def _lines(*command: str) -> list[str]:
-    return [line.strip() for line in ask(*command).splitlines() if line.strip()]
+    return [one_line(line.strip()) for line in ask(*command).splitlines() if line.strip()]

@@ -8,23 +8,27 @@ import errno
 import math
 import os
 import re
+import shlex
 import stat
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from pydantic import model_validator
 
 from hpc_compress import identity
-from hpc_compress.config import ConfigError, RunConfig
-from hpc_compress.data import source
+from hpc_compress.config import ConfigError, RunConfig, check_name
+from hpc_compress.data import metrics, source
 from hpc_compress.dispatch import CANCELLED, HEARTBEAT_SECONDS, Dispatch, Heartbeat, Progress, SearchError, describe, figures
-from hpc_compress.launch import Launcher
+from hpc_compress.launch import Launcher, Process
 from hpc_compress.models import checkpoint
 from hpc_compress.operators import Particular, operator
-from hpc_compress.search.objective import quality_of
+from hpc_compress.search.objective import quality_of, with_timing
 from hpc_compress.search.space import Shape
 from hpc_compress.store import Store
 from hpc_compress.types import (
@@ -36,12 +40,15 @@ from hpc_compress.types import (
     Outcome,
     Proposal,
     Record,
+    Rows,
     Split,
     Step,
     Task,
 )
 
+CERTAIN_ROWS = 100  # below, a base model that scores as a constant answer may still have learnt something
 Objective = Callable[[Measurement, Measurement], float]
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class Strategy(Protocol):
@@ -64,10 +71,11 @@ class Plan(Record):
     base: Base
     dataset: Dataset
     shape: Shape
+    rows: Rows | None = None  # None in runs of before
 
     def differences(self, config: RunConfig, strategy: Mapping[str, Any], objective: Mapping[str, Any]) -> list[str]:
         """Settings that a resumed run may not change, where they changed. A run may be prolonged and reported anew."""
-        free = {"name", "generations", "required_quality", "report_candidates", "probe", "teacher_gb"}
+        free = {"name", "generations", "required_quality", "report_candidates", "probe", "teacher_gb", "force"}
         old = {
             **self.config.model_dump(mode="json", exclude=free),
             "strategy": self.strategy,
@@ -78,13 +86,29 @@ class Plan(Record):
 
 
 class Generation(Record):
-    """Who was born and who survived, by candidate id."""
+    """Who was born and who survived, by candidate id. Genomes stand in the tasks."""
 
     number: int
-    born: tuple[Proposal, ...]
-    born_ids: tuple[str, ...]  # in the order of `born`
+    born_ids: tuple[str, ...]
+    parents: tuple[str | None, ...]  # in the order of `born_ids`
     told: tuple[str, ...]  # what selection looked at, besides the population before: of late generations too, without the late
+    timed: tuple[str, ...] = ()  # tasks that timed a survivor again, and that this selection was the first to look at
     population: tuple[str, ...]  # survivors, fittest first
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_versions(cls, values: Any) -> Any:
+        """They kept whole proposals."""
+        if not isinstance(values, dict) or not isinstance(values.get("born"), list):
+            return values
+        parents = [proposal.get("parent") if isinstance(proposal, dict) else None for proposal in values["born"]]
+        return {**{key: value for key, value in values.items() if key != "born"}, "parents": parents}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Generation":
+        if len(self.parents) != len(self.born_ids) or not self.population:
+            raise ValueError("each of born_ids needs a parent, and population can't be empty")
+        return self
 
 
 class Result(Record):
@@ -107,14 +131,17 @@ def search(
     progress: Progress,
     retries: int = 2,
     only_probe: bool = False,
+    accepted: Callable[[], None] = lambda: None,
 ) -> Result | None:
     """Run a search in `root` from its start, or on from wherever it was left.
 
     make: builds the object of a config node, as `config.build`.
     only_probe: end when every kind of step has worked on a few sentences; returns None.
+    accepted: called once the settings are accepted, before any job.
 
     Raises: ConfigError before any work for what a user can mend; SearchError when work goes on to fail.
     """
+    check_name(config.name)
     store = Store(root)
     with _alone(store), _room(store.root):
         objective: Objective = make(objective_settings, "objective")
@@ -129,6 +156,7 @@ def search(
                 chosen.check(config.protocol.device, len(plan.shape.heads), plan.shape.widths)
         with launcher.open(store.root, progress.working, progress.say) as jobs:
             store.write("run.json", plan)  # after the last check: what is written can't be changed any more
+            accepted()
             run = _Search(store, plan, config, objective, strategy, Dispatch(store, jobs, progress, retries), progress)
             if only_probe:
                 run.probe(rehearsal)
@@ -142,22 +170,85 @@ def _alone(store: Store) -> Iterator[None]:
 
     Raises: ConfigError when others may write there, SearchError when another driver is at work.
     """
-    store.root.mkdir(parents=True, exist_ok=True)
-    if not (store.root / "run.json").exists():
-        store.root.chmod(0o700)
-    status = store.root.stat()
-    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        what = "is not yours" if status.st_uid != os.getuid() else "can be written to by others"
+    _require_ours(store)
+    # Nodes run what lies in jobs/ in the user's name, and get this umask from the driver: nothing may be writable by a group.
+    before = os.umask(0o022)
+    os.umask(before | 0o022)
+    try:
+        store.root.mkdir(parents=True, exist_ok=True)
+        if not (store.root / "run.json").exists():
+            store.root.chmod(0o700)
+        _require_own(store.root)
+        with store.lock("driver", wait=False) as held:
+            if not held or _has_driver(store):
+                raise SearchError(f"another driver is at work in {store.root}; wait for it, or choose another name=")
+            (store.root / CANCELLED).unlink(missing_ok=True)
+            store.write("driver.json", Heartbeat.here())
+            with _beating(store.root / "driver.json"):
+                yield
+    finally:
+        os.umask(before)
+
+
+def _require_ours(store: Store) -> None:
+    """Raises: ConfigError for a folder that holds something else than a run, or a start of one."""
+    # The log and the locks may be there before a driver has left any sign of itself.
+    found = set(os.listdir(store.root)) - {".hydra", "search.log", "locks"} if store.root.exists() else set()
+    if found and store.read("driver.json", Heartbeat) is None and store.read("run.json", Plan) is None:
         raise ConfigError(
-            f"{store.root} {what}, and what lies there runs on the nodes in your name; choose another name=, or chmod go-w it "
-            "(colleagues may read it: chmod -R g+rX)"
+            f"{store.root} holds something else than a run of this program, such as {min(found)}; choose another name="
         )
-    with store.lock("driver", wait=False) as held:
-        if not held or _lives_elsewhere(store):
-            raise SearchError(f"another driver is at work in {store.root}; wait for it, or choose another name=")
-        (store.root / CANCELLED).unlink(missing_ok=True)
-        store.write("driver.json", Heartbeat.here())
+
+
+def _require_own(root: Path) -> None:
+    """Raises: ConfigError where somebody else could change what nodes run."""
+    for path in (root, *_below(root / "jobs")):
+        status = path.stat(follow_symlinks=False)
+        if status.st_uid != os.getuid() or (status.st_mode & OTHERS_WRITE and not stat.S_ISLNK(status.st_mode)):
+            what = "is not yours" if status.st_uid != os.getuid() else "can be written to by others"
+            raise ConfigError(
+                f"{path} {what}, and what lies there runs on the nodes in your name; choose another name=, or "
+                f"chmod -R go-w {shlex.quote(str(root))} (colleagues may read it: chmod -R g+rX)"
+            )
+    for path in root.absolute().parents:
+        status = path.stat()
+        # Whoever can write to a folder can put something else in the place of what lies there, unless it is as /tmp.
+        if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
+            raise ConfigError(
+                f"everybody can write to {path}, and so put another folder in the place of the run's, from which nodes run "
+                f"code in your name; choose another folder, or chmod o-w {shlex.quote(str(path))}"
+            )
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    if folder.is_dir():
+        yield folder
+        for parent, folders, files in os.walk(folder):
+            yield from (Path(parent, name) for name in (*folders, *files))
+
+
+@contextmanager
+def _beating(path: Path) -> Iterator[None]:
+    """Give signs of life while the driver is busy with something else, such as a task in its own process."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(HEARTBEAT_SECONDS):
+            with suppress(OSError):
+                os.utime(path)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
         yield
+    finally:
+        over.set()
+        thread.join()
+        store = Store(path.parent)
+        last = store.read(path.name, Heartbeat)
+        if last is not None and last.same_driver(Heartbeat.here()):
+            with suppress(OSError):  # it must not hide what ended the driver
+                store.write(path.name, last.model_copy(update={"ended": True}))
 
 
 @contextmanager
@@ -173,11 +264,13 @@ def _room(root: Path) -> Iterator[None]:
         ) from None
 
 
-def _lives_elsewhere(store: Store) -> bool:
-    """Whether a driver on another node shows signs of life. Many shared filesystems have locks within one node only."""
-    path, last = store.root / "driver.json", store.read("driver.json", Heartbeat)
-    if last is None or last.host == Heartbeat.here().host:
+def _has_driver(store: Store) -> bool:
+    """Whether another driver shows signs of life. Many shared filesystems have locks within one node only, or none at all."""
+    path, last, here = store.root / "driver.json", store.read("driver.json", Heartbeat), Heartbeat.here()
+    if last is None or last.ended or last.same_driver(here):
         return False
+    if last.host == here.host:
+        return Process(last.pid, last.started).lives()
     beat = path.stat().st_mtime_ns
     # By the filesystem's own clock on both sides: those of two nodes differ.
     probe = store.root / ".clock"
@@ -214,7 +307,7 @@ def _plan(
         return old.model_copy(update={"config": config})
     progress.say(f"reading {config.model.path} and {config.dataset.name}")
     found = checkpoint.find(config.model)
-    dataset, tables = source.load(config.dataset, config.seed, found.labels if found.has_head else ())
+    dataset, tables, rows = source.load(config.dataset, config.seed, found.labels if found.has_head else ())
     try:
         shape = Shape.of(found.config)
     except ValueError as error:
@@ -225,8 +318,17 @@ def _plan(
         table.to_parquet(store.root / "data" / f"{split}.parquet", index=False)
     sizes = ", ".join(f"{len(table)} {split}" for split, table in tables.items())
     progress.say(f"{dataset.name}: {sizes} rows; {found.config.get('model_type')} of {len(shape.heads)} layers")
-    plan = Plan(config=config, strategy=dict(strategy), objective=dict(objective), base=base, dataset=dataset, shape=shape)
-    return plan
+    for line in rows.lines():
+        progress.say(line)
+    return Plan(
+        config=config,
+        strategy=dict(strategy),
+        objective=dict(objective),
+        base=base,
+        dataset=dataset,
+        shape=shape,
+        rows=rows,
+    )
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -234,6 +336,22 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
         keys = sorted(old.keys() | new.keys())
         return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
     return [] if identity.canonical(old) == identity.canonical(new) else [f"{path}: was {old}, now {new}"]
+
+
+def learnt(plan: Plan, outcome: Outcome) -> tuple[str, bool] | None:
+    """What to say of a base model that is hardly better than the best constant answer, and whether it is certainly not."""
+    rows, measurement, split = plan.rows, outcome.measurement, outcome.task.split
+    count = next((found.rows for found in rows.overlaps if found.split == split), 0) if rows else 0
+    if rows is None or measurement is None or not count:
+        return None
+    name, score = next(iter(measurement.metrics.items()))
+    constant = rows.trivial[split].get(name, 0.0)
+    if score > constant + metrics.noise(name, constant, count):
+        return None
+    better = "is no better" if score <= constant else "is hardly better"
+    figures = f"{name} {score:.3f} against {constant:.3f} on {count} {split} rows"
+    line = f"the base model {better} than one answer to everything: {figures}"
+    return line, score <= constant and count >= CERTAIN_ROWS
 
 
 class _Search:
@@ -254,6 +372,8 @@ class _Search:
         self.dispatch, self.progress = dispatch, progress
         self.candidates: dict[str, Candidate] = {}  # every one that was ever told
         self.late: dict[str, Proposal] = {}  # sent, and told to no selection yet
+        self.timing: dict[str, str] = {}  # tasks that time a candidate again, and that no selection has looked at yet
+        self.repeats: Counter[str] = Counter()  # such tasks that were sent for each candidate
         self.artifacts: dict[str, tuple[str, str]] = {}  # of those that keep theirs: the keys of master and deployed model
 
     def run(self, rehearsal: Strategy) -> Result:
@@ -270,7 +390,7 @@ class _Search:
             if self._good_enough(population, base):
                 stopped = f"required_quality={self.config.required_quality} is reached"
                 break
-        if self.late:
+        if self.late or self.timing:
             self.dispatch.abandon()
         result = self._report(population, base, number, stopped)
         self.store.write("result.json", result)
@@ -283,7 +403,23 @@ class _Search:
             raise SearchError(f"the base model could not be measured: {describe(outcome.failure)}")
         base = Candidate(id=identity.task_id(outcome.task), genome=Genome(), measurement=outcome.measurement)
         self.candidates[base.id] = base
+        self._has_learnt(outcome)
         return base
+
+    def _has_learnt(self, outcome: Outcome) -> None:
+        """Whether there is anything to keep: the base model against the best constant answer.
+
+        Raises: SearchError when it is certainly no better.
+        """
+        said = learnt(self.plan, outcome)
+        if said is None:
+            return
+        line, certain = said
+        if certain and not self.config.force:
+            raise SearchError(
+                f"{line}, so there is nothing that a search could keep; train it longer (model.fine_tune), or go on: force=true"
+            )
+        self.progress.say(f"warning: {line}")
 
     def probe(self, strategy: Strategy) -> None:
         """Every kind of step once, on a few sentences: a broken environment shows before anything long is sent."""
@@ -307,10 +443,13 @@ class _Search:
         rng = np.random.default_rng(identity.derive(self.config.seed, number, "variation"))
         proposals = strategy.ask(rng, population)
         what = f"generation {number}/{self.config.generations}"
-        born_ids = self.dispatch.send([self._task(proposal.genome) for proposal in proposals], what)
+        repeats = self._repeats(population, base)
+        sent = self.dispatch.send([*(self._task(proposal.genome) for proposal in proposals), *repeats.values()], what)
+        born_ids, repeat_ids = sent[: len(proposals)], sent[len(proposals) :]
+        self.timing |= dict(zip(repeat_ids, repeats, strict=True))
         self.late |= {task_id: p for task_id, p in zip(born_ids, proposals, strict=True) if task_id not in self.candidates}
         earlier = self.store.read(f"generations/{number:04d}.json", Generation)
-        told = self._told(number, born_ids, earlier)
+        told, timed = self._told(number, born_ids, earlier)
         outcomes = {task_id: self.dispatch.outcome(task_id) for task_id in told}
         self._stop_if_all_fail_alike(what, list(outcomes.values()))
         for task_id, outcome in outcomes.items():
@@ -318,16 +457,19 @@ class _Search:
             candidate = Candidate(id=task_id, genome=proposal.genome, parent=proposal.parent, measurement=outcome.measurement)
             self.candidates.setdefault(task_id, candidate)
         try:
-            survivors = strategy.tell(population, [self.candidates[task_id] for task_id in told])
+            for task_id in timed:
+                self._time_again(self.timing.pop(task_id), self.dispatch.outcome(task_id).measurement)
+            survivors = strategy.tell(
+                [self.candidates[candidate.id] for candidate in population], [self.candidates[task_id] for task_id in told]
+            )
         except ValueError as error:
-            raise SearchError(
-                f"{what} can't be judged: {error}; delete the outcomes that differ in tasks/, and go on"
-            ) from None
+            raise SearchError(f"{what} can't be judged: {error}{self._odd((*told, *timed), base)}") from None
         record = Generation(
             number=number,
-            born=tuple(proposals),
             born_ids=tuple(born_ids),
+            parents=tuple(proposal.parent for proposal in proposals),
             told=told,
+            timed=timed,
             population=tuple(candidate.id for candidate in survivors),
         )
         if earlier != record:
@@ -342,18 +484,53 @@ class _Search:
         )
         return survivors
 
-    def _told(self, number: int, born_ids: Sequence[str], earlier: Generation | None) -> tuple[str, ...]:
-        """Wait for what selection shall look at: by id, since the order in which outcomes arrive must not matter."""
+    def _repeats(self, population: Sequence[Candidate], base: Candidate) -> dict[str, Task]:
+        """By candidate, a task that times it again, for each survivor that was not timed often enough.
+
+        Else one lucky timing would keep a candidate alive for ever.
+        """
+        busy, repeats = {base.id, *self.timing.values()}, {}
+        for candidate in population:
+            if candidate.id not in busy and self.repeats[candidate.id] + 1 < self.config.timings:
+                self.repeats[candidate.id] += 1
+                task = self._task(candidate.genome)
+                repeats[candidate.id] = task.model_copy(update={"repeat": self.repeats[candidate.id]})
+        return repeats
+
+    def _time_again(self, candidate_id: str, measurement: Measurement | None) -> None:
+        """Add a timing to those of a candidate. A task that failed adds none."""
+        candidate = self.candidates[candidate_id]
+        if measurement is not None and candidate.measurement is not None:
+            joined = with_timing(candidate.measurement, measurement)
+            self.candidates[candidate_id] = candidate.model_copy(update={"measurement": joined})
+
+    def _told(
+        self, number: int, born_ids: Sequence[str], earlier: Generation | None
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Wait for what selection shall look at: by id, since the order in which outcomes arrive must not matter.
+
+        Returns: tasks of candidates, and tasks that timed survivors again.
+        """
         if earlier is not None and earlier.born_ids == tuple(born_ids):
             # Who was late is chance, so a resumed run keeps to what was written down.
-            self.dispatch.wait(earlier.told)
-            return earlier.told
-        everyone = sorted({*self.late, *born_ids})
+            self.dispatch.wait((*earlier.told, *earlier.timed))
+            return earlier.told, earlier.timed
+        everyone = sorted({*self.late, *self.timing, *born_ids})
         if self.config.select_after == 1 or number == self.config.generations:
             self.dispatch.wait(everyone)
         else:
             self.dispatch.wait(born_ids, math.ceil(self.config.select_after * len(set(born_ids))))
-        return tuple(task_id for task_id in everyone if task_id not in self.dispatch.open)
+        settled = [task_id for task_id in everyone if task_id not in self.dispatch.open]
+        told = tuple(task_id for task_id in settled if task_id not in self.timing)
+        return told, tuple(task_id for task_id in settled if task_id in self.timing)
+
+    def _odd(self, task_ids: Sequence[str], base: Candidate) -> str:
+        """Which outcomes come from another kind of device than the base model's."""
+        device = base.measurement and base.measurement.device
+        measured = {task_id: self.dispatch.outcome(task_id).measurement for task_id in task_ids}
+        odd = [task_id for task_id, measurement in measured.items() if measurement and measurement.device != device]
+        files = " ".join(f"{self.store.root}/tasks/{task_id}/outcome.json" for task_id in odd)
+        return f"\nthe base model was measured on {device}; delete what was not, and go on: {files}" if odd else ""
 
     def _stop_if_all_fail_alike(self, what: str, outcomes: Sequence[Outcome]) -> None:
         """A generation that dies of one cause has met something that its user must mend."""
@@ -374,8 +551,14 @@ class _Search:
         kept = {candidate.id: candidate.genome for candidate in (*alive, base)}
         kept |= {parent: self.candidates[parent].genome for parent in parents if parent in self.candidates}
         kept |= {task_id: proposal.genome for task_id, proposal in self.late.items()}
+        kept |= {candidate_id: self.candidates[candidate_id].genome for candidate_id in self.timing.values()}
         self.artifacts = {task_id: self.artifacts.get(task_id) or self._artifacts(genome) for task_id, genome in kept.items()}
-        self.store.keep_artifacts({"tokenizer", *(key for keys in self.artifacts.values() for key in keys)})
+        # Late tasks go on from whatever prefix of their genome is stored, and from the checkpoint of a training under way.
+        tasks = [self._task(proposal.genome) for proposal in self.late.values()]
+        prefixes = {
+            identity.master_key(task, task.genome.steps[:done]) for task in tasks for done in range(1, len(task.genome.steps))
+        }
+        self.store.keep_artifacts({"tokenizer", *prefixes, *(key for keys in self.artifacts.values() for key in keys)})
 
     def _artifacts(self, genome: Genome) -> tuple[str, str]:
         task = self._task(genome)

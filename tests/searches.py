@@ -1,9 +1,12 @@
 """A tiny search as the tests run it, and all that one decides. For the files that run whole searches."""
 
 import dataclasses
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from hpc_compress import analysis, config, driver
 from hpc_compress.launch.local import Debug
@@ -36,6 +39,36 @@ class Setup:
         return driver.search(
             settings, parts["strategy"], parts["objective"], config.build, launcher, root, progress, parts["retries"]
         )
+
+
+def tiny(folder: Path, model: Path) -> list[str]:
+    """Overrides of a search that takes seconds, with its sentences in a folder."""
+    words = random.Random(0)
+    rows = [(words.choice(["good", "great", "bad", "dull"]), words.choice(["film", "plot"])) for _ in range(120)]
+    table = pd.DataFrame({"text": [" ".join(row) for row in rows], "label": [row[0] in ("good", "great") for row in rows]})
+    table.assign(label=table["label"].map({True: "pos", False: "neg"})).to_csv(folder / "rows.csv", index=False)
+    return [
+        f"model.path={model}",
+        "model.fine_tune={epochs: 2, learning_rate: 1e-3, batch_size: 16}",
+        "dataset=file",
+        f"dataset.train={folder / 'rows.csv'}",
+        "dataset.name=words",
+        "protocol={batch_size: 8, sentences: 16, warmup_passes: 0, min_passes: 2, max_passes: 2}",
+        "generations=2",
+        "strategy.population=4",
+        # The published mutations: cheap, and in the tests that follow a genome its shape is known.
+        "strategy.mutations.prune.weight=0",
+        "strategy.mutations.prune_time.weight=0",
+        "strategy.mutations.prune_heads.weight=0.5",
+        "strategy.fine_tune.learning_rate=1e-3",
+        "strategy.distill.learning_rate=1e-3",
+        # The same on every machine, whatever is installed.
+        "strategy.quantizations={none: {weight: 0}, bf16: {weight: 0}, onnx_int8: {weight: 0}}",
+        "strategy.quantizations={int8: {weight: 0.25}, nf4: {weight: 0.25}}",
+        "strategy.vocabularies.none.weight=0",
+        "objective.b=0",  # what was timed must not decide, so that runs can be compared
+        "name=test",
+    ]
 
 
 def story(root: Path) -> Any:

@@ -40,7 +40,8 @@ def nothing_to_load(folder: Path) -> list[str]:
     """A checkpoint and a dataset of which only descriptions are ever read, as overrides of a search with `light.run`."""
     (folder / "config.json").write_text('{"model_type": "bert", "num_hidden_layers": 3, "num_attention_heads": 4}')
     (folder / "tokenizer.json").write_text("{}")
-    save_file({"weight": np.zeros(1, np.float32)}, folder / "model.safetensors")
+    layers = {f"encoder.layer.{number}.output.dense.weight": np.zeros(1, np.float32) for number in range(3)}
+    save_file(layers, folder / "model.safetensors")
     lines = [f"word {n},{['pos', 'neg'][n % 2]}" for n in range(120)]
     (folder / "rows.csv").write_text("\n".join(["text,label", *lines]))
     return [f"model.path={folder}", "dataset=file", f"dataset.train={folder / 'rows.csv'}", "dataset.name=words"]
@@ -74,6 +75,7 @@ class Element:
     work: Work | None
     state: str = "PENDING"
     reason: str = "Priority"
+    submitted: float = 0.0
     lives: list[Life] = field(default_factory=list)
 
     @property
@@ -110,6 +112,8 @@ class SimulatedSlurm:
         self.sizes: list[int] = []  # of the arrays that sbatch was asked for
         self.down: dict[str, tuple[float, float]] = {}  # from when to when a command fails
         self.cancelled: list[str] = []  # ids that scancel was given
+        self.immune: set[str] = set()  # job ids for which scancel fails
+        self.hidden: set[int] = set()  # numbers of elements that squeue does not list
         self.lag = 0.0  # seconds that the accounting is behind
         self.refusals: list[str] = []  # what sbatch says to the next ones; "taken: " when it takes them all the same
         self.point: Callable[[], None] = lambda: None  # where a driver may be killed while it submits
@@ -128,7 +132,7 @@ class SimulatedSlurm:
             raise RefusedError(refusal)
         job_id = str(1 + len(self.jobs))
         numbers = itertools.count(len(self.elements))
-        made = [Element(next(numbers), job_id, index, options, None) for index in range(len(works))]
+        made = [Element(next(numbers), job_id, index, options, None, submitted=self.clock) for index in range(len(works))]
         self.jobs[job_id] = made
         self.elements += made
         self.queue |= dict.fromkeys(made)
@@ -146,10 +150,9 @@ class SimulatedSlurm:
 
     def squeue(self) -> list[Row]:
         self._fail("squeue")
-        node = [element.lives[-1].node if element.state == "RUNNING" else "" for element in self.queue]
-        return self.foreign + [
-            Row(e.job_id, e.index, e.name, e.state, n, e.reason) for e, n in zip(self.queue, node, strict=True)
-        ]
+        shown = [element for element in self.queue if element.number not in self.hidden]
+        node = [element.lives[-1].node if element.state == "RUNNING" else "" for element in shown]
+        return self.foreign + [Row(e.job_id, e.index, e.name, e.state, n, e.reason) for e, n in zip(shown, node, strict=True)]
 
     def sacct(self, job_ids: Sequence[str]) -> list[Row]:
         self._fail("sacct")
@@ -160,7 +163,7 @@ class SimulatedSlurm:
                 state, code = (life.state, life.exit_code) if over else ("RUNNING", "0:0")
                 seconds = int((life.ended if over else self.clock) - life.began)  # type: ignore[operator]
                 rows.append(Row(element.job_id, element.index, element.name, state, life.node, "", code, seconds))
-            if element.lives and element.state == "PENDING":
+            if element.state == "PENDING" and element.submitted <= then:
                 rows.append(Row(element.job_id, element.index, element.name, "PENDING", "None assigned"))
         return rows
 
@@ -174,10 +177,14 @@ class SimulatedSlurm:
 
     def cancel(self, ids: Sequence[str]) -> None:
         self.cancelled += ids
+        ids, immune = [id for id in ids if id not in self.immune], self.immune & set(ids)
+        self.foreign = [row for row in self.foreign if not {row.job_id, f"{row.job_id}_{row.index}"} & set(ids)]
         for element in [e for e in self.queue if {e.job_id, f"{e.job_id}_{e.index}"} & set(ids)]:
             if element.state == "PENDING":
                 element.lives.append(Life("None assigned", self.clock))
             self._end(element, element.lives[-1], "CANCELLED", "0:15")
+        if immune:
+            raise CommandError(f"scancel: error: Kill job error on job id {min(immune)}: Access/permission denied")
 
     def limits(self, partition: str | None, account: str | None, qos: str | None) -> Limits:
         return self.admitted

@@ -1,7 +1,9 @@
 """Tasks on a Slurm in virtual time: whatever it does to jobs, the outcomes are the same. Imports no torch."""
 
 import itertools
+import multiprocessing
 import os
+import pwd
 import random
 import shutil
 import subprocess
@@ -11,18 +13,20 @@ from typing import Any
 
 import light
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from searches import Setup, Silent, story
 from simulated import PAUSE, Element, SimulatedSlurm, nothing_to_load
 
-from hpc_compress import analysis, driver, identity, store
+from hpc_compress import analysis, cli, driver, identity, store
 from hpc_compress.config import ConfigError
-from hpc_compress.dispatch import Dispatch
-from hpc_compress.launch import Work, packed
+from hpc_compress.dispatch import Dispatch, Heartbeat, SearchError
+from hpc_compress.launch import Work, commands, local, packed
 from hpc_compress.launch.commands import CommandError, Commands, Limits, RefusedError, Row, batch_lines
 from hpc_compress.launch.local import Debug, visible_gpus
-from hpc_compress.launch.slurm import Arrays, Cluster, Ends, Slurm, Submission, cancel
+from hpc_compress.launch.slurm import Arrays, Cluster, Ends, Slurm, Submission, _Nodes, cancel
 from hpc_compress.store import Store
-from hpc_compress.types import Base, Dataset, Genome, Outcome, Protocol, Step, Task
+from hpc_compress.types import Base, Dataset, Genome, Outcome, Protocol, SpentError, Step, Task
 
 Faults = Callable[[Element], str]
 
@@ -169,10 +173,10 @@ def test_an_unknown_job_is_lost_after_a_while_and_not_before(tmp_path: Path):
 @pytest.mark.parametrize("command", ["squeue", "sacct"])
 def test_a_job_is_not_lost_while_commands_fail(tmp_path: Path, command: str):
     slurm = SimulatedSlurm(faults=first_time({0: "forget"}), seconds=lambda id: 100)
-    slurm.down = {command: (30, 2000)}
+    slurm.down = {command: (30, 1500)}
     run = Run(tmp_path, slurm, lost_seconds=100)
     run.dispatch.send(made_up(1), "tasks")
-    while slurm.clock < 2080:
+    while slurm.clock < 1580:
         run.dispatch._turn()
     assert not run.said("lost")
     assert [line for line in run.progress.lines if "does not answer" in line] == [
@@ -186,12 +190,43 @@ def test_a_job_is_not_lost_while_commands_fail(tmp_path: Path, command: str):
 def test_the_time_during_which_commands_fail_does_not_count(tmp_path: Path, command: str):
     """The accounting may lag for a while after it was down."""
     slurm = SimulatedSlurm(faults=first_time({0: "forget"}), seconds=lambda id: 100)
-    slurm.down = {command: (60, 2000)}  # it was looked for, and not found, once or twice
+    slurm.down = {command: (60, 1500)}  # it was looked for, and not found, once or twice
     run = Run(tmp_path, slurm, lost_seconds=100)
     run.dispatch.send(made_up(1), "tasks")
-    while slurm.clock < 2020:
+    while slurm.clock < 1520:
         run.dispatch._turn()
     assert not run.said("lost")
+
+
+def test_a_dead_job_is_sent_again_where_sacct_never_answers(tmp_path: Path):
+    """After half an hour squeue alone decides, and the user is told; from then on at once."""
+    slurm = SimulatedSlurm(faults=first_time({0: "die FAILED 3:0", 1: "die FAILED 3:0"}), seconds=lambda id: 100)
+    slurm.down = {"sacct": (0, 1e9)}
+    slurm.refusals = ["taken: Socket timed out"]  # so that the first array must be looked for by its name
+    run = Run(tmp_path, slurm)
+    assert run.settle(made_up(4)) == answers(made_up(4))
+    assert 1800 < slurm.clock < 2400
+    told = [line for line in run.progress.lines if "sacct has not answered for 30 min (sacct: down)" in line]
+    assert len(told) == 1
+    assert "squeue does not list counts as ended" in told[0]
+    assert run.said("lost, LOST")
+    run = Run(tmp_path, slurm, accounting_seconds=60)
+    start, slurm.faults = slurm.clock, first_time({len(slurm.elements): "die FAILED 3:0"})
+    assert run.settle(made_up(1, first=9)) == answers(made_up(1, first=9))
+    assert slurm.clock - start < 60 + 120 + 300
+
+
+def test_a_job_that_sacct_calls_unfinished_is_never_lost(tmp_path: Path):
+    """Though squeue hides it: one that runs, and one that has not begun."""
+    slurm = SimulatedSlurm(nodes=1, seconds=lambda id: 3000)
+    slurm.hidden = {0, 1}
+    run = Run(tmp_path, slurm, lost_seconds=20)
+    assert run.settle(made_up(2)) == answers(made_up(2))
+    assert slurm.clock >= 6000
+    assert len(slurm.elements) == 2
+    told = [line for line in run.progress.lines if "squeue does not list it" in line]
+    assert len(told) == 1, "once an array"
+    assert "scontrol show job 1_" in told[0]
 
 
 def test_the_accounting_may_lag(tmp_path: Path):
@@ -290,6 +325,51 @@ def test_a_node_on_which_jobs_keep_dying_is_left_out(tmp_path: Path):
     assert left_out == sorted(left_out)  # once left out, it stays so
 
 
+def test_tasks_that_kill_their_jobs_condemn_no_node(tmp_path: Path):
+    """One task in twenty, wherever it runs."""
+    tasks = made_up(160)
+    killers = {identity.task_id(task) for task in tasks[::20]}
+    slurm = SimulatedSlurm(nodes=16, faults=lambda element: "die FAILED 1:0" if killers & set(element.task_ids) else "")
+    run = Run(tmp_path, slurm, poll_seconds=60)
+    outcomes = run.settle(tasks)
+    assert sum(outcome.failure is not None for outcome in outcomes) == len(killers) == 8
+    assert {submission.exclude for submission in run.submissions} == {()}
+    assert Run(tmp_path, slurm).arrays.nodes.bad() == []
+
+
+def test_one_task_that_dies_again_and_again_condemns_no_node(tmp_path: Path):
+    slurm = SimulatedSlurm(nodes=2, faults=lambda element: "die FAILED 1:0" if element.index == 0 else "")
+    slurm.free = ["n0"]  # the other one has no room
+    run = Run(tmp_path, slurm, retries=5)
+    run.settle(made_up(1))
+    assert {submission.exclude for submission in run.submissions} == {()}
+
+
+def test_a_node_is_forgiven_when_its_dead_tasks_die_elsewhere_too():
+    nodes = _Nodes()
+    for task_id in "abc":
+        nodes.job_ended("n1", (task_id,), died=True)
+    assert nodes.bad() == ["n1"]
+    nodes.job_ended("n2", ("b",), died=True)
+    assert nodes.bad() == []
+    nodes.job_ended("n1", ("d", "e"), died=True)  # one job of two tasks is one death
+    assert nodes.bad() == ["n1"]
+    nodes.failed("n3")
+    nodes.job_ended("n2", ("e",), died=True)
+    assert nodes.bad() == ["n3"]
+
+
+def test_a_node_that_does_most_of_its_work_is_not_condemned():
+    nodes = _Nodes()
+    for number in range(6):
+        nodes.job_ended("n1", (f"well {number}",), died=False)
+    for number in range(5):
+        nodes.job_ended("n1", (f"dead {number}",), died=True)
+    assert nodes.bad() == []
+    nodes.job_ended("n1", ("dead 5",), died=True)  # six of the last ten
+    assert nodes.bad() == ["n1"]
+
+
 def test_two_deaths_condemn_no_node(tmp_path: Path):
     slurm = SimulatedSlurm(nodes=1, faults=first_time({0: "die FAILED 1:0", 1: "die FAILED 1:0"}))
     run = Run(tmp_path, slurm)
@@ -363,6 +443,18 @@ def test_a_busy_controller_may_have_taken_the_jobs_or_not(tmp_path: Path, messag
     assert len(slurm.elements) == 6
 
 
+@pytest.mark.parametrize(
+    "message", ["Requested partition configuration not available now", "Transport endpoint is not connected"]
+)
+def test_a_passing_error_is_waited_out(tmp_path: Path, message: str):
+    slurm = SimulatedSlurm()
+    slurm.refusals = [f"Batch job submission failed: {message}"] * 6
+    run = Run(tmp_path, slurm)
+    assert run.settle(made_up(3)) == answers(made_up(3))
+    assert run.said(f"{message}; trying again in 10 s")
+    assert len(slurm.elements) == 3
+
+
 def test_what_can_never_be_admitted_ends_the_search_and_says_why(tmp_path: Path):
     slurm = SimulatedSlurm()
     slurm.refusals = ["Batch job submission failed: Invalid partition name specified"]
@@ -379,6 +471,8 @@ SAYINGS = {
     "AssocGrpSubmitJobsLimit": "full",
     "Batch job submission failed: Socket timed out on send/recv operation": "busy",
     "Batch job submission failed: Unable to contact slurm controller (connect failure)": "busy",
+    "Batch job submission failed: Transport endpoint is not connected": "busy",
+    "Batch job submission failed: Requested partition configuration not available now": "full",
     "Slurm temporarily unable to accept job, sleeping and retrying": "busy",
     "Batch job submission failed: Resource temporarily unavailable": "busy",
     "Batch job submission failed: Zero Bytes were transmitted or received": "busy",
@@ -491,12 +585,72 @@ def test_cancel_ends_the_jobs_of_this_run_and_no_others(tmp_path: Path):
         run.dispatch.send(made_up(9), "tasks")
         run.dispatch._turn()
     slurm.foreign.append(Row("77", 0, "run", "RUNNING", "n0"))
-    assert cancel(mine.store, slurm) == 9  # type: ignore[arg-type]
+    assert cancel(mine.store, slurm).cancelled == 9  # type: ignore[arg-type]
     assert {element.name for element in slurm.queue} == {other.submissions[0].name}
     assert slurm.cancelled == [slurm.elements[-1].job_id]
-    assert cancel(mine.store, slurm, own_job=("77", "run")) == 1  # type: ignore[arg-type]
-    assert cancel(mine.store, slurm, own_job=("77", "a-name-of-before")) == 0  # type: ignore[arg-type]
+    assert cancel(mine.store, slurm, own_job=("77", "a-name-of-before")).cancelled == 0  # type: ignore[arg-type]
+    assert cancel(mine.store, slurm, own_job=("77", "run")).cancelled == 1  # type: ignore[arg-type]
     assert other.settle(made_up(9)) == answers(made_up(9))
+
+
+@pytest.mark.parametrize("own_id", ["77_0", "77_2"])
+def test_cancel_of_one_run_of_a_sweep_spares_the_other_drivers(tmp_path: Path, own_id: str):
+    """The drivers of a sweep are elements of one array, and have one name."""
+    slurm = SimulatedSlurm()
+    drivers = [Row("77", index, "sweep", "RUNNING", "n0") for index in range(3)]
+    slurm.foreign = list(drivers)
+    run = Run(tmp_path, slurm)
+    done = cancel(run.store, slurm, own_job=(own_id, "sweep"))  # type: ignore[arg-type]
+    assert (done.cancelled, done.left) == (1, 0)
+    assert slurm.cancelled == [own_id]
+    assert slurm.foreign == [row for row in drivers if f"77_{row.index}" != own_id]
+
+
+def test_a_driver_in_an_array_knows_its_element(monkeypatch: pytest.MonkeyPatch):
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    assert Heartbeat.here().job_id is None
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    assert Heartbeat.here().job_id == "77"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "77")  # as in the last element of an array
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert Heartbeat.here().job_id == "77_2"
+
+
+def test_cancel_tells_what_goes_on(tmp_path: Path):
+    slurm = SimulatedSlurm(limits=Limits(4, None, None))
+    run = Run(tmp_path, slurm)
+    run.dispatch.send(made_up(9), "tasks")
+    run.dispatch._turn()
+    slurm.immune = {"2"}
+    done = cancel(run.store, slurm)  # type: ignore[arg-type]
+    assert (done.cancelled, done.left) == (5, 4)
+    assert "permission denied" in done.trouble
+    run.arrays.cancel()
+    assert run.said("4 jobs could not be cancelled (scancel: error: Kill job error on job id 2")
+    slurm.immune = set()
+    assert cancel(run.store, slurm).cancelled == 4  # type: ignore[arg-type]
+
+
+def test_the_command_cancel_ends_with_1_where_jobs_go_on(
+    without_barrier: Path, tmp_path: Path, printing: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+):
+    root = tmp_path / "run"
+    shutil.copytree(without_barrier, root)
+    name = Store(root).read_all("jobs/*/submission.json", Submission)[0].name
+    printing("squeue", f"17|0|RUNNING|n1|None|{name}\n17|1|COMPLETING|n1|None|{name}\n")
+    printing("scancel", error="scancel: error: Kill job error on job id 17: Access/permission denied", code=1)
+    with pytest.raises(SystemExit) as exit:
+        cli._cancel([str(root)])
+    assert exit.value.code == 1
+    said = capsys.readouterr()
+    assert said.out.startswith("0 jobs cancelled")
+    assert "1 jobs go on (scancel: " in said.err
+    printing("squeue", error="down", code=1)
+    with pytest.raises(SystemExit) as exit:
+        cli._cancel([str(root)])
+    assert exit.value.code == 1
+    assert "could not be cancelled: squeue: down" in capsys.readouterr().err
 
 
 def test_a_driver_that_is_told_to_stop_takes_its_jobs_with_it(tmp_path: Path):
@@ -525,24 +679,6 @@ def test_what_nobody_waits_for_any_more_can_be_dropped_while_slurm_does_not_answ
 # --- Slurm's commands ---
 
 
-@pytest.fixture
-def printing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """A function that puts an executable on the PATH which prints a text; the path returned gets its arguments."""
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
-
-    def make(name: str, out: str = "", error: str = "", code: int = 0) -> Path:
-        folder = tmp_path / "bin"
-        folder.mkdir(exist_ok=True)
-        (folder / f"{name}.out").write_text(out)
-        (folder / f"{name}.err").write_text(error)
-        lines = f'#!/bin/sh\nprintf "%s\\n" "$@" >{folder}/{name}.args\ncat {folder}/{name}.out\ncat {folder}/{name}.err >&2\n'
-        (folder / name).write_text(f"{lines}exit {code}\n")
-        (folder / name).chmod(0o755)
-        return folder / f"{name}.args"
-
-    return make
-
-
 def test_squeue_is_read(printing: Callable[..., Path]):
     arguments = printing("squeue", "17|3|RUNNING|n1|None|run-1\n17|4|PENDING||Resources|run-1\n18|N/A|RUNNING|n2|None|a|b\n")
     assert Commands().squeue() == [
@@ -550,7 +686,7 @@ def test_squeue_is_read(printing: Callable[..., Path]):
         Row("17", 4, "run-1", "PENDING", "", "Resources"),
         Row("18", 0, "a|b", "RUNNING", "n2", "None"),
     ]
-    assert {"--array", f"--user={os.getuid()}"} <= set(arguments.read_text().split())
+    assert {"--all", "--array", f"--user={os.getuid()}"} <= set(arguments.read_text().split())
 
 
 def test_sacct_is_read(printing: Callable[..., Path]):
@@ -562,6 +698,8 @@ def test_sacct_is_read(printing: Callable[..., Path]):
         "17_[3-9%4]|PENDING|0:0|None assigned|0|run-1",
         "17_10|OUT_OF_ME+|0:125|n3||run-1",
         "18|FAILED|9:0|n2|7|a|b",
+        "19|COMPLETED|0:0|n2|none|c",
+        "19|COMPLETED|0:0|n2",
     )
     arguments = printing("sacct", "\n".join(lines) + "\n")
     assert Commands().sacct(["17", "18"]) == [
@@ -569,8 +707,10 @@ def test_sacct_is_read(printing: Callable[..., Path]):
         Row("17", 1, "run-1", "CANCELLED", "n1", "", "0:15", 3),
         Row("17", 2, "run-1", "PREEMPTED", "n1", "", "0:0", 10),
         Row("17", 2, "run-1", "RUNNING", "n2", "", "0:0", 5),
+        *(Row("17", index, "run-1", "PENDING", "None assigned", "", "0:0", 0) for index in range(3, 10)),
         Row("17", 10, "run-1", "OUT_OF_ME", "n3", "", "0:125", 0),
         Row("18", 0, "a|b", "FAILED", "n2", "", "9:0", 7),
+        Row("19", 0, "c", "COMPLETED", "n2", "", "0:0", 0),
     ]
     assert {"--duplicates", "--jobs=17,18", "-nPX"} <= set(arguments.read_text().split())
 
@@ -589,25 +729,121 @@ def test_a_command_that_fails_says_nothing(printing: Callable[..., Path], monkey
     printing("sacct", error="Slurm accounting storage is disabled", code=1)
     assert Commands().accounted("run-1") is None
     printing("scancel", error="scancel: error: Invalid job id", code=1)
-    Commands().cancel(["17"])
+    with pytest.raises(CommandError, match="Invalid job id"):
+        Commands().cancel(["17"])
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(CommandError, match="not on this machine"):
         Commands().squeue()
 
 
 def test_a_job_is_found_by_its_name(printing: Callable[..., Path]):
-    arguments = printing("sacct", "17_0\n17_[1-3]\n")
+    arguments = printing("sacct", "Welcome to the cluster!\n17_0\n17_[1-3]\n")
     assert Commands().accounted("run-1") == "17"
     assert "--name=run-1" in arguments.read_text()
     printing("sacct")
     assert Commands().accounted("run-1") is None
 
 
+ODD_LINES = st.lists(st.text("|_[]-%:0179²N/A\r\x1bab \n", max_size=30) | st.text(max_size=10), max_size=2)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_lines_that_describe_no_job_are_skipped(data: st.DataObject):
+    """A newline in the name of a user's job, a login banner, numbers that are none: what is ours is found all the same."""
+    own = [
+        ("squeue", "17|3|RUNNING|n1|None|run-1", Row("17", 3, "run-1", "RUNNING", "n1", "None")),
+        ("sacct", "17_3|RUNNING|0:0|n1|5|run-1", Row("17", 3, "run-1", "RUNNING", "n1", "", "0:0", 5)),
+        ("accounted", "17_3", "17"),
+        ("limits", "20|normal", 20),
+    ]
+    for name, line, expected in own:
+        before, after = data.draw(ODD_LINES), data.draw(ODD_LINES)
+        text = "\n".join([*before, line, *after])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(commands, "call", lambda *words, text=text: text)
+            found: Any = {
+                "squeue": Commands().squeue,
+                "sacct": lambda: Commands().sacct(["17"]),
+                "accounted": lambda: [Commands().accounted("run-1")],
+                "limits": lambda: [Commands().limits(None, None, None)],
+            }[name]()
+        if name in ("squeue", "sacct"):
+            assert expected in found
+        elif name == "accounted":
+            assert before or found == [expected]
+        else:
+            assert (found[0].submitted or 0) <= expected
+
+
+def test_skipped_lines_are_told_once(printing: Callable[..., Path], caplog: pytest.LogCaptureFixture):
+    printing("squeue", "Welcome\x1b[31m to the cluster!\n18|N/A|RUNNING|n2|None|odd\n name | x\n")
+    ours = Commands()
+    assert ours.squeue() == ours.squeue() == [Row("18", 0, "odd", "RUNNING", "n2", "None")]
+    assert [record.getMessage() for record in caplog.records] == [
+        "squeue prints lines that are skipped since they describe no job, such as: Welcome?[31m to the cluster!"
+    ]
+
+
+def test_elements_that_have_not_begun(printing: Callable[..., Path]):
+    for written, expected in (("[0-2,5,10-20:4%3]", [0, 1, 2, 5, 10, 14, 18]), ("[7]", [7]), ("[3-]", []), ("[x,1]", [1])):
+        printing("sacct", f"17_{written}|PENDING|0:0|None assigned|0|run-1\n")
+        assert [row.index for row in Commands().sacct(["17"])] == expected
+
+
+def test_no_variable_of_a_user_or_an_outer_job_reaches_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """They hide jobs, change what is printed, and override the lines of a script."""
+    odd = ["SQUEUE_PARTITION", "SQUEUE_STATES", "SACCT_FORMAT", "SBATCH_PARTITION", "SCANCEL_STATE", "SINFO_FORMAT"]
+    odd += ["SLURM_JOB_ID", "SLURM_TIME_FORMAT", "SLURM_CLUSTERS", "SLURM_CPU_BIND"]
+    for name in (*odd, "SLURM_CONF", "SLURM_JWT", "OWN"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    (tmp_path / "bin").mkdir()
+    for name in ("squeue", "sacct", "scancel", "scontrol", "sinfo", "sacctmgr", "sbatch", "srun"):
+        path = tmp_path / "bin" / name
+        path.write_text(f'#!/bin/sh\nenv >{tmp_path}/{name}.env\necho "Submitted batch job 17"\n')
+        path.chmod(0o755)
+    ours = Commands()
+    ours.squeue(), ours.sacct(["17"]), ours.cancel(["17"]), ours.limits(None, None, None)
+    options = Cluster(mem_gb=None).options("run-1", tmp_path, None, ())
+    assert ours.submit(tmp_path, [Work(str(tmp_path), ())], options) == "17"
+    for path in (path for path in tmp_path.glob("*.env") if path.name != "srun.env"):
+        seen = {line.partition("=")[0] for line in path.read_text().splitlines()}
+        assert not seen & set(odd), path.name
+        assert {"SLURM_CONF", "SLURM_JWT", "OWN", "PATH"} <= seen
+    assert len(list(tmp_path.glob("*.env"))) == 7
+    assert os.environ["SLURM_JOB_ID"] == os.environ["SBATCH_PARTITION"] == "x", "the driver's own environment has changed"
+    script = (tmp_path / "17_submission.sh").read_text()
+    assert "--wckey" not in script
+    assert "--mem" not in script
+
+
+def test_memory_is_left_to_the_site_where_no_number_is_given(tmp_path: Path):
+    slurm = SimulatedSlurm(seconds=lambda id: 100, faults=first_time({0: "die OUT_OF_MEMORY 0:125"}))
+    run = Run(tmp_path, slurm, cluster=Cluster(mem_gb=None))
+    assert run.settle(made_up(2)) == answers(made_up(2))
+    assert all("mem" not in element.options for element in slurm.elements)
+    assert {submission.mem_mb for submission in Run(tmp_path, slurm).submissions} == {None}
+
+
 def test_the_limits_of_a_cluster(printing: Callable[..., Path]):
     printing("scontrol", "MaxArraySize            = 1001\nMaxJobCount = 10000\n")
     printing("sinfo", "64000|3\n128000+|2\n")
-    printing("sacctmgr", "|normal\n50|\n")
+    printing("sacctmgr", "Welcome to the cluster!\n|normal\n50|\n")
     assert Commands().limits("main", None, None) == Limits(1001, 50, 128_000, 5)
+    long = 5000 * "9"  # more digits than Python reads
+    printing("scontrol", f"MaxArraySize            = {long}\n")
+    printing("sinfo", f"{long}|3\n64000|{long}\n32000|2\n")
+    printing("sacctmgr", f"{long}|normal\n30|\n")
+    assert Commands().limits("main", None, None).node_memory_mb == 32_000
+    assert Commands().limits("main", None, None).submitted == 30
+    printing("sacctmgr", "20|normal\n")
+    asked: list[Sequence[str]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commands, "ask", lambda *words: asked.append(words) or "")
+        Commands().limits(None, None, None)
+    (associations,) = [words for words in asked if "assoc" in words]
+    assert f"user={pwd.getpwuid(os.getuid()).pw_name}" in associations, "sacctmgr knows users by their names only"
     for name in ("scontrol", "sinfo", "sacctmgr"):
         printing(name, error="down", code=1)
     assert Commands().limits(None, None, None) == Limits(1000, None, None)
@@ -650,8 +886,9 @@ def record(root: str, task_ids: Sequence[str], **ignored: Any) -> Iterator[str]:
         (2, "2,5", ["2: a b d", "5: c e"]),
         (2, "GPU-1,GPU-2,GPU-3", ["GPU-1: a b d", "GPU-2: c e"]),
         (2, "7", ["7: a b d", "7: c e"]),  # Slurm gave each process its own already
-        (2, None, ["none: a b d", "none: c e"]),
-        (5, None, ["none: a b", "none: c", "none: d", "none: e", "none: "]),
+        (2, "", [": a b d", ": c e"]),
+        (2, None, ["0: a b d", "1: c e"]),  # nobody has shared the GPUs out, and each process sees all of them
+        (5, None, ["0: a b", "1: c", "2: d", "3: e", "4: "]),
     ],
 )
 def test_the_processes_of_a_job_share_its_bundles_and_gpus(
@@ -678,7 +915,30 @@ def test_a_local_process_takes_the_gpu_and_threads_that_it_was_given(tmp_path: P
     assert os.environ["OMP_NUM_THREADS"] == "2"
 
 
-def test_visible_gpus(printing: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
+def spends(root: str, task_ids: Sequence[str], **ignored: Any) -> Iterator[str]:
+    """A worker whose first task makes the GPU unusable for its process."""
+    (Path(root) / task_ids[0]).touch()
+    raise SpentError(f"{task_ids[0]} left the GPU unusable")
+    yield
+
+
+def test_a_process_that_can_do_no_more_ends_well(tmp_path: Path):
+    """As a job that is done, so that nobody blames its node. What it has left is sent again."""
+    process = multiprocessing.get_context("fork").Process(
+        target=Work(str(tmp_path), (("a", "b"),), worker="test_launch.spends")
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_worker_that_can_do_no_more_ends_a_search_in_its_own_process(setup: Setup, tmp_path: Path):
+    with pytest.raises(SearchError, match="start the search again"):
+        setup.run(tmp_path / "run", launcher=Debug(worker="test_launch.spends"))
+
+
+def test_visible_gpus(tmp_path: Path, printing: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
     printing("nvidia-smi", "GPU 0: A100 (UUID: GPU-1)\n  MIG 1g\nGPU 1: A100 (UUID: GPU-2)\n")
     for value, expected in (("0,3", ["0", "3"]), ("GPU-1", ["GPU-1"]), ("", [])):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
@@ -686,7 +946,14 @@ def test_visible_gpus(printing: Callable[..., Path], monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert visible_gpus() == ["0", "1"]
     printing("nvidia-smi", code=9)
+    monkeypatch.setattr(local, "DRIVER_FILES", (str(tmp_path / "version"),))
     assert visible_gpus() == []
+    (tmp_path / "version").touch()
+    with pytest.raises(ConfigError, match=r"nvidia-smi lists none.*set CUDA_VISIBLE_DEVICES"):
+        visible_gpus()
+    for value in ("", "-1", "NoDevFiles"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+        assert visible_gpus() == []
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 100])

@@ -9,7 +9,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,18 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cluster import LIGHT, MISSING, REPOSITORY, TESTS, Lab, call, command, private_cluster, wait_for
 from searches import Setup, Silent, story
 
 from hpc_compress import analysis, driver
-from hpc_compress.launch.commands import Commands
+from hpc_compress.dispatch import Heartbeat
+from hpc_compress.launch.commands import Commands, Row
 from hpc_compress.launch.local import Debug
-from hpc_compress.launch.slurm import Cluster, Slurm, Submission
+from hpc_compress.launch.slurm import Cluster, Slurm, Submission, cancel
 from hpc_compress.store import Store
-
-TESTS = Path(__file__).parent
-REPOSITORY = TESTS.parent
-NEEDED = ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd")
-MISSING = [name for name in NEEDED if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
 
 pytestmark = [
     pytest.mark.slurm,
@@ -40,57 +36,10 @@ pytestmark = [
 ]
 
 
-class Lab:
-    """The private cluster."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        with socket.socket() as probe:  # a free range of ports, most likely
-            probe.bind(("127.0.0.1", 0))
-            self.port = 20000 + probe.getsockname()[1] % 10000
-        self.start()
-
-    def start(self) -> None:
-        """Start it, or what of it has died."""
-        command = [sys.executable, REPOSITORY / "slurm/lab/lab.py", "start", self.folder, "--port", str(self.port)]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
-
-    def stop(self) -> None:
-        command = [sys.executable, REPOSITORY / "slurm/lab/lab.py", "stop", self.folder, "--purge"]
-        subprocess.run(command, check=True, timeout=120)
-
-    def kill(self, daemon: str) -> None:
-        os.kill(int((self.folder / "run" / f"{daemon}.pid").read_text().split()[0]), signal.SIGKILL)
-
-
-def call(*words: str) -> str:
-    """A command of Slurm; some need to be tried again while the controller is busy."""
-    for _ in range(20):
-        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
-        if done.returncode == 0:
-            return done.stdout.strip()
-        time.sleep(0.5)
-    raise AssertionError(f"{words}: {done.stderr}")
-
-
-def wait_for(what: Callable[[], Any], seconds: float = 90) -> Any:
-    end = time.monotonic() + seconds
-    while not (found := what()):
-        if time.monotonic() > end:
-            raise AssertionError(f"it did not happen\n{call('squeue', '-a')}\n{call('sinfo')}")
-        time.sleep(0.1)
-    return found
-
-
 @pytest.fixture(scope="session")
 def lab() -> Iterator[Lab]:
-    # A short path in memory: sockets lie there, and the disk of a busy machine is slow.
-    parent = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path("/tmp")
-    lab = Lab(parent / f"hpcc-{os.getpid()}")
-    os.environ["SLURM_CONF"] = str(lab.folder / "etc" / "slurm.conf")
-    yield lab
-    del os.environ["SLURM_CONF"]
-    lab.stop()
+    with private_cluster() as lab:
+        yield lab
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +48,6 @@ def wanted(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Any:
     root = tmp_path_factory.mktemp("wanted")
     setup.run(root, *LIGHT, launcher=Debug(worker="light.run"))
     return story(root)
-
-
-LIGHT = ("probe=false", "retries=3")
 
 
 def launcher(commands: Commands | None = None, **cluster: Any) -> Slurm:
@@ -145,11 +91,17 @@ class Running(threading.Thread):
         return story(self.root)
 
 
+def taken_for_a_run(root: Path) -> None:
+    """A driver refuses a folder with anything in it that is not a run's."""
+    Store(root).write("driver.json", Heartbeat.here().model_copy(update={"ended": True}))
+
+
 @pytest.fixture
 def start(lab: Lab, setup: Setup, tmp_path: Path) -> Callable[..., Running]:
     def begin(fault: str | None = None, slurm: Slurm | None = None) -> Running:
         root = tmp_path / "run"
         root.mkdir(mode=0o700)
+        taken_for_a_run(root)
         if fault:
             (root / f"fault-{fault}").touch()
         return Running(setup, root, slurm or launcher())
@@ -301,6 +253,7 @@ class Forgetful(Commands):
     """A cluster whose controller is killed in the moment after it took the second array."""
 
     def __init__(self, lab: Lab) -> None:
+        super().__init__()
         self.lab, self.submitted = lab, 0
 
     def submit(self, *arguments: Any) -> str:
@@ -328,10 +281,58 @@ def test_accounting_is_down_when_a_task_dies(lab: Lab, start: Any, wanted: Any):
     assert running.end() == wanted
 
 
+def test_accounting_stays_down_when_a_task_dies(lab: Lab, start: Any, wanted: Any):
+    """After a while squeue alone decides."""
+    running = start("hang", launcher().model_copy(update={"accounting_seconds": 4.0}))
+    where = running.hanging()
+    lab.kill("slurmdbd")
+    try:
+        os.kill(int(where["pid"]), signal.SIGKILL)
+        assert running.end() == wanted
+    finally:
+        lab.start()
+    assert len(said(running, "sacct has not answered")) == 1
+    assert said(running, "lost, LOST")
+
+
+def test_variables_that_hide_jobs_and_move_them_elsewhere(start: Any, wanted: Any, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as patch:
+        for name in ("SQUEUE_PARTITION", "SACCT_PARTITION", "SBATCH_PARTITION"):
+            patch.setenv(name, "urgent")
+        running = start("hang")
+        where = running.hanging()
+        time.sleep(8)  # longer than a job that nobody knows would live
+        (running.root / "go-on").touch()
+        assert running.end() == wanted
+    assert not said(running, "lost")
+    assert call("sacct", "-nPX", "-j", where["element"], "-o", "partition") == "main"
+
+
+class Blind(Commands):
+    """A cluster whose squeue lists no job for a while."""
+
+    see = False
+
+    def squeue(self) -> list[Row]:
+        return super().squeue() if self.see else []
+
+
+def test_a_job_that_only_the_accounting_knows_is_waited_for(start: Any, wanted: Any):
+    commands = Blind()
+    running = start("hang", launcher(commands))
+    running.hanging()
+    time.sleep(8)  # longer than a job that nobody knows would live
+    (running.root / "go-on").touch()
+    commands.see = True
+    assert running.end() == wanted
+    assert not said(running, "lost")
+
+
 class Damaging(Commands):
     """Does something to the files of an array before it starts."""
 
     def __init__(self, damage: Callable[[Path, str], None]) -> None:
+        super().__init__()
         self.damage, self.submitted = damage, 0
 
     def submit(self, folder: Path, works: Any, options: dict[str, Any]) -> str:
@@ -371,6 +372,7 @@ def test_a_full_disk(lab: Lab, setup: Setup, wanted: Any, tmp_path: Path):
     try:
         root = room / "run"
         root.mkdir(mode=0o700)
+        taken_for_a_run(root)
         (root / "fault-hang").touch()
         running = Running(setup, root, launcher())
         running.hanging()
@@ -409,13 +411,6 @@ def test_a_node_whose_clock_is_an_hour_off(start: Any, wanted: Any, tmp_path: Pa
 
 
 # --- drivers ---
-
-
-def command(setup: Setup, *more: str) -> list[str]:
-    lines = f'["export PYTHONPATH={TESTS}"]'
-    own = ["launcher=slurm", "cluster=lab", "cluster.mem_gb=0.5", f"cluster.setup={lines}", "+launcher.worker=light.run"]
-    own += ["launcher.poll_seconds=0.3", "launcher.settle_seconds=2", "launcher.lost_seconds=6", *LIGHT]
-    return [sys.executable, "-m", "hpc_compress.cli", "search", *setup.overrides, *own, *more]
 
 
 @pytest.mark.slow
@@ -475,6 +470,42 @@ def test_cancel_ends_a_runs_jobs_and_no_others(start: Any, setup: Setup, wanted:
     assert Running(setup, running.root, launcher()).end() == wanted
 
 
+def test_cancel_of_the_last_run_of_a_sweep_spares_the_drivers_of_the_others(lab: Lab, tmp_path: Path):
+    tell = "from hpc_compress.dispatch import Heartbeat; print(Heartbeat.here().job_id)"
+    script = f"{sys.executable} -c '{tell}' >{tmp_path}/$SLURM_ARRAY_TASK_ID; sleep 60"
+    drivers = ["sbatch", "--parsable", "--array=0-2", "--mem=100M", "-J", "odd|sweep", "-o", "/dev/null", f"--wrap={script}"]
+    array = call(*drivers)
+    odd = call(
+        "sbatch", "--parsable", "--mem=100M", "-J", "a\nb", "-o", "/dev/null", "--wrap=sleep 60"
+    )  # its name has two lines
+    try:
+        own_id = wait_for(lambda: (tmp_path / "2").exists() and (tmp_path / "2").read_text().strip())
+        assert own_id == f"{array}_2"
+        done = cancel(Store(tmp_path), Commands(), own_job=(own_id, "odd|sweep"))
+        assert (done.cancelled, done.left) == (1, 0)
+        left = call("squeue", "-h", "-r", "-t", "PENDING,RUNNING", "-o", "%F_%K").split()
+        assert {f"{array}_0", f"{array}_1", f"{odd}_N/A"} <= set(left)
+        assert own_id not in left
+    finally:
+        call("scancel", array, odd)
+
+
+def test_limits_of_an_association_and_memory_that_the_site_decides(lab: Lab, setup: Setup, wanted: Any, tmp_path: Path):
+    user = call("id", "-un")
+    call("sacctmgr", "-i", "modify", "user", user, "set", "MaxSubmitJobs=3")
+    try:
+        assert Commands().limits(None, None, None).submitted == 3
+        setup.run(tmp_path, *LIGHT, launcher=launcher(mem_gb=None))
+    finally:
+        call("sacctmgr", "-i", "modify", "user", user, "set", "MaxSubmitJobs=-1")
+    assert story(tmp_path) == wanted
+    packs = [len(submission.packs) for submission in Store(tmp_path).read_all("jobs/*/submission.json", Submission)]
+    assert max(packs) == 3
+    scripts = [path.read_text() for path in tmp_path.glob("jobs/*/*_submission.sh")]
+    assert scripts
+    assert not [script for script in scripts if "--wckey" in script or "--mem" in script]
+
+
 @pytest.mark.slow
 def test_a_driver_in_a_job_goes_on_after_its_time_limit(lab: Lab, setup: Setup, tmp_path: Path):
     """With real tasks: sbatch slurm/driver.sbatch, requeued twice, equals the same search in one process."""
@@ -531,3 +562,41 @@ def test_the_doctor_finds_what_is_wrong(lab: Lab, setup: Setup, tmp_path: Path):
     well = doctor("launcher.tasks_per_job=4", "launcher.poll_seconds=1")
     assert "all is well" in well
     assert "canary" in well
+
+
+def test_a_driver_in_a_job_comes_back_after_it_was_killed(lab: Lab, setup: Setup, wanted: Any, tmp_path: Path):
+    """Its Python process alone, as the kernel does when memory is short; the driver then ends with 137."""
+    root = tmp_path / "results" / "test"
+    root.mkdir(parents=True, mode=0o700)
+    taken_for_a_run(root)
+    (root / "fault-hang").touch()
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    words = [word for word in command(setup)[4:] if word != "launcher=slurm"]
+    submit = ["sbatch", "--parsable", "--mem=1G", "--time=60", REPOSITORY / "slurm/driver.sbatch", *words]
+    done = subprocess.run(submit, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    job_id = done.stdout.strip()
+    wait_for((root / "hanging").exists)
+    os.kill(json.loads((root / "driver.json").read_text())["pid"], signal.SIGKILL)
+    run_again(job_id)
+    (root / "go-on").touch()
+    wait_for((root / "result.json").exists)
+    log = (tmp_path / f"hpc_compress_driver-{job_id}.log").read_text()
+    assert log.count("ended with 137: back into the queue") == 1
+    assert log.count("going on with the run") == 1
+    assert story(root) == wanted
+    wait_for(lambda: job_id not in call("squeue", "-h", "-o", "%F"))
+    assert "COMPLETED" in call("sacct", "-nX", "-j", job_id, "-o", "state")
+
+
+@pytest.mark.slow
+def test_kills_of_the_driver_of_workers_of_nodes_and_of_the_controller(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    from kills import Plan, disturbed
+
+    found = disturbed(lab, tmp_path, Plan(kills=6, seed=3, generations=2))
+    assert found.kills.total() == 6
+    assert found.equal
+    assert not found.repeated
+    assert not found.gave_up

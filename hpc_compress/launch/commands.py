@@ -1,8 +1,14 @@
-"""Slurm's commands and what they print. The edge: knows no run and no task, and a simulation can stand in for it."""
+"""Slurm's commands and what they print. The edge: knows no run and no task, and a simulation can stand in for it.
+
+What a command prints is data from a stranger: job names are anybody's words, and a wrapper or a login script may add lines.
+A line that has not the form that was asked for is skipped, and the first one of each command is logged.
+"""
 
 import contextlib
 import io
+import logging
 import os
+import pwd
 import re
 import shlex
 import shutil
@@ -14,7 +20,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpc_compress.door import one_line
+
+log = logging.getLogger(__name__)
+
 SECONDS = 60.0  # that a command may take: a busy controller answers late, a dead one after its own timeout
+
+# Variables by which a user's profile, or the job that the driver runs in, changes what a command asks for or shows: they
+# hide jobs from squeue, and override the lines of a submitted script.
+OPTIONS = ("SLURM_", "SBATCH_", "SQUEUE_", "SACCT_", "SCANCEL_", "SINFO_")
+REACH = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT"}  # but these are how a command finds the cluster and is let in
+
+# One number has at most 18 digits: Python refuses to read very long ones.
+SQUEUE_LINE = re.compile(r"([0-9]{1,18})\|([0-9]{1,18}|N/A)\|([A-Z_]+)\|([^|]*)\|([^|]*)\|(.*)")
+SACCT_LINE = re.compile(r"([0-9]{1,18})(?:_([0-9]{1,18}|\[[^|]*\]))?\|([A-Z_]+)[^|]*\|([^|]*)\|([^|]*)\|([^|]*)\|(.*)")
+JOB_ID_LINE = re.compile(r"([0-9]{1,18})(?:_.*)?")
+INDICES = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9})(?::([0-9]{1,9}))?)?")  # 3, 3-9 or 3-9:2
+MOST_INDICES = 4_000_001  # Slurm's own limit of an array
 
 # What a controller says that has too much to do, or is away: it may have taken the job or not.
 BUSY = (
@@ -26,6 +48,7 @@ BUSY = (
     "temporarily unable",
     "temporarily unavailable",
     "connection",
+    "not connected",
     "zero bytes",
     "try again",
 )
@@ -38,6 +61,7 @@ FULL = (
     "maxjobcount",
     "job count limit",
     "not available (inactive",
+    "requested partition configuration not available now",
 )
 
 
@@ -49,7 +73,7 @@ class RefusedError(RuntimeError):
     """sbatch said no. kind: full (later, or fewer), busy (perhaps it did take the job), never (a setting to mend)."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message)
+        super().__init__(one_line(message))
         lower = message.lower()
         self.kind = (
             "full" if any(word in lower for word in FULL) else "busy" if any(word in lower for word in BUSY) else "never"
@@ -88,6 +112,9 @@ class Limits:
 class Commands:
     """A real cluster."""
 
+    def __init__(self) -> None:
+        self.complained: set[str] = set()  # commands of which a line was skipped
+
     def submit(self, folder: Path, works: Sequence[Any], options: dict[str, Any]) -> str:
         """Submit callables as one array by way of Submitit, whose files lie in `folder`.
 
@@ -100,10 +127,11 @@ class Commands:
         python = shlex.quote(sys.executable)
         # Without srun Python takes the place of the shell, which would keep signals to itself.
         executor = submitit.SlurmExecutor(str(folder), python=python if options.get("use_srun", True) else f"exec {python}")
-        executor.update_parameters(**options)
+        # Submitit's own default asks for a wckey, which sites that enforce wckeys refuse.
+        executor.update_parameters(**{"wckey": None, **options})
         try:
             # Submitit prints what sbatch says; whoever catches the error says it better.
-            with _outside_any_job(), contextlib.redirect_stderr(io.StringIO()), executor.batch():
+            with _clean_environment(), contextlib.redirect_stderr(io.StringIO()), executor.batch():
                 jobs = [executor.submit(work) for work in works]
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
             raise RefusedError(str(error).replace("sbatch: error: ", "").strip()) from None
@@ -123,12 +151,11 @@ class Commands:
                 draft.replace(path)
 
     def squeue(self) -> list[Row]:
-        """Every job of this user that is waiting, running or on its way out."""
-        out = call("squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%F|%K|%T|%N|%r|%j")
+        """Every job of this user that is waiting, running or on its way out, in hidden partitions too."""
+        out = call("squeue", "--noheader", "--all", "--array", f"--user={os.getuid()}", "--format=%F|%K|%T|%N|%r|%j")
         rows = []
-        for line in out.splitlines():
-            job_id, index, state, node, reason, name = line.split("|", 5)
-            rows.append(Row(job_id, int(index) if index.isdigit() else 0, name, state, node, reason))
+        for job_id, index, state, node, reason, name in self._read("squeue", out, SQUEUE_LINE):
+            rows.append(Row(job_id, 0 if index == "N/A" else int(index), name, state, node, reason))
         return rows
 
     def sacct(self, job_ids: Sequence[str]) -> list[Row]:
@@ -140,40 +167,58 @@ class Commands:
         columns = "--format=JobID,State,ExitCode,NodeList,ElapsedRaw,JobName"
         out = _accounting("--duplicates", f"--jobs={','.join(job_ids)}", columns)
         rows = []
-        for line in out.splitlines():
-            full_id, state, exit_code, node, seconds, name = line.split("|", 5)
-            job_id, _, index = full_id.partition("_")
-            if index.isdigit() or not index:  # 17_[3-9] are elements that have not begun
-                word = state.partition(" ")[0].rstrip("+")  # "CANCELLED by 1000"
-                rows.append(Row(job_id, int(index or 0), name, word, node, "", exit_code, int(seconds or 0)))
+        for job_id, of_array, state, exit_code, node, elapsed, name in self._read("sacct", out, SACCT_LINE):
+            seconds = int(elapsed) if re.fullmatch("[0-9]{1,18}", elapsed) else 0
+            rows += [Row(job_id, index, name, state, node, "", exit_code, seconds) for index in _indices(of_array)]
         return rows
 
     def accounted(self, name: str) -> str | None:
         """The id of the job of this name, if the accounting knows of one."""
-        found = _accounting(f"--name={name}", "--starttime=now-7days", "--format=JobID").split()
-        return found[0].partition("_")[0] if found else None
+        out = _accounting(f"--name={name}", "--starttime=now-7days", "--format=JobID")
+        return next((job_id for (job_id,) in self._read("sacct", out, JOB_ID_LINE)), None)
+
+    def _read(self, command: str, out: str, form: re.Pattern[str]) -> Iterator[tuple[str, ...]]:
+        """The fields of each line that has this form."""
+        for line in out.split("\n"):
+            if found := form.fullmatch(line):
+                yield found.groups(default="")
+            elif line.strip() and command not in self.complained:
+                self.complained.add(command)
+                log.warning(
+                    "%s prints lines that are skipped since they describe no job, such as: %s", command, one_line(line, 100)
+                )
 
     def cancel(self, ids: Sequence[str]) -> None:
-        """Cancel jobs (`17`) or elements (`17_3`); those that have ended are no matter."""
+        """Cancel jobs (`17`) or elements (`17_3`); those that have ended are no matter.
+
+        Raises: CommandError when scancel failed for some of them; the others were tried too.
+        """
+        trouble = None
         for start in range(0, len(ids), 200):
-            with contextlib.suppress(CommandError):
+            try:
                 call("scancel", "--quiet", *ids[start : start + 200])
+            except CommandError as error:
+                trouble = error
+        if trouble:
+            raise trouble
 
     def limits(self, partition: str | None, account: str | None, qos: str | None) -> Limits:
         """Ask the cluster what it admits; what it does not tell is left open."""
         config = ask("scontrol", "show", "config")
-        found = re.search(r"^MaxArraySize\s*=\s*(\d+)", config, re.M)
+        found = re.search(r"^MaxArraySize\s*=\s*([0-9]{1,18})", config, re.M)
         # The largest index is one below it, so it is the number of elements from 0 on.
         array_size = max(1, int(found[1])) if found else 1000
         chosen = [f"--partition={partition}"] if partition else []
-        kinds = re.findall(r"^(\d+)\+?\|(\d+)", ask("sinfo", "--noheader", *chosen, "--format=%m|%D"), re.M)
+        kinds = re.findall(r"^([0-9]{1,18})\+?\|([0-9]{1,18})$", ask("sinfo", "--noheader", *chosen, "--format=%m|%D"), re.M)
         memory, nodes = [int(mb) for mb, _ in kinds], sum(int(number) for _, number in kinds)
-        user = [f"account={account}"] if account else []
-        of_user = ask("sacctmgr", "-nP", "show", "assoc", "where", f"user={os.getuid()}", *user, "format=MaxSubmit,DefaultQOS")
-        names = {qos or line.partition("|")[2] or "normal" for line in of_user.splitlines()} or {qos or "normal"}
+        # By name: sacctmgr takes a number for a name too, and finds nothing.
+        where = [f"user={_user()}", *([f"account={account}"] if account else [])]
+        of_user = ask("sacctmgr", "-nP", "show", "assoc", "where", *where, "format=MaxSubmit,DefaultQOS")
+        lines = re.findall(r"^([0-9]{0,18})\|([^|\s]*)$", of_user, re.M)
+        names = {qos or default or "normal" for _, default in lines} or {qos or "normal"}
         of_qos = ask("sacctmgr", "-nP", "show", "qos", "where", f"name={','.join(sorted(names))}", "format=MaxSubmitPU")
-        numbers = [line.partition("|")[0] for line in [*of_user.splitlines(), *of_qos.splitlines()]]
-        submitted = min((int(number) for number in numbers if number.isdigit()), default=None)
+        numbers = [number for number, _ in lines] + re.findall(r"^[0-9]{1,18}$", of_qos, re.M)
+        submitted = min((int(number) for number in numbers if number), default=None)
         return Limits(array_size, submitted, max(memory, default=None), nodes or None)
 
     # Time is asked here too, so that a simulation can have its own. Never the time of day: it can be set back.
@@ -198,21 +243,49 @@ def batch_lines(folder: Path, modules: Sequence[str], setup: Sequence[str]) -> l
     ]
 
 
+def _indices(of_array: str) -> Sequence[int]:
+    """The elements that sacct's JobID names behind the job's: `3`, or `[0-2,5,10-20:2%4]` of those that have not begun."""
+    if not of_array.startswith("["):
+        return [int(of_array or 0)]
+    indices: list[int] = []
+    for part in of_array.strip("[]").partition("%")[0].split(","):
+        if found := INDICES.fullmatch(part):
+            first, last, step = int(found[1]), int(found[2] or found[1]), int(found[3] or 1)
+            indices += range(first, min(last, MOST_INDICES) + 1, max(1, step))
+    return indices
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # a container without the user's name
+        return str(os.getuid())
+
+
+def environment() -> dict[str, str]:
+    """The environment of every command of Slurm."""
+    return {key: value for key, value in os.environ.items() if key in REACH or not key.startswith(OPTIONS)}
+
+
 @contextlib.contextmanager
-def _outside_any_job() -> Iterator[None]:
-    """Without what Slurm has told the driver of its own job: sbatch would hand that on to the new one."""
-    inner = {key: os.environ.pop(key) for key in list(os.environ) if key.startswith("SLURM_") and key != "SLURM_CONF"}
+def _clean_environment() -> Iterator[None]:
+    """For sbatch, which Submitit calls. It hands this environment on to the job."""
+    removed = {key: os.environ.pop(key) for key in os.environ.keys() - environment().keys()}
     try:
         yield
     finally:
-        os.environ.update(inner)
+        os.environ.update(removed)
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     """Raises: CommandError when the command is not there or does not answer."""
+    # Slurm shortens long lists of array elements unless it is told not to.
+    own = {**environment(), "SLURM_BITSTR_LEN": "0"}
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, errors="replace")
-    except FileNotFoundError:
+        return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, errors="replace", env=own)
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            raise CommandError(f"{command[0]} can't be started: {error.strerror}") from None
         raise CommandError(f"{command[0]} is not on this machine; start the search where Slurm's commands are") from None
     except subprocess.TimeoutExpired:
         raise CommandError(f"{command[0]} did not answer in {SECONDS:.0f} s") from None
@@ -222,7 +295,7 @@ def call(*command: str) -> str:
     """Raises: CommandError when the command does not answer, or fails."""
     done = run(*command)
     if done.returncode:
-        raise CommandError(f"{command[0]}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+        raise CommandError(f"{command[0]}: {one_line(done.stderr.strip()) or f'exit code {done.returncode}'}")
     return done.stdout
 
 

@@ -2,6 +2,7 @@
 
 import os
 import pkgutil
+import re
 import subprocess
 import time
 from collections import Counter, deque
@@ -12,7 +13,8 @@ from typing import Any
 
 from pydantic import Field
 
-from hpc_compress.launch import WORKER, Bundle, Ended, Jobs, Report, Work, packed
+from hpc_compress.config import ConfigError
+from hpc_compress.launch import WORKER, Bundle, Ended, Jobs, Process, Report, Work, packed
 from hpc_compress.types import Record
 
 # --- in this process ---
@@ -35,6 +37,7 @@ class InProcess:
     def __init__(self, root: str, settings: Debug, report: Report) -> None:
         self.root, self.settings, self.report = root, settings, report
         self.waiting: list[str] = []
+        self.taken: Bundle = ()  # what is worked off now
         self.running: Iterator[str] | None = None
 
     def submit(self, bundles: Sequence[Bundle], alone: bool = False) -> None:
@@ -42,15 +45,16 @@ class InProcess:
 
     def poll(self) -> list[Ended]:
         if self.running is None:
-            task_ids, self.waiting = self.waiting, []
+            self.taken, self.waiting = tuple(self.waiting), []
             run = pkgutil.resolve_name(self.settings.worker)
             self.running = run(
-                self.root, task_ids, report=self.report, checkpoint_seconds=60 * self.settings.checkpoint_minutes
+                self.root, self.taken, report=self.report, checkpoint_seconds=60 * self.settings.checkpoint_minutes
             )
         assert self.running is not None
-        if next(self.running, None) is None:
-            self.running = None
-        return []
+        if next(self.running, None) is not None:
+            return []
+        self.running = None
+        return [Ended(self.taken, f"{self.settings.worker} came to its end in this process")]
 
     def in_flight(self) -> set[str]:
         return set()
@@ -59,7 +63,7 @@ class InProcess:
         return Counter()
 
     def cancel(self) -> None:
-        self.waiting, self.running = [], None
+        self.waiting, self.taken, self.running = [], (), None
 
 
 # --- processes on this machine ---
@@ -84,7 +88,7 @@ class Local(Record):
 
 
 class Processes:
-    """Local jobs. They end with the driver, unless that is killed."""
+    """Local jobs. They end with the driver, however that ends."""
 
     def __init__(self, root: Path, settings: Local, gpus: Sequence[str]) -> None:
         import submitit
@@ -114,7 +118,8 @@ class Processes:
                 pack = self.waiting.popleft()
                 gpu = self.gpus[place % len(self.gpus)] if self.gpus else None
                 settings = self.settings
-                work = Work(str(self.root), tuple(pack), settings.worker, 60 * settings.checkpoint_minutes, self.threads, gpu)
+                seconds = 60 * settings.checkpoint_minutes
+                work = Work(str(self.root), tuple(pack), settings.worker, seconds, self.threads, gpu, driver=Process.here())
                 self.running[place] = self.executor.submit(work), pack
         return ended
 
@@ -131,13 +136,46 @@ class Processes:
         self.running.clear()
 
 
+NO_GPU = ("", "-1", "NoDevFiles")  # how CUDA_VISIBLE_DEVICES says that there is none
+DRIVER_FILES = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # there only with a GPU's driver
+
+
 def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES may be set to for one GPU each; empty without GPUs. Asks no CUDA library."""
+    """What CUDA_VISIBLE_DEVICES may be set to for one GPU each; empty without GPUs. Asks no CUDA library.
+
+    Raises: ConfigError where there is a driver for GPUs, but it can't be found out how many there are.
+    """
     if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
-    try:
-        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    gpus = [line for line in listed.stdout.splitlines() if line.startswith("GPU")]  # below them stand parts of a GPU
+        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name not in NO_GPU]
+    gpus = [line for line in _nvidia_smi("--list-gpus").splitlines() if line.startswith("GPU")]  # below stand parts of a GPU
+    driver = next((path for path in DRIVER_FILES if os.path.exists(path)), None)
+    if not gpus and driver:
+        raise ConfigError(
+            f"this machine has the driver of a GPU ({driver}), but nvidia-smi lists none, so tasks can't be spread over them; "
+            "set CUDA_VISIBLE_DEVICES to the GPUs to use, such as 0,1, or to '' for the CPU"
+        )
     return [str(number) for number in range(len(gpus))]
+
+
+def driver_version() -> str:
+    """The version of NVIDIA's driver on this machine; "" where there is none. Asks no CUDA library."""
+    if found := re.search(r"^[0-9]+(\.[0-9]+)+$", _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader"), re.M):
+        return found[0]
+    try:
+        text = Path(DRIVER_FILES[0]).read_text(errors="replace")
+    except OSError:
+        return ""
+    # "... Kernel Module  535.104.05  Sat Aug 19 ..." or "... Open Kernel Module for x86_64  580.65.06  Release Build ..."
+    found = re.search(r"Kernel Module.*?\s([0-9]+(?:\.[0-9]+)+)\s", text)
+    return found[1] if found else ""
+
+
+def _nvidia_smi(*options: str) -> str:
+    """What it prints; nothing where it is missing or fails."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", *options], capture_output=True, text=True, errors="replace", timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout

@@ -10,17 +10,20 @@ alone is never believed: a controller that lost its state gives old ones again.
 
 What squeue lists has not ended, whatever the accounting says of it: a preempted job, or one whose node failed, is waiting
 there to run again. What squeue does not list has ended when the accounting has a final state of it and says so for
-`settle_seconds`; what neither of them knows for `lost_seconds` is lost. A command that fails says nothing.
+`settle_seconds`. What neither of them knows for `lost_seconds` is lost; what the accounting calls unfinished is not. A
+command that fails says nothing; but when the accounting has failed for `accounting_seconds`, squeue alone decides.
 """
 
+import contextlib
 import re
 import secrets
 import shutil
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field, PrivateAttr
 
@@ -30,6 +33,7 @@ from hpc_compress.launch.commands import CommandError, Commands, Limits, Refused
 from hpc_compress.store import Store
 from hpc_compress.types import Record
 
+T = TypeVar("T")
 Pack = tuple[Bundle, ...]  # what one element of an array works off
 
 UNFINISHED = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "RESIZING", "STOPPED", "SIGNALING"}
@@ -37,7 +41,8 @@ NODE_STATES = {"NODE_FAIL", "BOOT_FAIL"}
 KILLED = {"9:0", "0:9", "137:0", "0:125"}  # how a job out of memory ends, where its state doesn't say so
 BACK_OFF_SECONDS = (5.0, 300.0)  # after a refusal; doubled up to the second
 HELD = ("launch failed requeued held", "JobHoldMaxRequeue")  # Slurm gave up: it waits until somebody lets it go
-BAD_DEATHS = 3  # of jobs of this run on one node, by themselves, that make the node a bad one
+BAD_DEATHS, LAST_JOBS = 3, 10  # a node is bad when most of its last jobs died, of at least so many different tasks
+LEAVING = {"COMPLETING", "CANCELLED"}  # how squeue shows a job that was cancelled, until its processes have ended
 
 
 class Cluster(Record):
@@ -51,7 +56,9 @@ class Cluster(Record):
     gpu_type: str | None = Field(default=None, description="as the site's gres names it, such as a100")
     require_cuda: bool = Field(default=True, description="a process that was given a GPU and sees none ends at once")
     cpus_per_task: int = Field(default=8, ge=1, description="of each process")
-    mem_gb: float = Field(default=32, gt=0, description="of each process")
+    mem_gb: float | None = Field(
+        default=32, gt=0, description="of each process; null: the site's default, for --mem is left out"
+    )
     max_mem_gb: float | None = Field(default=None, gt=0, description="after out-of-memory; null: what a node has")
     modules: tuple[str, ...] = Field(default=(), description="loaded before Python starts, such as cuda/12.4")
     setup: tuple[str, ...] = Field(default=(), description="shell lines before Python starts")
@@ -62,11 +69,11 @@ class Cluster(Record):
     def processes(self) -> int:
         return max(1, self.gpus_per_node)
 
-    def mem_mb(self, gb: float) -> int:
-        """Of a job whose processes get so many GB each."""
-        return round(1024 * gb) * self.processes
+    def mem_mb(self, gb: float | None) -> int | None:
+        """Of a job whose processes get so many GB each; None where the site decides."""
+        return None if gb is None else round(1024 * gb) * self.processes
 
-    def request(self, mem_mb: int, exclude: Sequence[str]) -> dict[str, Any]:
+    def request(self, mem_mb: int | None, exclude: Sequence[str]) -> dict[str, Any]:
         """What sbatch is asked for, by the long names of its options."""
         gres = ":".join(["gpu", *([self.gpu_type] if self.gpu_type else []), str(self.gpus_per_node)])
         options = {
@@ -78,12 +85,12 @@ class Cluster(Record):
             "ntasks_per_node": self.processes,
             "gres": gres if self.gpus_per_node else None,
             "cpus_per_task": self.cpus_per_task,
-            "mem": f"{mem_mb}M",  # sbatch takes whole numbers only
+            "mem": None if mem_mb is None else f"{mem_mb}M",  # sbatch takes whole numbers only
             "exclude": ",".join(exclude) or None,
         }
         return {key: value for key, value in options.items() if value is not None}
 
-    def options(self, name: str, folder: Path, mem_mb: int, exclude: Sequence[str]) -> dict[str, Any]:
+    def options(self, name: str, folder: Path, mem_mb: int | None, exclude: Sequence[str]) -> dict[str, Any]:
         """The same and the rest as Submitit takes them."""
         options: dict[str, Any] = {
             **self.request(mem_mb, exclude),
@@ -106,14 +113,14 @@ class Cluster(Record):
 class Submission(Record):
     """One array, as it was meant to be submitted."""
 
-    name: str  # of the job: unique
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")  # of the job: unique
     packs: tuple[Pack, ...]  # by array index
-    mem_mb: int
+    mem_mb: int | None
     exclude: tuple[str, ...] = ()
 
 
 class Sent(Record):
-    job_id: str
+    job_id: str = Field(pattern=r"^[0-9]{1,18}$")
 
 
 class End(Record):
@@ -143,6 +150,9 @@ class Slurm(Record):
     poll_seconds: float = Field(default=5.0, gt=0, description="between two looks at the jobs")
     settle_seconds: float = Field(default=10.0, ge=0, description="for which an end must last to be believed")
     lost_seconds: float = Field(default=120.0, ge=0, description="after which a job that Slurm does not know is lost")
+    accounting_seconds: float = Field(
+        default=1800.0, ge=0, description="without an answer of sacct, until squeue alone decides"
+    )
     _commands: Commands = PrivateAttr(default_factory=Commands)
 
     @contextmanager
@@ -161,6 +171,7 @@ class Arrays:
             )
         self.store, self.settings, self.commands, self.say = Store(root), settings, commands, say
         cluster = settings.cluster
+        self.accounting = _Accounting(commands, settings.accounting_seconds, say)
         self.limits: Limits = commands.limits(cluster.partition, cluster.account, cluster.qos)
         if self.limits.submitted == 0:
             raise ConfigError("Slurm admits no job of yours (MaxSubmitJobs=0); choose another cluster.account or cluster.qos")
@@ -169,8 +180,7 @@ class Arrays:
         self.delay_seconds, self.not_before = BACK_OFF_SECONDS[0], 0.0
         self.flying: dict[str, _Array] = {}  # by job name
         self.mem_mb: dict[str, int] = {}  # by task id, after out-of-memory
-        self.bad_nodes: dict[str, None] = {}  # the worst last
-        self.deaths: Counter[str] = Counter()  # by node
+        self.nodes = _Nodes()
         self.crowd = 0  # elements of this user in the queue, as far as is known
         self.complaint = ""
         for submission in self.store.read_all("jobs/*/submission.json", Submission):
@@ -200,9 +210,12 @@ class Arrays:
         self.waiting.clear()
         self.flying.clear()
         try:
-            cancel(self.store, self.commands)
+            done = cancel(self.store, self.commands)
         except CommandError as error:
             self.say(f"the jobs could not be cancelled ({error}); `hpc-compress cancel` tries again")
+        else:
+            if done.left:
+                self.say(f"{done.left} jobs could not be cancelled ({done.trouble}); `hpc-compress cancel` tries again")
 
     def poll(self) -> list[Ended]:
         self._send()
@@ -231,7 +244,7 @@ class Arrays:
             name = f"{_slug(self.store.root.name)}-{secrets.token_hex(4)}"
             # Never most of them: when what is left is down, Slurm would not say so, and let the jobs wait.
             most = (self.limits.nodes or 2) // 2
-            bad_nodes = tuple(self.bad_nodes)[-most:] if most else ()
+            bad_nodes = tuple(self.nodes.bad())[-most:] if most else ()
             array = _Array.new(
                 self.store, Submission(name=name, packs=tuple(packs), mem_mb=mem_mb, exclude=bad_nodes), self.settings
             )
@@ -253,13 +266,12 @@ class Arrays:
         else:
             self.waiting.extendleft(reversed(array.submission.packs))
             shutil.rmtree(array.folder)
-            if error.kind == "never" and not (self.bad_nodes or self.mem_mb):
+            if error.kind == "never" and not (array.submission.exclude or self.mem_mb):
                 raise ConfigError(
                     f"sbatch refused the jobs: {error}; mend the keys of cluster (hpc-compress doctor checks them)"
                 )
             if error.kind == "never":  # perhaps for what was learnt here: no node may be left, or none with so much memory
-                self.bad_nodes.clear()
-                self.deaths.clear()
+                self.nodes = _Nodes()
                 self.mem_mb.clear()
                 return
         if error.kind == "full" and len(array.submission.packs) > 1:
@@ -269,10 +281,10 @@ class Arrays:
         self.not_before = self.commands.now() + self.delay_seconds
         self.delay_seconds = min(2 * self.delay_seconds, BACK_OFF_SECONDS[1])
 
-    def _memory(self, pack: Pack) -> int:
-        """Megabytes of one element."""
+    def _memory(self, pack: Pack) -> int | None:
+        """Megabytes of one element; None where the site decides."""
         own = self.settings.cluster.mem_mb(self.settings.cluster.mem_gb)
-        return max([own, *(self.mem_mb.get(task_id, 0) for bundle in pack for task_id in bundle)])
+        return None if own is None else max([own, *(self.mem_mb.get(task_id, 0) for bundle in pack for task_id in bundle)])
 
     def _options(self, array: "_Array") -> dict[str, Any]:
         submission = array.submission
@@ -297,13 +309,14 @@ class Arrays:
                 if row is None:
                     missing.append((array, index))
                 elif row.state == "PENDING" and row.reason.startswith(HELD):
-                    self.commands.cancel([element_id(row.job_id, index, len(array.submission.packs))])
+                    with contextlib.suppress(CommandError):  # the next look tries again
+                        self.commands.cancel([element_id(row.job_id, index, len(array.submission.packs))])
                     array.states[index] = f"held ({row.reason})"
                 else:
                     array.seen(index, row)
             if array.job_id is None:
                 self._attach(array, next((row.job_id for row in queue if row.name == array.submission.name), None))
-        rows = self._accounted({array.job_id for array, _ in missing if array.job_id is not None})
+        rows = self.accounting.rows({array.job_id for array, _ in missing if array.job_id is not None})
         self.complaint = ""
         ended = [found for array, index in missing if (found := self._missing(array, index, rows))]
         for array in {array.submission.name: array for array, _ in missing}.values():
@@ -313,27 +326,25 @@ class Arrays:
 
     def _attach(self, array: "_Array", job_id: str | None) -> None:
         """Give a submission of which only the name is known its job, if there is one."""
-        job_id = job_id or self.commands.accounted(array.submission.name)
+        job_id = job_id or self.accounting.job_id(array.submission.name)
         if job_id is not None:
             array.sent(job_id)
             self.commands.attach(array.folder, self._works(array), job_id, self.settings.cluster.timeout_min)
 
-    def _accounted(self, job_ids: set[str]) -> dict[tuple[str, int], list[Row]]:
-        """Rows of the accounting by job name and index, older before newer."""
-        rows: dict[tuple[str, int], list[Row]] = {}
-        for row in self.commands.sacct(sorted(job_ids)) if job_ids else ():
-            rows.setdefault((row.name, row.index), []).append(row)
-        return rows
-
     def _missing(self, array: "_Array", index: int, rows: dict[tuple[str, int], list[Row]]) -> Ended | None:
         """Judge an element that squeue does not list."""
         now, lives = self.commands.now(), rows.get((array.submission.name, index), [])
-        final = lives[-1].state if lives and lives[-1].state not in UNFINISHED else None
-        state = final or "unknown"
+        last = lives[-1] if lives else None
+        final = last.state if last and last.state not in UNFINISHED else None
+        state = last.state if last else "unknown"
         if array.states.get(index) != state:
             array.states[index], array.since[index] = state, now
-        patience = self.settings.settle_seconds if final else self.settings.lost_seconds
-        if now - array.since.setdefault(index, now) < patience:
+        seconds = now - array.since.setdefault(index, now)
+        if last and not final:
+            if seconds >= self.settings.accounting_seconds:
+                self._puzzled(array, index, last)
+            return None
+        if seconds < (self.settings.settle_seconds if final else self.settings.lost_seconds):
             return None
         pack = array.open.pop(index)
         if final is None and array.job_id is None:
@@ -342,7 +353,6 @@ class Arrays:
             self.waiting.extend([open_bundles] if open_bundles else [])
             array.ends[index] = End(state="NEVER_SUBMITTED")
             return None
-        last = lives[-1] if lives else None
         end = End(
             state=final or "LOST",
             exit_code=last.exit_code if last else "",
@@ -354,18 +364,107 @@ class Arrays:
             self._learn(array, index, End(state=row.state, exit_code=row.exit_code, node=row.node))
         return Ended(sum(pack, ()), f"{end}; logs: {array.folder}/*_{index}_*, batch-{index}.log")
 
+    def _puzzled(self, array: "_Array", index: int, row: Row) -> None:
+        """Tell the user, once an array, of an element that only the accounting knows."""
+        if not array.puzzling:
+            array.puzzling = True
+            job = element_id(row.job_id, index, len(array.submission.packs))
+            self.say(
+                f"sacct calls job {job} {row.state}, but squeue does not list it; waiting for it. If `scontrol show job {job}` "
+                f"does not know it either, stop this driver, delete {array.folder} and start the same search again"
+            )
+
     def _learn(self, array: "_Array", index: int, end: End) -> None:
         """More memory after out-of-memory, other nodes after a node failed or when jobs keep dying there."""
         hungry = end.state == "OUT_OF_MEMORY" or (end.state == "FAILED" and end.exit_code in KILLED)
-        self.deaths[end.node] += end.state == "FAILED" and not hungry
-        if end.node and (end.state in NODE_STATES or self.deaths[end.node] >= BAD_DEATHS):
-            self.bad_nodes[end.node] = self.bad_nodes.pop(end.node, None)
-        if hungry:
+        task_ids = sum(array.submission.packs[index], ())
+        if end.state in NODE_STATES:
+            self.nodes.failed(end.node)
+        elif end.state == "COMPLETED" or (end.state == "FAILED" and not hungry):
+            self.nodes.job_ended(end.node, task_ids, died=end.state == "FAILED")
+        mem_mb = array.submission.mem_mb
+        if hungry and mem_mb is not None:
             most = self.settings.cluster.max_mem_gb
             most_mb = self.limits.node_memory_mb if most is None else self.settings.cluster.mem_mb(most)
-            more = min(2 * array.submission.mem_mb, most_mb or 2 * array.submission.mem_mb)
-            for bundle in array.submission.packs[index]:
-                self.mem_mb |= {task_id: max(more, self.mem_mb.get(task_id, 0)) for task_id in bundle}
+            more = min(2 * mem_mb, most_mb or 2 * mem_mb)
+            self.mem_mb |= {task_id: max(more, self.mem_mb.get(task_id, 0)) for task_id in task_ids}
+
+
+class _Accounting:
+    """What sacct says of this run's jobs, and how long it has said nothing."""
+
+    def __init__(self, commands: Commands, patience_seconds: float, say: Callable[[str], None]) -> None:
+        self.commands, self.patience_seconds, self.say = commands, patience_seconds, say
+        self.mute_since: float | None = None
+        self.given_up = False
+
+    def rows(self, job_ids: set[str]) -> dict[tuple[str, int], list[Row]]:
+        """By job name and index, older before newer."""
+        rows: dict[tuple[str, int], list[Row]] = {}
+        nothing: list[Row] = []
+        for row in self._ask(lambda: self.commands.sacct(sorted(job_ids)), nothing) if job_ids else nothing:
+            rows.setdefault((row.name, row.index), []).append(row)
+        return rows
+
+    def job_id(self, name: str) -> str | None:
+        return self._ask(lambda: self.commands.accounted(name), None)
+
+    def _ask(self, command: Callable[[], T], nothing: T) -> T:
+        """Raises: CommandError while sacct fails, until it has failed for so long that `nothing` is taken for its answer."""
+        try:
+            answer = command()
+        except CommandError as error:
+            now = self.commands.now()
+            self.mute_since = now if self.mute_since is None else self.mute_since
+            if now - self.mute_since < self.patience_seconds:
+                raise
+            if not self.given_up:
+                self.say(
+                    f"sacct has not answered for {self.patience_seconds / 60:.0f} min ({error}): from now on a job that squeue "
+                    "does not list counts as ended, and why it ended is not known"
+                )
+            self.given_up = True
+            return nothing
+        self.mute_since, self.given_up = None, False
+        return answer
+
+
+class _Nodes:
+    """Which nodes to avoid: those that failed, and those on which jobs of this run keep dying.
+
+    A node is judged by the last jobs that ended there. A death counts against it while the job's tasks have died nowhere
+    else: a task that dies on two nodes is to blame itself.
+    """
+
+    def __init__(self) -> None:
+        self.gone: dict[str, None] = {}  # that failed, the last one last
+        self.ended: defaultdict[str, deque[tuple[Bundle, bool]]] = defaultdict(lambda: deque(maxlen=LAST_JOBS))  # and died
+        self.places: defaultdict[str, set[str]] = defaultdict(set)  # by task: the nodes on which jobs of it died
+
+    def failed(self, node: str) -> None:
+        if node:
+            self.gone[node] = self.gone.pop(node, None)
+
+    def job_ended(self, node: str, task_ids: Bundle, died: bool) -> None:
+        if node:
+            self.ended[node].append((task_ids, died))
+            for task_id in task_ids if died else ():
+                self.places[task_id].add(node)
+
+    def bad(self) -> list[str]:
+        """The worst last."""
+        return [*(node for node in self.ended if node not in self.gone and self._deadly(node)), *self.gone]
+
+    def _deadly(self, node: str) -> bool:
+        """Whether most of the last jobs there died, of several tasks."""
+        jobs = self.ended[node]
+        held_against = [ids for ids, died in jobs if died and all(self.places[task_id] == {node} for task_id in ids)]
+        counted: set[str] = set()
+        distinct = 0
+        for task_ids in held_against:
+            distinct += counted.isdisjoint(task_ids)
+            counted.update(task_ids)
+        return distinct >= BAD_DEATHS and 2 * len(held_against) > len(jobs)
 
 
 class _Array:
@@ -380,6 +479,7 @@ class _Array:
         self.open = {index: pack for index, pack in enumerate(submission.packs) if index not in self.ends}
         self.states: dict[int, str] = dict.fromkeys(self.open, "submitted")
         self.since: dict[int, float] = {}  # by clock, of a state that may be the last one
+        self.puzzling = False  # whether the user was told that squeue and sacct disagree
 
     @classmethod
     def new(cls, store: Store, submission: Submission, settings: Slurm) -> "_Array":
@@ -412,15 +512,44 @@ class _Array:
             self.recorded = len(self.ends)
 
 
-def cancel(store: Store, commands: Commands, own_job: tuple[str, str | None] | None = None) -> int:
-    """Cancel every job of a run that Slurm still knows, and no other; returns how many elements there were.
+@dataclass(frozen=True)
+class Cancelled:
+    """What came of cancelling a run's jobs."""
 
-    own_job: id and name of the job that the driver lives in.
+    cancelled: int  # elements
+    left: int  # elements that go on
+    trouble: str  # what scancel said
+
+
+def cancel(store: Store, commands: Commands, own_job: tuple[str, str | None] | None = None) -> Cancelled:
+    """Cancel every job of a run that Slurm still knows, and no other.
+
+    own_job: id and name of the job that the driver lives in; `17_3` if it is one element of an array, whose others are not
+    the run's.
+
+    Raises: CommandError when squeue fails.
     """
     names = {submission.name for submission in store.read_all("jobs/*/submission.json", Submission)}
-    rows = [row for row in commands.squeue() if row.name in names or (row.job_id, row.name) == own_job]
-    commands.cancel(sorted({row.job_id for row in rows}))
-    return len(rows)
+    own_id, own_name = own_job or ("", None)
+
+    def targets() -> dict[tuple[str, int], str]:
+        """What scancel must be given, by job id and index of the elements that have not ended."""
+        found = {}
+        for row in commands.squeue():
+            own = row.name == own_name and own_id in (f"{row.job_id}_{row.index}", row.job_id if row.index == 0 else None)
+            if row.state not in LEAVING and (own or row.name in names):
+                found[row.job_id, row.index] = own_id if own else row.job_id
+        return found
+
+    before, trouble = targets(), ""
+    if before:
+        try:
+            commands.cancel(sorted(set(before.values())))
+        except CommandError as error:
+            trouble = str(error)
+    # Slurm's list is the truth: scancel may fail for one job and end the next one.
+    left = len(before.keys() & targets().keys()) if before else 0
+    return Cancelled(len(before) - left, left, trouble or "scancel reports no error")
 
 
 def _slug(name: str) -> str:

@@ -1,0 +1,294 @@
+"""Drivers and workers that live side by side, end early, or leave others behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import light
+import pytest
+from searches import Setup, Silent
+from test_run import lightly
+
+from hpc_compress import driver, identity, launch, store
+from hpc_compress.config import ConfigError
+from hpc_compress.dispatch import Dispatch, Heartbeat, SearchError
+from hpc_compress.launch import Ended, Process, Work
+from hpc_compress.store import DRAFT_SECONDS, Store
+from hpc_compress.types import Base, Dataset, Failure, Genome, Outcome, Protocol, Step, Task
+
+TESTS = Path(__file__).parent
+
+
+def another() -> subprocess.Popen:
+    """A process that lives until it is told to end."""
+    return subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+
+
+def beat_of(pid: int, **more: Any) -> Heartbeat:
+    return Heartbeat.here().model_copy(update={"pid": pid, "started": launch._started(pid), **more})
+
+
+def test_a_process_is_known_by_its_number_and_its_start():
+    here = Process.here()
+    assert here.lives()
+    assert not Process(here.pid, (here.started or 0) + 1).lives()
+    other = another()
+    mark = Process(other.pid, beat_of(other.pid).started)
+    assert mark.lives()
+    other.kill()
+    other.wait()
+    assert not mark.lives()
+
+
+@pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A filesystem on which every lock is granted."""
+
+    class Held:
+        def __enter__(self) -> bool:
+            return True
+
+        def __exit__(self, *error: object) -> None: ...
+
+    monkeypatch.setattr(Store, "lock", lambda *args, **kwargs: Held())
+
+
+def test_without_locks_a_second_driver_of_this_machine_is_refused(setup: Setup, tmp_path: Path, no_locks: None):
+    other = another()
+    try:
+        Store(tmp_path).write("driver.json", beat_of(other.pid))
+        with pytest.raises(SearchError, match="another driver"):
+            lightly(setup, tmp_path)
+        Store(tmp_path).write("driver.json", beat_of(other.pid, started=1))  # its number was given to a later process
+        lightly(setup, tmp_path)
+        Store(tmp_path).write("driver.json", beat_of(other.pid, ended=True))  # it goes on with other runs
+        lightly(setup, tmp_path)
+    finally:
+        other.kill()
+
+
+def test_a_driver_stops_when_another_one_has_gone_on_with_its_run(
+    setup: Setup, tmp_path: Path, no_locks: None, monkeypatch: pytest.MonkeyPatch
+):
+    def answer(task: Any, seconds: float = 1.0) -> Any:
+        if task.genome.steps:
+            Store(tmp_path).write("driver.json", Heartbeat(host="elsewhere", pid=1, job_id=None, job_name=None))
+        return honest(task)
+
+    honest = light.answer
+    monkeypatch.setattr(light, "answer", answer)
+    with pytest.raises(SearchError, match=r"another driver has gone on with this run \(elsewhere, process 1\)"):
+        lightly(setup, tmp_path)
+    last = Store(tmp_path).read("driver.json", Heartbeat)
+    assert last is not None
+    assert (last.host, last.ended) == ("elsewhere", False)
+
+
+def test_a_driver_that_is_busy_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(driver, "HEARTBEAT_SECONDS", 0.02)
+    store = Store(tmp_path)
+    store.write("driver.json", Heartbeat.here())
+    os.utime(tmp_path / "driver.json", (0, 0))
+    with driver._beating(tmp_path / "driver.json"):
+        end = time.monotonic() + 20
+        while (tmp_path / "driver.json").stat().st_mtime == 0 and time.monotonic() < end:
+            time.sleep(0.01)
+    assert (tmp_path / "driver.json").stat().st_mtime > 0
+    last = store.read("driver.json", Heartbeat)
+    assert last is not None
+    assert last.ended
+
+
+# --- what nodes run ---
+
+
+def test_nothing_that_nodes_run_is_written_for_a_group(setup: Setup, tmp_path: Path):
+    before = os.umask(0o002)
+    try:
+        lightly(setup, tmp_path / "run")
+        assert os.umask(0o002) == 0o002
+    finally:
+        os.umask(before)
+    open_to_others = [path for path in (tmp_path / "run").rglob("*") if path.lstat().st_mode & driver.OTHERS_WRITE]
+    assert open_to_others == []
+
+
+def test_what_others_could_plant_for_nodes_is_refused(setup: Setup, tmp_path: Path):
+    lightly(setup, tmp_path / "run")
+    planted = tmp_path / "run" / "jobs" / "a" / "0_submitted.pkl"
+    planted.parent.mkdir(parents=True)
+    planted.touch()
+    planted.chmod(0o664)
+    with pytest.raises(ConfigError, match=r"0_submitted.pkl can be written to by others.*chmod -R go-w"):
+        lightly(setup, tmp_path / "run")
+    planted.chmod(0o644)
+    lightly(setup, tmp_path / "run")
+
+
+def test_a_run_folder_that_everybody_could_exchange_is_refused(setup: Setup, tmp_path: Path):
+    parent = tmp_path / "open"
+    parent.mkdir()
+    parent.chmod(0o777)
+    with pytest.raises(ConfigError, match="everybody can write to"):
+        lightly(setup, parent / "run")
+    parent.chmod(0o1777)  # as /tmp
+    lightly(setup, parent / "run")
+
+
+# --- workers ---
+
+
+def silent(root: str, task_ids: Sequence[str], **ignored: Any) -> Iterator[str]:
+    """A worker that says it is done, and has done nothing."""
+    yield from task_ids
+
+
+def test_a_worker_without_outcomes_does_not_hold_a_search_up_for_ever(setup: Setup, tmp_path: Path):
+    with pytest.raises(SearchError, match=r"base model could not be measured: lost.*test_lives.silent came to its end"):
+        lightly(setup, tmp_path, "test_lives.silent")
+
+
+def sleeps(root: str, task_ids: Sequence[str], **ignored: Any) -> Iterator[str]:
+    (Path(root) / "worker.pid").write_text(str(os.getpid()))
+    time.sleep(600)
+    yield ""
+
+
+def test_a_local_worker_ends_with_its_driver(tmp_path: Path):
+    other = another()
+    work = Work(str(tmp_path), (("a",),), worker="test_lives.sleeps", driver=Process(other.pid, beat_of(other.pid).started))
+    assert work.driver is not None
+    code = f"import test_lives; from hpc_compress.launch import Process, Work; {work!r}()"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    worker = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while not (tmp_path / "worker.pid").exists() and time.monotonic() < end:
+        assert worker.poll() is None, worker.communicate()
+        time.sleep(0.05)
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    _, said = worker.communicate(timeout=20)
+    assert worker.returncode == 1
+    assert "the driver is gone" in said
+
+
+# --- late tasks ---
+
+
+def test_what_late_tasks_go_on_from_is_not_buried(setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The master of a prefix and the checkpoint of a training, both of a task that is still in the queue."""
+    kept: list[set[str]] = []
+    keep = Store.keep_artifacts
+    monkeypatch.setattr(Store, "keep_artifacts", lambda store, keys: kept.append(set(keys)) or keep(store, keys))
+    search = driver._Search._bury
+
+    def bury(run: Any, alive: Any, base: Any) -> None:
+        late = dict(run.late)
+        search(run, alive, base)
+        for proposal in late.values():
+            task = run._task(proposal.genome)
+            steps = task.genome.steps
+            assert {identity.master_key(task, steps[:done]) for done in range(1, len(steps) + 1)} <= kept[-1]
+            seen.append(len(steps))
+
+    seen: list[int] = []
+    monkeypatch.setattr(driver._Search, "_bury", bury)
+    lightly(setup, tmp_path, "light.run", "select_after=0.5", "generations=4")
+    assert max(seen) > 1
+
+
+def test_checkpoints_of_the_living_are_kept_however_old(tmp_path: Path):
+    store = Store(tmp_path)
+    for key in ("alive", "dead"):
+        store.checkpoint(key).parent.mkdir(exist_ok=True)
+        store.checkpoint(key).touch()
+        long_ago = time.time() - 2 * DRAFT_SECONDS
+        os.utime(store.checkpoint(key), (long_ago, long_ago))
+    store.keep_artifacts({"alive"})
+    assert [path.stem for path in (tmp_path / "checkpoints").iterdir()] == ["alive"]
+
+
+# --- outcomes that arrive late, or not all ---
+
+
+def a_task(number: int = 0) -> Task:
+    steps = tuple(Step(operator="fine_tune", params={"epochs": n + 1}) for n in range(number))
+    return Task(
+        base=Base(name="base", fingerprint="0" * 16),
+        dataset=Dataset(name="words", fingerprint="0" * 16, problem="classification", metrics=("accuracy",), labels=("a", "b")),
+        protocol=Protocol(),
+        seed=0,
+        genome=Genome(steps=steps),
+        split="search",
+    )
+
+
+class Packs:
+    """Jobs that end as a test says, one poll after the other."""
+
+    def __init__(self, *ends: Any) -> None:
+        self.ends, self.sent = list(ends), []
+
+    def submit(self, bundles: Any, alone: bool = False) -> None:
+        self.sent += bundles
+
+    def poll(self) -> list[Ended]:
+        return self.ends.pop(0)()
+
+    def in_flight(self) -> set[str]:
+        return set()
+
+    def counts(self) -> Counter[str]:
+        return Counter()
+
+    def cancel(self) -> None: ...
+
+
+@pytest.mark.parametrize("writes", ["before", "while"])
+def test_a_lost_task_whose_process_answers_has_one_outcome_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: str
+):
+    """It is declared lost, and in the same moment its process writes down a measurement."""
+    ours, task = Store(tmp_path), a_task()
+    real = os.fsync
+
+    def answer_first(descriptor: int) -> None:
+        monkeypatch.setattr(store.os, "fsync", real)
+        ours.settle(light.answer(task))
+        real(descriptor)
+
+    def end() -> list[Ended]:
+        if writes == "before":
+            ours.settle(light.answer(task))
+        else:
+            monkeypatch.setattr(store.os, "fsync", answer_first)
+        return [Ended((identity.task_id(task),), "its node failed")]
+
+    (told,) = Dispatch(ours, Packs(end), Silent(), retries=0).settle([task], "test")
+    assert told == light.answer(task)
+    assert ours.outcome(identity.task_id(task)) == told
+
+
+def test_a_job_that_ends_after_a_failure_costs_its_other_tasks_no_try(tmp_path: Path):
+    ours = Store(tmp_path)
+    first, second = a_task(1), a_task(2)
+    ids = [ours.add_task(task) for task in (first, second)]
+
+    def spent() -> list[Ended]:
+        ours.settle(Outcome(task=first, failure=Failure(kind="error", stage="train", message="device-side assert")))
+        return [Ended(tuple(ids), "COMPLETED")]
+
+    def well() -> list[Ended]:
+        ours.settle(light.answer(second))
+        return [Ended((ids[1],), "COMPLETED")]
+
+    jobs = Packs(spent, well)
+    outcomes = Dispatch(ours, jobs, Silent(), retries=0).settle([first, second], "test")
+    assert [bool(outcome.measurement) for outcome in outcomes] == [False, True]
+    assert jobs.sent[-1] == (ids[1],)
