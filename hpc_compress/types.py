@@ -2,7 +2,16 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 
 class Record(BaseModel):
@@ -21,6 +30,8 @@ class Step(Record):
 
     operator: str = Field(min_length=1)
     params: dict[str, Any] = {}
+    # Above 0: an equal step that draws other random numbers, and so does all that follows it. Left out of the JSON when 0.
+    replicate: int = Field(default=0, ge=0, exclude_if=lambda number: number == 0)
 
     @field_validator("params")
     @classmethod
@@ -41,7 +52,8 @@ class Genome(Record):
 
 def _short(step: Step) -> str:
     name = step.operator.rsplit(".", 1)[-1]
-    return "_".join([name, *(str(step.params[key]) for key in ("count", "share", "scheme") if key in step.params)])
+    text = "_".join([name, *(str(step.params[key]) for key in ("count", "share", "scheme") if key in step.params)])
+    return f"{text}#{step.replicate}" if step.replicate else text
 
 
 class Base(Record):
@@ -62,7 +74,44 @@ class Dataset(Record):
     labels: tuple[str, ...]  # class names in the order of their ids; empty for regression
     pair: bool = False  # two texts an example
     metrics: tuple[str, ...] = Field(min_length=1)  # the first one is the quality that the search sees
+    positive: str | None = None  # the class that f1 is of; None: no f1 (the second class in runs of before)
     max_length: int = Field(default=128, ge=4)  # tokens; longer examples are cut
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # What has no effect is absent: the identity of a dataset without f1 is the one it had before there was `positive`.
+        return {name: value for name, value in serialize(self).items() if name != "positive" or value is not None}
+
+
+class Overlap(Record):
+    """Rows of one split that another split has too, by their words alone."""
+
+    split: Split
+    of: Literal["train", "search"]
+    rows: int  # of `split`
+    equal: int  # the same text, or pair of texts, is in the other split
+    inside: int = 0  # single texts: not equal to a text of the other split, but a run of words of one
+    shared: int | None = None  # pairs: one of the two texts stands in a pair of the other split; None: no pairs
+
+    def __str__(self) -> str:
+        more = f"{self.inside} more lie inside one" if self.shared is None else f"{self.shared} more share a text with one"
+        return f"of {self.rows} {self.split} rows, {self.equal} are equal to a {self.of} row and {more}"
+
+
+class Rows(Record):
+    """What became of a dataset's rows. A record for readers: tasks don't depend on it."""
+
+    empty: dict[str, int]  # by split as read: rows left out since they have no text or no label
+    unused: int  # rows of train in no split: their text lies in held-out texts only
+    overlaps: tuple[Overlap, ...]
+    trivial: dict[Split, dict[str, float]]  # what the best constant answer scores on each metric
+
+    def lines(self) -> list[str]:
+        """For a log, a report and a model card."""
+        lines = [f"{count} rows of {split} without a text or a label are left out" for split, count in self.empty.items()]
+        if self.unused:
+            lines.append(f"{self.unused} rows of train are in no split, since their texts lie inside held-out ones only")
+        return [*lines, *map(str, self.overlaps)]
 
 
 class Protocol(Record):
@@ -72,11 +121,21 @@ class Protocol(Record):
         default="any", description="what candidates are measured on; any: the job's GPU, or the CPU of a job without one"
     )
     batch_size: int = Field(default=32, ge=1, description="sentences a batch, padded to the longest of them")
+    base_precision: Literal["fp32", "fp16", "bf16", "best"] = Field(
+        default="fp32",
+        exclude_if=lambda precision: precision == "fp32",
+        description="the base model is timed in this precision too, besides fp32; best: bf16 if the GPU has it, else fp16",
+    )
     sentences: int = Field(default=512, ge=1, description="latency is one pass over this fixed sample")
     warmup_passes: int = Field(default=2, ge=0, description="passes before the first one that counts")
     min_passes: int = Field(default=5, ge=2, description="timed passes at the least")
     max_passes: int = Field(default=50, ge=2, description="timed passes at the most")
-    tolerance: float = Field(default=0.01, gt=0, lt=1, description="stop when the median is known this well")
+    tolerance: float = Field(
+        default=0.01,
+        gt=0,
+        lt=1,
+        description="stop when the ratio to the base model's time is known this well (95 % interval)",
+    )
     max_seconds: float = Field(default=30.0, gt=0, description="stop timing a model and the base model after so long")
 
     @model_validator(mode="after")
@@ -96,21 +155,52 @@ class Task(Record):
     genome: Genome = Genome()
     split: Split = "search"
     limit: int | None = Field(default=None, ge=1)  # examples of each split; only the probe has one
+    # Above 0: the same model is timed again. Left out of the JSON when 0.
+    repeat: int = Field(default=0, ge=0, exclude_if=lambda number: number == 0)
 
 
-class Measurement(Record):
+Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Timing(Record):
+    """Milliseconds of passes over the protocol's sample, in one job. The models take turns: equal places are one turn."""
+
+    latency_ms: tuple[Milliseconds, ...] = Field(min_length=1)  # of the deployed model
+    base_latency_ms: tuple[Milliseconds, ...] = Field(min_length=1)  # of the base model in fp32
+    # Of the base model in the protocol's base_precision, if that is not fp32.
+    base_best_latency_ms: tuple[Milliseconds, ...] | None = None
+
+    @model_validator(mode="after")
+    def _in_turns(self) -> "Timing":
+        turns = [
+            len(times) for times in (self.latency_ms, self.base_latency_ms, self.base_best_latency_ms) if times is not None
+        ]
+        if len(set(turns)) > 1:
+            raise ValueError(f"models that take turns have equally many passes; these have {turns}")
+        return self
+
+
+class Measurement(Timing):
     """Raw figures of one deployed model on one device. Summaries and fitness are recomputed from them."""
 
-    metrics: dict[str, float]  # on the task's split
-    latency_ms: tuple[float, ...] = Field(min_length=1)  # one value a pass over the protocol's sample
-    base_latency_ms: tuple[float, ...] = Field(min_length=1)  # the base model, taking turns with this one
-    model_bytes: int = Field(ge=1)  # of the saved deployed weights
-    parameters: int = Field(ge=1)
-    encoder_parameters: int = Field(ge=0)  # without embeddings, pooler and head
-    peak_bytes: int | None = None  # allocator peak during one pass; None where the device has no allocator to ask
+    metrics: dict[str, float] = Field(min_length=1)  # on the task's split
+    again: tuple[Timing, ...] = ()  # of the same model in other jobs on the same kind of device
+    of_base: bool = False  # the deployed model is the base model, timed against itself
+    base_best_precision: Literal["fp16", "bf16"] | None = None  # of base_best_latency_ms
+    model_bytes: Count = Field(ge=1)  # of the saved deployed weights
+    parameters: Count = Field(ge=1)
+    encoder_parameters: Count  # without embeddings, pooler and head
+    peak_bytes: Count | None = None  # allocator peak during one pass; None where the device has no allocator to ask
+    # Part of a pass until the CPU has sent all work to the GPU; None on a CPU.
+    enqueue_share: float | None = Field(default=None, ge=0, le=1)
     device: str  # as the device calls itself
     device_type: Literal["cpu", "cuda"]
     protocol: Protocol
+
+    @property
+    def timings(self) -> tuple[Timing, ...]:
+        return (self, *self.again)
 
 
 class Failure(Record):
@@ -152,3 +242,7 @@ class Proposal(Record):
 
     genome: Genome
     parent: str | None = None
+
+
+class SpentError(RuntimeError):
+    """A worker's process can do no more work. Its last task has an outcome; the others are for another process."""

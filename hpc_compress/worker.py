@@ -2,14 +2,14 @@
 
 import dataclasses
 import errno
-import json
 import logging
 import os
 import platform
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,18 +19,23 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from hpc_compress import identity, measure
+from hpc_compress import door, identity, measure
 from hpc_compress.config import RunConfig
 from hpc_compress.data import metrics
 from hpc_compress.data.batches import Encoded, encode
 from hpc_compress.models import artifact
-from hpc_compress.operators import Checkpoint, Context, operator, teaching
+from hpc_compress.operators import Checkpoint, Context, operator, quantization, teaching
 from hpc_compress.operators.teaching import TeacherOutputs
 from hpc_compress.store import Store
-from hpc_compress.types import Failure, Measurement, Outcome, Step, Task
+from hpc_compress.types import Failure, Genome, Measurement, Outcome, SpentError, Step, Task
 
 log = logging.getLogger(__name__)
+# How CUDA says that an operator gave a kernel what it can't work on, such as an index that is out of bounds.
+ASSERTION = "device-side assert triggered"
+# How CUDA, its libraries and torch on a CPU say that there is no memory, each by another error than `OutOfMemoryError`.
+NO_MEMORY = re.compile(r"CUDA error: out of memory|_STATUS_(ALLOC_FAILED|INSUFFICIENT_RESOURCES)|DefaultCPUAllocator")
 MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS)
+SAME_QUALITY = 5e-5  # two figures that are nearer to each other are the same in four digits
 T = TypeVar("T")
 Report = Callable[[str, int, int], None]  # what is being done, units done, units in all
 
@@ -47,6 +52,8 @@ def run(
     What is wrong with a task becomes its outcome. `interrupts`, and what is wrong with the machine, is raised: the task may
     do well elsewhere.
 
+    Raises: SpentError after the outcome of a task that left the GPU unusable for this process.
+
     checkpoint_seconds: wall-clock time of training that a task may lose when it is interrupted and run again.
     """
     store = Store(root)
@@ -57,10 +64,25 @@ def run(
 
 
 def restore(root: Path, task: Task) -> None:
-    """Compute the artifacts of a task again after they were deleted."""
+    """Compute the artifacts of a task again after they were deleted. Warns where the model is not as good as it was measured:
+    a training on a GPU is never quite the same twice."""
     job = Job(Store(root), lambda what, done, total: None)
-    job.deployed(task)
+    folder = job.deployed(task)
     job.tokenizer()
+    outcome = job.store.outcome(identity.task_id(task))
+    if outcome is None or outcome.measurement is None:
+        return
+    on = measure.device(task.protocol.device)
+    found, recorded = job.quality(task, artifact.load(folder, on), folder, on), outcome.measurement.metrics
+    for name, value in recorded.items():
+        if abs(found[name] - value) >= SAME_QUALITY:
+            log.warning(
+                "the model of %s was computed again, and has %s %.4f now; the search measured %.4f",
+                task.genome,
+                name,
+                found[name],
+                value,
+            )
 
 
 class Job:
@@ -79,6 +101,7 @@ class Job:
         self.store, self.report, self.interrupts = store, report, interrupts
         self.checkpoint_seconds = checkpoint_seconds
         self.device = measure.device()
+        self.spent = False  # whether the device does nothing more for this process
         self._kept: dict[tuple[str, ...], Any] = {}
 
     def settle(self, task: Task) -> None:
@@ -87,7 +110,10 @@ class Job:
         # master's, since tasks that differ in precision only share the training.
         with self.store.lock(identity.master_key(task)):
             if self.store.outcome(identity.task_id(task)) is None:
-                self.store.settle(self._attempt(task))
+                outcome = self.store.settle(self._attempt(task))
+                if self.spent:
+                    message = outcome.failure.message if outcome.failure else ""
+                    raise SpentError(f"{task.genome} left the GPU of {platform.node()} unusable for this process: {message}")
 
     def _attempt(self, task: Task) -> Outcome:
         stages = Stages()
@@ -101,9 +127,12 @@ class Job:
                 raise
             failure = _failure(error, stages.current)
         if failure and self.device.type == "cuda":
-            # Not in the handler: there the error still holds the model. After some errors the device does nothing more.
-            with suppress(RuntimeError):
+            # Not in the handler: there the error still holds the model.
+            try:
+                torch.cuda.synchronize()
                 torch.cuda.empty_cache()
+            except RuntimeError:  # after some errors, whatever a process asks of its device fails in the same way
+                self.spent = True
         return Outcome(task=task, measurement=measurement, failure=failure, host=platform.node(), seconds=stages.rounded())
 
     def _measure(self, task: Task, stages: "Stages") -> Measurement:
@@ -113,31 +142,43 @@ class Job:
         with stages("deploy"):
             folder = self.deployed(task)
             base_model = self._base_model(task, on)
-            others = measure.allocated_bytes(on)
+            base_models, precision = [base_model], measure.base_precision(task.protocol, on)
+            if precision is not None:
+                base_models.append(self._base_model_in(task, on, precision))
+            before = measure.allocated_bytes(on)
             model = artifact.load(folder, on)
+            own_bytes = measure.allocated_bytes(on) - before
         with stages("quality"):
-            examples = self._examples(task, task.split, folder)
-            outputs = measure.outputs(model, examples, task.protocol.batch_size, on)
-            scores = metrics.compute(task.dataset.metrics, examples.labels, outputs)
+            scores = self.quality(task, model, folder, on)
         with stages("time"):
             # The same sentences, each model with its own tokenizer's pieces of them: that is what either one would run on.
             base_sample = measure.timing_sample(self._examples(task, task.split), task.protocol, on)
-            sample = measure.timing_sample(examples, task.protocol, on)
-            pair = ((base_model, base_sample), (model, sample))
-            base_latency_ms, latency_ms = measure.latencies_ms(pair, task.protocol, on)
+            sample = measure.timing_sample(self._examples(task, task.split, folder), task.protocol, on)
+            turns = [*((each, base_sample) for each in base_models), (model, sample)]
+            base_latency_ms, *best_latency_ms, latency_ms = measure.latencies_ms(turns, task.protocol, on)
         parameters, encoder_parameters = artifact.parameters(model)
         return Measurement(
             metrics=scores,
             latency_ms=latency_ms,
             base_latency_ms=base_latency_ms,
+            base_best_latency_ms=best_latency_ms[0] if best_latency_ms else None,
+            base_best_precision=precision,
+            of_base=task.genome == Genome(),
             model_bytes=artifact.weights(folder).stat().st_size,
             parameters=parameters,
             encoder_parameters=encoder_parameters,
-            peak_bytes=measure.peak_bytes(model, sample, on, others),
+            peak_bytes=measure.peak_bytes(model, sample, on, own_bytes),
+            enqueue_share=measure.enqueue_share(model, sample, on),
             device=measure.device_name(on),
             device_type=on.type,  # type: ignore[arg-type]
             protocol=task.protocol,
         )
+
+    def quality(self, task: Task, model: PreTrainedModel, folder: Path, on: torch.device) -> dict[str, float]:
+        """The metrics of the deployed model in `folder`, on the task's split."""
+        examples = self._examples(task, task.split, folder)
+        outputs = measure.outputs(model, examples, task.protocol.batch_size, on)
+        return metrics.compute(task.dataset.metrics, examples.labels, outputs, metrics.positive(task.dataset))
 
     # --- artifacts ---
 
@@ -227,6 +268,16 @@ class Job:
         key, place = identity.master_key(task, ()), on or self.device
         return self._keep(("base model", key, str(place)), lambda: artifact.load(self._master(task, ()), place))
 
+    def _base_model_in(self, task: Task, on: torch.device, precision: str) -> PreTrainedModel:
+        """The base model in 16 bits, to be timed only."""
+
+        def make() -> PreTrainedModel:
+            model = artifact.load(self._master(task, ()))
+            quantization.cast(model, quantization.DTYPES[precision])
+            return model.to(on)
+
+        return self._keep(("base model", identity.master_key(task, ()), str(on), precision), make)
+
     def _taught(self, task: Task) -> TeacherOutputs | None:
         """What the base model says of the training examples: computed once a run, by whoever needs it first.
 
@@ -253,10 +304,10 @@ class Job:
     def _teacher_gb(self) -> float:
         """A setting of the run and not of the task: what is computed hardly depends on it."""
         try:
-            plan = json.loads((self.store.root / "run.json").read_bytes())
+            plan = door.json_object(self.store.root / "run.json")
         except FileNotFoundError:
             return RunConfig.model_fields["teacher_gb"].default
-        return RunConfig.model_validate(plan["config"]).teacher_gb
+        return RunConfig.model_validate(plan.get("config")).teacher_gb
 
     def _block_times(self, task: Task) -> measure.BlockTimes:
         """Measured once, by whoever needs them first, and the same for all others: a cut by time can be repeated."""
@@ -291,7 +342,7 @@ class Job:
 
     def tokenizer(self) -> Any:
         """The base model's; saved in full as an artifact of its own, since an export can't ask the checkpoint's type."""
-        tokenizer = AutoTokenizer.from_pretrained(self.store.root / "base")
+        tokenizer = AutoTokenizer.from_pretrained(self.store.root / "base", trust_remote_code=False)
         if not self.store.artifact("tokenizer"):
             with self.store.new_artifact("tokenizer") as folder:
                 tokenizer.save_pretrained(folder)
@@ -325,19 +376,22 @@ class Stages:
 
 def _is_of_the_machine(error: Exception) -> bool:
     """A full disk, a stale mount, a GPU that has fallen over: after some errors a CUDA device does nothing more."""
-    if isinstance(error, torch.OutOfMemoryError):
+    text = str(error)
+    if _is_of_memory(error) or ASSERTION in text:
         return False
     if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
         return True
-    text = str(error)
     # safetensors says in words what the system told it in numbers.
     return any(os.strerror(number) in text for number in MACHINE_ERRORS) or "CUDA error" in text
 
 
+def _is_of_memory(error: Exception) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or NO_MEMORY.search(str(error)) is not None
+
+
 def _failure(error: Exception, stage: str) -> Failure:
-    memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return Failure(
-        kind="memory" if memory else "error",
+        kind="memory" if _is_of_memory(error) else "error",
         stage=stage,
         message=f"{type(error).__name__}: {error}",
         traceback=traceback.format_exc(limit=-20),

@@ -9,7 +9,7 @@ import pytest
 from hpc_compress import identity
 from hpc_compress.config import ConfigError, validate
 from hpc_compress.search.genetic import Genetic
-from hpc_compress.search.objective import Product, quality_of
+from hpc_compress.search.objective import Product, latency_of, noise, quality_of, speed_up, speed_up_spread, with_timing
 from hpc_compress.search.space import Shape
 from hpc_compress.types import Base, Candidate, Dataset, Genome, Measurement, Protocol, Step, Task
 
@@ -126,6 +126,62 @@ def test_vocabulary_and_precision_are_drawn_and_inherited_apart_and_stand_in_one
     assert sum(nf4 in deploy for deploy in heirs) / 4000 == pytest.approx(0.7, abs=0.03)
 
 
+def test_a_child_can_return_to_fp32_and_to_the_whole_vocabulary():
+    none = {"none": {"weight": 0.2, "operator": None}}
+    vocabularies = {**none, "trim": {"weight": 0.25, "operator": "trim_vocabulary"}}
+    strategy = genetic(
+        population=1000,
+        redraw=0,
+        mutation_probability=1,
+        vocabularies=vocabularies,
+        quantizations={**none, "nf4": QUANTIZATIONS["nf4"]},
+    )
+    trim, nf4 = Step(operator="trim_vocabulary"), Step(operator="quantize", params={"scheme": "nf4"})
+    assert strategy.deploys == (trim, nf4)
+    parent = candidate("parent", genome=Genome(deploy=(trim, nf4)))
+    deploys = [proposal.genome.deploy for proposal in strategy.ask(np.random.default_rng(0), [parent])]
+    assert sum(nf4 not in deploy for deploy in deploys) / 1000 == pytest.approx(0.2, abs=0.05)
+    assert sum(trim not in deploy for deploy in deploys) / 1000 == pytest.approx(0.2, abs=0.05)
+
+
+# --- as published ---
+
+
+def published(**changes: object) -> Genetic:
+    return genetic(population=100, mutation_probability=0.5, crossover_probability=0.5, redraw=0, inherit=False, **changes)
+
+
+def test_as_published_every_child_is_trained_from_a_seed_of_its_own():
+    strategy, base = published(), candidate("base", genome=Genome())
+    proposals = strategy.ask(np.random.default_rng(0), [base])
+    assert 65 <= len(proposals) <= 85  # three of four draw a mutation, a crossover or both
+    masters = {identity.master_key(task(genome=proposal.genome)) for proposal in proposals}
+    assert len(masters) == len(proposals)
+    ordinary = [p.genome for p in proposals if not any(step.replicate for step in p.genome.steps)]
+    assert {genome.steps[0].operator for genome in ordinary} == {"drop_layers", "prune_heads", "distill"}
+    later = strategy.ask(np.random.default_rng(1), [base])
+    assert not {str(p.genome) for p in later if p.genome.steps} & {str(p.genome) for p in proposals}
+
+
+def test_as_published_only_the_result_of_a_mutation_is_quantized():
+    parent = candidate("parent", genome=Genome(steps=(Step(operator="distill"),), deploy=(Step(operator="quantize"),)))
+    proposals = published().ask(np.random.default_rng(0), [parent])
+    assert all(proposal.genome.steps[:1] == parent.genome.steps for proposal in proposals)
+    crossed = [p.genome for p in proposals if len(p.genome.steps) == 2]
+    mutated = [p.genome for p in proposals if len(p.genome.steps) > 2]
+    assert crossed
+    assert len(crossed) + len(mutated) == len(proposals), "a parent that draws nothing has no child"
+    assert {genome.deploy for genome in crossed} == {()}
+    schemes = {None if not genome.deploy else genome.deploy[0].params["scheme"] for genome in mutated}
+    assert schemes == {None, "int8", "nf4"}
+
+
+def test_the_published_dynamics_are_repeatable():
+    assert evolve(published(), 4, seed=1) == evolve(published(), 4, seed=1)
+    texts = [identity.canonical(genome) for genome in evolve(published(), 4)]
+    assert len(texts) == len(set(texts))
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_a_long_search_never_leaves_the_space_and_never_repeats_itself(seed: int):
     genomes = evolve(genetic(), generations=12, seed=seed)
@@ -183,6 +239,7 @@ def test_a_model_that_can_lose_nothing_more_is_still_crossed():
         ({"mutation_probability": 1.5}, "mutation_probability"),
         ({"quantizations": {"a": {"weight": 0.7, "operator": "q"}, "b": {"weight": 0.7, "operator": "r"}}}, "at most 1"),
         ({"mutations": {}}, "no mutation has a weight"),
+        ({"mutations": {**MUTATIONS, "none": {"weight": 1, "operator": None}}}, r"mutations\.none .* needs an operator"),
         ({"populaton": 3}, "did you mean population"),
     ],
 )
@@ -255,7 +312,60 @@ def test_zero_weights_leave_one_goal():
     assert Product(a=0, b=0, c=1).fitness([measured(0.1, size=50), measured(0.9, size=100)]) == pytest.approx([1, 0.5])
 
 
-@pytest.mark.parametrize("other", [{"device_type": "cuda"}, {"protocol": Protocol(batch_size=1)}])
+def test_the_median_of_all_timings_counts():
+    lucky = measured(0.9, ms=1)
+    again = [measured(0.9, ms=ms) for ms in (10, 12)]
+    assert latency_of(lucky) == pytest.approx(0.1)
+    whole = with_timing(with_timing(lucky, again[0]), again[1])
+    assert latency_of(whole) == pytest.approx(1.0)
+    assert speed_up(whole) == pytest.approx(1.0)
+    assert speed_up_spread(whole) == pytest.approx(10 - 10 / 12)
+    assert Product()(whole, BASE) == pytest.approx(Product()(again[0], BASE))
+    with pytest.raises(ValueError, match="can't be compared"):
+        with_timing(lucky, measured(0.9, device="another"))
+
+
+def test_a_ratio_is_the_median_over_turns():
+    # The machine was slow in the second turn, for both models alike.
+    times = {"latency_ms": (5.0, 50.0, 5.0, 5.5), "base_latency_ms": (10.0, 100.0, 9.0, 10.0)}
+    assert latency_of(measured(0.9, **times)) == pytest.approx((0.5 + 0.55) / 2)
+    with pytest.raises(ValueError, match="equally many passes"):
+        measured(0.9, latency_ms=(1.0, 2.0), base_latency_ms=(1.0,))
+
+
+def test_the_base_model_is_as_fast_as_itself_and_tells_the_noise():
+    times = {"latency_ms": (8.0, 9.0, 9.0, 10.5), "base_latency_ms": (10.0, 10.0, 10.0, 10.0)}
+    base = measured(0.9, of_base=True, **times)
+    assert speed_up(base) == 1
+    assert speed_up_spread(base) == 0
+    assert noise(base) == pytest.approx(0.2)
+    assert speed_up(measured(0.9, **times)) != 1
+    steady = measured(0.9, of_base=True, latency_ms=(*(10.0,) * 9, 30.0), base_latency_ms=(10.0,) * 10)
+    assert noise(steady) == 0, "one pass of ten does not count"
+
+
+def test_speed_is_over_the_base_model_in_its_best_precision_where_it_was_timed_so():
+    both = {"base_best_latency_ms": (4.0,), "base_best_precision": "bf16"}
+    cut, base = measured(0.9, ms=2, **both), measured(0.9, of_base=True, **both)
+    assert (speed_up(cut), speed_up(cut, "best")) == (5, 2)
+    assert (speed_up(base), speed_up(base, "best")) == (1, 0.4)
+    assert speed_up(measured(0.9, ms=2), "best") == 5, "not timed in another precision"
+    node = measured(0.9, ms=2, base_best_latency_ms=(8.0,), base_best_precision="bf16")
+    assert Product()(node, base) - Product()(cut, base) == pytest.approx(math.log(2))
+    assert Product(base="fp32")(node, base) == Product(base="fp32")(cut, base)
+
+
+@pytest.mark.parametrize("device", ["Tesla V100-SXM2-32GB", "NVIDIA A100-PCIE-40GB"])
+def test_two_kinds_of_gpu_are_not_compared(device: str):
+    a100 = measured(0.9, device="NVIDIA A100-SXM4-40GB", device_type="cuda")
+    with pytest.raises(ValueError, match=r"constraint") as error:
+        Product()(measured(0.9, device=device, device_type="cuda"), a100)
+    assert device in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "other", [{"device_type": "cuda"}, {"device": "test, 2 threads"}, {"protocol": Protocol(batch_size=1)}]
+)
 def test_unlike_measurements_are_not_compared(other: dict[str, object]):
     with pytest.raises(ValueError, match="can't be compared"):
         Product()(measured(0.9, **other), BASE)
@@ -284,6 +394,16 @@ def test_identities_stay_what_they_were():
     assert identity.derive(0, "purpose", 1) == 390836754130692552
 
 
+def test_a_first_step_and_a_first_timing_are_written_as_ever():
+    assert identity.canonical(Step(operator="x")) == '{"operator":"x","params":{}}'
+    assert "repeat" not in identity.canonical(task())
+    assert "base_precision" not in identity.canonical(task())
+    again = Step(operator="x", replicate=2)
+    assert Step.model_validate_json(identity.canonical(again)) == again
+    assert identity.master_key(task(), (again,)) != identity.master_key(task(), (Step(operator="x"),))
+    assert str(Genome(steps=(again,))) == "x#2"
+
+
 def test_identity_has_everything_that_is_computed_and_nothing_else():
     changed = [
         task(seed=1),
@@ -292,10 +412,12 @@ def test_identity_has_everything_that_is_computed_and_nothing_else():
         task(genome=Genome()),
         task(split="report"),
         task(limit=4),
+        task(repeat=1),
+        task(protocol=Protocol(base_precision="best")),
     ]
     ids = {identity.task_id(item) for item in [task(), *changed]}
     assert len(ids) == 1 + len(changed)
-    assert identity.master_key(task()) == identity.master_key(task(protocol=Protocol(batch_size=8), split="report"))
+    assert identity.master_key(task()) == identity.master_key(task(protocol=Protocol(batch_size=8), split="report", repeat=2))
 
 
 def test_numbers_lie_on_a_grid():

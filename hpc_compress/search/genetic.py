@@ -1,5 +1,6 @@
 """The genetic strategy of the published method: mutation is pruning, crossover is distillation against the base model."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,24 +17,25 @@ class Choice(Record):
     """One alternative of a random draw: a step, and how likely it is."""
 
     weight: float = Field(ge=0)
-    step: Step
+    step: Step | None  # None: no step
 
     @model_validator(mode="before")
     @classmethod
     def _flat(cls, values: Any) -> Any:
-        """In a config the step lies flat: {weight: 1, operator: drop_layers, count: 1}."""
+        """In a config the step lies flat: {weight: 1, operator: drop_layers, count: 1}. No step: operator: null."""
         if isinstance(values, dict) and "step" not in values:
             params = {key: value for key, value in values.items() if key not in ("weight", "operator")}
-            return {"weight": values.get("weight"), "step": {"operator": values.get("operator"), "params": params}}
+            none = not params and "operator" in values and values["operator"] is None
+            step = None if none else {"operator": values.get("operator"), "params": params}
+            return {"weight": values.get("weight"), "step": step}
         return values
 
 
 class Genetic(Record):
     """Vary every member of the population by mutation and/or crossover, keep the fittest. Elitist: the best is never lost.
 
-    A genome stands in the population once. While the population is smaller than `population` its members take turns as
-    parents, as the copies of the base model do at the start. A child inherits its parent's vocabulary and precision
-    unless its own mutation draws another.
+    A genome stands in the population once. While the population is smaller than `population`, its members take turns as
+    parents, as the copies of the base model do at the start.
     """
 
     shape: Shape  # of the base model
@@ -44,17 +46,25 @@ class Genetic(Record):
     crossover_probability: float = Field(default=0.4, ge=0, le=1)
     mutations: dict[str, Choice] = Field(description="one of them is drawn by weight; `fine_tune` follows")
     quantizations: dict[str, Choice] = Field(
-        default={}, description="weights are probabilities; what they leave of 1 keeps the parent's precision"
+        default={}, description="weights are probabilities; what they leave of 1 keeps the precision as it is"
     )
     vocabularies: dict[str, Choice] = Field(
         default={}, description="the same for the step that trims the vocabulary, which comes before the quantization"
     )
     fine_tune: dict[str, Any] = Field(default={}, description="parameters of the training after a mutation")
     distill: dict[str, Any] = Field(default={}, description="parameters of the crossover")
+    inherit: bool = Field(
+        default=True,
+        description="a child starts with its parent's vocabulary and precision; false, as published: with those of the base",
+    )
     redraw: int = Field(
-        default=20, ge=0, description="more draws when a child is known already or no child at all; 0 as published"
+        default=20,
+        ge=0,
+        description="more draws when a child is known already or no child at all; 0, as published: it is trained all the same, "
+        "with random numbers of its own",
     )
     _seen: set[str] = PrivateAttr(default_factory=set)
+    _drawn: Counter[str] = PrivateAttr(default_factory=Counter)  # how often a step was drawn for the same parent
 
     @field_validator("quantizations", "vocabularies")
     @classmethod
@@ -68,12 +78,14 @@ class Genetic(Record):
     def _possible(self) -> "Genetic":
         if self.mutation_probability > 0 and not any(choice.weight > 0 for choice in self.mutations.values()):
             raise ValueError("mutation_probability is above 0, but no mutation has a weight above 0")
+        if empty := [name for name, choice in self.mutations.items() if choice.step is None]:
+            raise ValueError(f"mutations.{empty[0]} has operator=null; a mutation needs an operator")
         return self
 
     @property
     def steps(self) -> tuple[Step, ...]:
         """Every kind of step that this strategy may use."""
-        steps = [choice.step for choice in self.mutations.values() if choice.weight > 0 and self.mutation_probability > 0]
+        steps = _steps(self.mutations) if self.mutation_probability > 0 else []
         trained = [self._fine_tune()] if steps else []
         distilled = [self._distill()] if self.crossover_probability > 0 else []
         return (*steps, *trained, *distilled)
@@ -83,8 +95,7 @@ class Genetic(Record):
         """Every step of deploying that this strategy may use."""
         if self.mutation_probability == 0:
             return ()
-        choices = (*self.vocabularies.values(), *self.quantizations.values())
-        return tuple(choice.step for choice in choices if choice.weight > 0)
+        return (*_steps(self.vocabularies), *_steps(self.quantizations))
 
     def ask(self, rng: np.random.Generator, population: Sequence[Candidate]) -> list[Proposal]:
         """Propose at most `population` children; a parent may draw neither mutation nor crossover."""
@@ -96,7 +107,8 @@ class Genetic(Record):
                 child = self._vary(rng, parent.genome)
                 if canonical(child) not in self._seen:
                     break
-            # As published, a child that was seen before is a child all the same; with redraws it is left out.
+            if self.redraw == 0:
+                child = self._replicate(parent.genome, child)
             if child != parent.genome and (self.redraw == 0 or canonical(child) not in self._seen):
                 self._seen.add(canonical(child))
                 proposals.append(Proposal(genome=child, parent=parent.id))
@@ -114,9 +126,11 @@ class Genetic(Record):
         return self.score(candidate.measurement), quality_of(candidate.measurement), candidate.id
 
     def _vary(self, rng: np.random.Generator, parent: Genome) -> Genome:
-        steps, deploy = parent.steps, parent.deploy
         # Both draws are always made, so that one probability does not shift the other's random stream.
         mutates, crosses = rng.random(2) < (self.mutation_probability, self.crossover_probability)
+        if not (mutates or crosses):
+            return parent
+        steps, deploy = parent.steps, parent.deploy if self.inherit else ()
         if mutates:
             mutation = self._draw_mutation(rng, self.shape.after_all(steps))
             if mutation:
@@ -128,7 +142,7 @@ class Genetic(Record):
 
     def _draw_mutation(self, rng: np.random.Generator, shape: Shape | None) -> Step | None:
         """One of the mutations that the shape admits; None when none does."""
-        possible = [choice for choice in self.mutations.values() if shape and shape.after(choice.step)]
+        possible = [choice for choice in self.mutations.values() if shape and choice.step and shape.after(choice.step)]
         weights = np.array([choice.weight for choice in possible])
         if weights.sum() == 0:
             return None
@@ -136,7 +150,7 @@ class Genetic(Record):
 
     def _draw_deploy(self, rng: np.random.Generator, inherited: tuple[Step, ...]) -> tuple[Step, ...]:
         """At most one vocabulary and one precision, in this order: one model, one genome."""
-        trims = {choice.step.operator for choice in self.vocabularies.values()}
+        trims = {choice.step.operator for choice in self.vocabularies.values() if choice.step}
         vocabulary = tuple(step for step in inherited if step.operator in trims)
         precision = tuple(step for step in inherited if step.operator not in trims)
         return (*self._draw(rng, self.vocabularies, vocabulary), *self._draw(rng, self.quantizations, precision))
@@ -147,11 +161,26 @@ class Genetic(Record):
         for choice in choices.values():
             mark -= choice.weight
             if mark < 0:
-                return (choice.step,)
+                return (choice.step,) if choice.step else ()
         return inherited
+
+    def _replicate(self, parent: Genome, child: Genome) -> Genome:
+        """The child with a number on its first new step, so that each child of a parent is trained from its own seed."""
+        kept, new = len(parent.steps), child.steps[len(parent.steps) :]
+        if not new:
+            return child
+        drawn = canonical(child.steps[: kept + 1])
+        first = new[0].model_copy(update={"replicate": self._drawn[drawn]})
+        self._drawn[drawn] += 1
+        return child.model_copy(update={"steps": (*parent.steps, first, *new[1:])})
 
     def _fine_tune(self) -> Step:
         return Step(operator="fine_tune", params=self.fine_tune)
 
     def _distill(self) -> Step:
         return Step(operator="distill", params=self.distill)
+
+
+def _steps(choices: dict[str, Choice]) -> list[Step]:
+    """Every step that can be drawn."""
+    return [choice.step for choice in choices.values() if choice.step and choice.weight > 0]

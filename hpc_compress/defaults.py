@@ -1,0 +1,76 @@
+"""Settings that depend on the device of the candidates, such as `{cuda: 256, cpu: 32}`. Knows launchers; imports no torch.
+
+The driver may run on a login node that has no GPU and no torch. So the device follows from the protocol and the launcher,
+before the run is written down.
+"""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hpc_compress.config import ConfigError, build
+from hpc_compress.launch.local import visible_gpus
+from hpc_compress.launch.slurm import Slurm
+
+KINDS = {"cuda", "cpu", "cpu_onnx", "cpu_bf16"}  # of devices, as keys of a setting
+
+
+def chosen(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A whole configuration as plain data, with protocol.device decided and one value in place of each {cuda: ..., cpu: ...}.
+
+    Raises: ConfigError when the launcher can't be built, or when a setting has no value for the device.
+    """
+    wanted = values["protocol"].get("device", "any")
+    launcher = build(values["launcher"], "launcher")
+    elsewhere = isinstance(launcher, Slurm)
+    if wanted == "any":
+        gpus = launcher.cluster.gpus_per_node if isinstance(launcher, Slurm) else len(visible_gpus())
+        wanted = "cuda" if gpus else "cpu"
+    plain = resolved(values, ("cuda",) if wanted == "cuda" else _cpu_kinds(elsewhere))
+    plain["protocol"]["device"] = wanted
+    return plain
+
+
+def resolved(value: Any, kinds: Sequence[str], where: str = "") -> Any:
+    """`value` with every mapping from kinds of devices replaced by its first value whose kind is one of `kinds`."""
+    if isinstance(value, list):
+        return [resolved(item, kinds, f"{where}[{index}]") for index, item in enumerate(value)]
+    if not isinstance(value, Mapping):
+        return value
+    if not value or not value.keys() <= KINDS:
+        return {key: resolved(item, kinds, f"{where}.{key}".lstrip(".")) for key, item in value.items()}
+    for kind, item in value.items():
+        if kind in kinds:
+            return resolved(item, kinds, where)
+    raise ConfigError(
+        f"{where}={dict(value)} has no value for {kinds[-1]}; add {kinds[-1]}: ..., or give one value for all devices"
+    )
+
+
+def describe(protocol: Any, strategy: Mapping[str, Any]) -> str:
+    """What was chosen, for the log."""
+    base = "fp32" if protocol.base_precision == "fp32" else f"fp32 and {protocol.base_precision}"
+    choices = strategy.get("quantizations")
+    named = choices.items() if isinstance(choices, Mapping) else ()  # a strategy of a user's own may have none
+    weights = ", ".join(f"{name} {step['weight']}" for name, step in named if isinstance(step, Mapping) and step.get("weight"))
+    devices = "GPUs" if protocol.device == "cuda" else "CPUs"
+    return (
+        f"candidates run on {devices} (protocol.device={protocol.device}) in batches of "
+        f"{protocol.batch_size}; the base model is timed in {base}; precisions: {weights or 'fp32'}"
+    )
+
+
+def _cpu_kinds(elsewhere: bool) -> tuple[str, ...]:
+    """elsewhere: candidates run on another machine, whose processor is not known."""
+    onnx = all(importlib.util.find_spec(package) for package in ("onnx", "onnxruntime"))
+    bf16 = not elsewhere and bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
+    return (*(["cpu_onnx"] if onnx else []), *(["cpu_bf16"] if bf16 else []), "cpu")
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
