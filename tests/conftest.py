@@ -3,7 +3,7 @@
 import copy
 import functools
 import os
-import random
+import re
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +13,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub; subp
 os.environ["OMP_NUM_THREADS"] = "1"  # before any import of torch: for tiny models, more threads only get in each other's way
 
 import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any import of torch: only the tests that are marked so run on a GPU, and only where they are asked for."""
+    if not wants_gpu(config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def wants_gpu(markexpr: str) -> bool:
+    """Whether the option -m selects the tests that are marked gpu."""
+    return "gpu" in re.sub(r"not\s+gpu", "", markexpr)
+
 
 SPECIAL = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"]  # [PAD] is not 0, so that a padding with zeros shows
 WORDS = [
@@ -69,9 +81,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         name = f"{family}_{layers}_{heads}_{hidden}_{ffn}_{num_labels}_{head}"
         if name not in made:
             made[name] = tmp_path_factory.mktemp(name)
-            # As the families' own: RoBERTa and DistilBERT know no types for the texts of a pair.
-            _save_tokenizer(made[name], pair_types=family in ("bert", "electra"))
-            _save_model(made[name], _model_config(family, layers, heads, hidden, ffn, num_labels), head)
+            save_checkpoint(made[name], family, layers, heads, hidden, ffn, num_labels, head)
         return made[name]
 
     return make
@@ -83,14 +93,14 @@ def compose() -> Callable[..., dict[str, Any]]:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from hpc_compress import cli
+    from hpc_compress import cli, defaults
 
     @functools.cache  # composing takes 0.2 s
     def composed(*overrides: str) -> dict[str, Any]:
         with initialize_config_dir(str(cli.conf_dir()), version_base="1.3"):
             config = compose("config", list(overrides))
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        return values
+        return defaults.chosen(values)
 
     return lambda *overrides: copy.deepcopy(composed(*overrides))
 
@@ -98,34 +108,36 @@ def compose() -> Callable[..., dict[str, Any]]:
 @pytest.fixture(scope="session")
 def setup(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..., Path], compose: Any) -> Any:
     """A `searches.Setup`: a search that takes seconds."""
-    import pandas as pd
-    from searches import Setup
+    from searches import Setup, tiny
 
-    folder = tmp_path_factory.mktemp("setup")
-    words = random.Random(0)
-    rows = [(words.choice(["good", "great", "bad", "dull"]), words.choice(["film", "plot"])) for _ in range(120)]
-    table = pd.DataFrame({"text": [" ".join(row) for row in rows], "label": [row[0] in ("good", "great") for row in rows]})
-    table.assign(label=table["label"].map({True: "pos", False: "neg"})).to_csv(folder / "rows.csv", index=False)
     model = tiny_checkpoint("bert", layers=3, heads=4, hidden=128, ffn=64, head=False)
-    overrides = [
-        f"model.path={model}",
-        "model.fine_tune={epochs: 2, learning_rate: 1e-3, batch_size: 16}",
-        "dataset=file",
-        f"dataset.train={folder / 'rows.csv'}",
-        "dataset.name=words",
-        "protocol={batch_size: 8, sentences: 16, warmup_passes: 0, min_passes: 2, max_passes: 2}",
-        "generations=2",
-        "strategy.population=4",
-        # The published mutations: cheap, and in the tests that follow a genome its shape is known.
-        "strategy.mutations.prune.weight=0",
-        "strategy.mutations.prune_time.weight=0",
-        "strategy.mutations.prune_heads.weight=0.5",
-        "strategy.fine_tune.learning_rate=1e-3",
-        "strategy.distill.learning_rate=1e-3",
-        "objective.b=0",  # what was timed must not decide, so that runs can be compared
-        "name=test",
-    ]
-    return Setup(overrides, compose)
+    return Setup(tiny(tmp_path_factory.mktemp("setup"), model), compose)
+
+
+@pytest.fixture
+def printing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """A function that puts an executable on the PATH which prints a text; the path returned gets its arguments."""
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+
+    def make(name: str, out: str = "", error: str = "", code: int = 0) -> Path:
+        folder = tmp_path / "bin"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.out").write_text(out)
+        (folder / f"{name}.err").write_text(error)
+        lines = f'#!/bin/sh\nprintf "%s\\n" "$@" >{folder}/{name}.args\ncat {folder}/{name}.out\ncat {folder}/{name}.err >&2\n'
+        (folder / name).write_text(f"{lines}exit {code}\n")
+        (folder / name).chmod(0o755)
+        return folder / f"{name}.args"
+
+    return make
+
+
+def save_checkpoint(
+    folder: Path, family: str, layers: int, heads: int, hidden: int, ffn: int, num_labels: int, head: bool
+) -> None:
+    # As the families' own: RoBERTa and DistilBERT know no types for the texts of a pair.
+    _save_tokenizer(folder, pair_types=family in ("bert", "electra"))
+    _save_model(folder, _model_config(family, layers, heads, hidden, ffn, num_labels), head)
 
 
 def _save_tokenizer(folder: Path, pair_types: bool) -> None:

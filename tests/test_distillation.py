@@ -515,3 +515,50 @@ def test_the_teacher_is_neared(bert: Path, tmp_path: Path):
         before = float(loss(acted, batch).detach())
         around = dataclasses.replace(context(teacher, data), taught=lambda: outputs)
         assert float(loss(how(acted, around), batch).detach()) < 0.7 * before
+
+
+# --- in memory or on the disk ---
+
+
+@pytest.mark.parametrize(("share", "mapped"), [(2.0, False), (1.9, True)])
+def test_outputs_are_read_into_memory_where_they_fit(
+    share: float, mapped: bool, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """At most half of what is free is taken."""
+    data = examples()
+    written(tmp_path / "outputs", load(bert), data)
+    size = sum(file.stat().st_size for file in (tmp_path / "outputs").iterdir())
+    monkeypatch.setattr(teaching, "free_bytes", lambda: int(share * size))
+    outputs = teaching.read(tmp_path / "outputs", data)
+    assert outputs is not None
+    assert isinstance(outputs.hidden, np.memmap) == mapped
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected_mb"),
+    [
+        ({}, 1000),
+        ({"0::/job/step": {"job/memory.max": "500", "job/memory.stat": "200", "job/step/memory.max": "max"}}, 300),
+        ({"0::/job": {"job/memory.max": "100", "job/memory.stat": "200"}}, 0),
+        ({"4:cpu,memory:/job": {"memory/job/memory.limit_in_bytes": "700", "memory/job/memory.stat": "300"}}, 400),
+        ({"4:cpu:/job": {"job/memory.max": "500"}}, 1000),
+        ({"0::/job": {"job/memory.max": "what"}}, 0),
+    ],
+)
+def test_free_memory_is_that_of_the_machine_and_of_its_control_groups(
+    groups: dict[str, dict[str, str]], expected_mb: int, tmp_path: Path
+):
+    (tmp_path / "self").mkdir()
+    (tmp_path / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable: {1000 * 1024} kB\nHugePages_Total: 0\n")
+    (tmp_path / "self" / "cgroup").write_text("".join(f"{line}\n" for line in groups))
+    for name, value in (item for files in groups.values() for item in files.items()):
+        path = tmp_path / "cgroups" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        number = str(int(value) * 2**20) if value.isdigit() else value
+        used = "total_rss" if name.startswith("memory/") else "anon"
+        path.write_text(f"{used} {number}\nother 1\n" if name.endswith("stat") else f"{number}\n")
+    assert teaching.free_bytes(tmp_path, tmp_path / "cgroups") == expected_mb * 2**20
+
+
+def test_free_memory_is_known_here():
+    assert teaching.free_bytes() > 0

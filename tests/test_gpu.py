@@ -1,24 +1,35 @@
-"""What only a GPU can show: bitsandbytes there, CUDA timing, bf16 training, allocator peaks."""
+"""What only a GPU can show: every step on its kernels, CUDA timing, bf16 training, allocator peaks, errors of the device."""
 
 import copy
+import gc
+import multiprocessing
+import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 import pytest
 import torch
-from test_models import SCHEMES, context, examples, load, logits
+from test_models import SCHEMES, _run_folder, context, examples, load, logits
+from test_pretend_gpu import CASES, act, outputs
 
-from hpc_compress import measure
+from hpc_compress import identity, measure, worker
 from hpc_compress.data.batches import eval_batches
+from hpc_compress.launch import Work
 from hpc_compress.models import artifact, surgery
+from hpc_compress.models.modeling_hpc_compress import FAMILIES
 from hpc_compress.operators import Context, losses, operator
 from hpc_compress.operators.quantization import quantize
 from hpc_compress.operators.training import autocast
+from hpc_compress.store import Store
 from hpc_compress.types import Protocol, Step
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-CUDA = torch.device("cuda")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.xdist_group("gpu"),  # one after another: they time, and count memory
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 
 @pytest.fixture
@@ -66,12 +77,138 @@ def test_two_latencies_of_one_model_agree(model: torch.nn.Module):
     assert median(one) == pytest.approx(median(other), rel=0.03)
 
 
-def test_the_peak_holds_the_weights_and_the_activations(model: torch.nn.Module):
+def test_events_and_the_clock_agree(model: torch.nn.Module):
     model.to(CUDA)
+    sample = measure.timing_sample(examples(512), Protocol(), CUDA)
+    with torch.inference_mode():
+        for _ in range(3):
+            measure._cuda_pass_ms(model, sample)
+        pairs = []
+        for _ in range(20):
+            begin = time.perf_counter()
+            by_events_ms = measure._cuda_pass_ms(model, sample)
+            pairs.append((by_events_ms, 1e3 * (time.perf_counter() - begin)))
+    events_ms, clock_ms = (median(times) for times in zip(*pairs, strict=True))
+    assert 0.5 * clock_ms < events_ms < 1.02 * clock_ms
+
+
+def _loaded(model: torch.nn.Module, scheme: str, folder: Path) -> tuple[torch.nn.Module, int]:
+    """A model of this precision on the GPU, and what the allocator gave out for it."""
+    folder.mkdir()
+    artifact.save(quantize(copy.deepcopy(model), scheme) if scheme != "fp32" else model, folder)
+    before = measure.allocated_bytes(CUDA)
+    loaded = artifact.load(folder, CUDA)
+    return loaded, measure.allocated_bytes(CUDA) - before
+
+
+def test_peaks_are_repeatable_and_fall_with_the_precision(model: torch.nn.Module, tmp_path: Path):
     sample = measure.timing_sample(examples(64), Protocol(), CUDA)
-    peak = measure.peak_bytes(model, sample, CUDA)
-    assert peak is not None
-    assert peak > 4 * surgery.all_parameters(model)
+    peaks = []
+    for scheme in ("fp32", "bf16"):
+        loaded, own_bytes = _loaded(model, scheme, tmp_path / scheme)
+        tensors = [*loaded.parameters(), *loaded.buffers()]
+        assert 0 <= own_bytes - sum(tensor.nbytes for tensor in tensors) <= 512 * len(tensors)  # the allocator rounds up
+        one, other = (measure.peak_bytes(loaded, sample, CUDA, own_bytes) for _ in "ab")
+        assert one is not None
+        assert one == other > own_bytes
+        peaks.append(one)
+    assert peaks[1] < peaks[0]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_model_that_is_gone_leaves_no_memory_behind(model: torch.nn.Module, scheme: str, tmp_path: Path):
+    sample = measure.timing_sample(examples(16), Protocol(), CUDA)
+    measure.peak_bytes(copy.deepcopy(model).to(CUDA), sample, CUDA, 0)  # the workspaces of the libraries
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    loaded, _ = _loaded(model, scheme, tmp_path / "m")
+    measure.peak_bytes(loaded, sample, CUDA, 0)
+    del loaded
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_the_base_model_is_timed_in_bf16_too(model: torch.nn.Module, tmp_path: Path):
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        pytest.skip("needs a GPU that computes in bfloat16")
+    (base, _), (half, _) = (_loaded(model, scheme, tmp_path / scheme) for scheme in ("fp32", "bf16"))
+    assert abs(outputs(base, CUDA) - outputs(half, CUDA)).max() < 0.1
+    sample = measure.timing_sample(examples(64), Protocol(), CUDA)
+    base_ms, half_ms = measure.latencies_ms([(base, sample), (half, sample)], Protocol(max_passes=10), CUDA)
+    assert len(base_ms) == len(half_ms) >= 5
+    assert min(*base_ms, *half_ms) > 0
+
+
+# --- every step, every family ---
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_step_runs(name: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path):
+    kind = "modernbert" if name == "threshold" else "bert"
+    done = act(name, tiny_checkpoint(kind, layers=3, heads=4, hidden=64, ffn=96), CUDA, tmp_path / "beside")
+    (tmp_path / "saved").mkdir()
+    artifact.save(done, tmp_path / "saved")
+    if name == "dynamic_int8":
+        return
+    moved, expected = artifact.load(tmp_path / "saved"), outputs(artifact.load(tmp_path / "saved", CUDA), CUDA)
+    assert abs(outputs(moved, CPU) - expected).max() < 0.1
+    assert abs(outputs(moved.to(CUDA), CUDA) - expected).max() < 1e-3
+    assert abs(outputs(moved.to(CPU), CPU) - expected).max() < 0.1
+
+
+@pytest.mark.parametrize("scheme", ["fp32", "bf16", "int8", "nf4"])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_family_runs(kind: str, scheme: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path):
+    on_gpu, _ = _loaded(load(tiny_checkpoint(kind, layers=2, heads=4, hidden=64, ffn=96)), scheme, tmp_path / "m")
+    assert abs(outputs(on_gpu, CUDA) - outputs(artifact.load(tmp_path / "m"), CPU)).max() < 0.1
+
+
+# --- whole tasks, and what can go wrong in them ---
+
+
+def test_the_worker_does_a_task(tiny_checkpoint: Callable[..., Path], tmp_path: Path):
+    store, task = _run_folder(tmp_path / "run", tiny_checkpoint("bert", layers=3))
+    list(worker.run(str(store.root), [identity.task_id(task)]))
+    outcome = store.outcome(identity.task_id(task))
+    assert outcome is not None
+    assert outcome.measurement is not None, outcome.failure
+    assert outcome.measurement.device_type == "cuda"
+
+
+def test_too_large_a_model_is_out_of_memory(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    store, task = _run_folder(tmp_path / "run", tiny_checkpoint("bert", layers=3))
+    monkeypatch.setattr(worker.Job, "_measure", lambda *args: torch.empty(2**46, device=CUDA))
+    list(worker.run(str(store.root), [identity.task_id(task)]))
+    outcome = store.outcome(identity.task_id(task))
+    assert outcome is not None
+    assert outcome.failure is not None
+    assert outcome.failure.kind == "memory"
+
+
+def _spoil(root: str, task_ids: list[str]) -> None:
+    def measured(*args: object) -> None:
+        torch.zeros(2, device=CUDA)[torch.tensor([5], device=CUDA)].cpu()
+
+    worker.Job._measure = measured  # type: ignore[assignment,method-assign]
+    Work(root, (tuple(task_ids),))()
+
+
+def test_a_task_that_breaks_an_assertion_on_the_gpu_ends_its_process_well(tiny_checkpoint: Callable[..., Path], tmp_path: Path):
+    store, task = _run_folder(tmp_path / "run", tiny_checkpoint("bert", layers=3))
+    others = [store.add_task(task.model_copy(update={"seed": seed})) for seed in (1, 2)]
+    process = multiprocessing.get_context("spawn").Process(target=_spoil, args=(str(store.root), others))
+    process.start()
+    process.join(300)
+    assert process.exitcode == 0
+    first, second = (Store(store.root).outcome(task_id) for task_id in others)
+    assert first is not None
+    assert first.failure is not None
+    assert (first.failure.kind, second) == ("error", None)
+    assert "device-side assert" in first.failure.message
+
+
+# --- training ---
 
 
 def test_training_learns_under_autocast(model: torch.nn.Module):

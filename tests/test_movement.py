@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_models import context, examples, load, logits, reload
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpc_compress.config import ConfigError
 from hpc_compress.data.batches import eval_batches
@@ -198,3 +199,20 @@ def test_heads_that_share_a_position_bias_are_refused_before_the_training(tiny_c
     assert torch.equal(logits(model), before)
     operator(Step(operator="movement_prune", params={**QUICK, "share": 0.5, "units": ["ffn"]}))(model, context(model))
     assert (sum(surgery.head_counts(model)), sum(surgery.ffn_widths(model))) == (8, 64)
+
+
+def test_no_update_waits_for_the_device(model: nn.Module):
+    """Nothing goes from the host to the device, nor back, while gates are computed."""
+    seen = set()
+
+    class Ops(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    for mode in MODES:
+        masks = masks_at(model, MovementPrune(**QUICK, **mode), 50)
+        with Ops():
+            masks()
+    assert "argsort" in seen or "sort" in seen
+    assert not seen & {"lift_fresh", "lift_fresh_copy", "_local_scalar_dense", "item", "nonzero"}

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from elsewhere import outputs_elsewhere
-from test_families import KINDS, QUICK, build, reload, shrink
+from test_families import KINDS, build, reload, shrink
 from test_models import context
 from torch import nn
 from transformers import AutoTokenizer
@@ -36,6 +36,7 @@ ort = pytest.importorskip("onnxruntime")
 from hpc_compress.operators import onnx_int8  # noqa: E402
 
 CPU = torch.device("cpu")
+QUICK_ONES = {("bert", "whole"), ("bert", "shrunk"), ("modernbert", "shrunk")}
 Batches = list[dict[str, torch.Tensor]]
 
 
@@ -80,8 +81,14 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 # --- what is computed ---
 
 
-@pytest.mark.parametrize("shape", ["whole", "shrunk"])
-@pytest.mark.parametrize("kind", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in KINDS])
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        pytest.param(kind, shape, marks=() if (kind, shape) in QUICK_ONES else pytest.mark.slow)
+        for kind in KINDS
+        for shape in ("whole", "shrunk")
+    ],
+)
 def test_every_family_becomes_a_program(kind: str, shape: str, tiny_checkpoint: Callable[..., Path]):
     """shrunk: odd widths, a layer without heads, one without neurons, fewer dimensions of the stream."""
     model = build(kind, tiny_checkpoint)

@@ -156,14 +156,59 @@ def test_activation_statistics_equal_numpy(model: nn.Module):
         np.testing.assert_allclose(active, (groups > 0).mean((0, 2)), rtol=1e-4)
 
 
-def test_a_unit_with_a_double_is_not_missed(model: nn.Module):
-    names = surgery.family(model)
-    into = linear_of(surgery.layers(model)[1], names.ffn_in)
+def _with_equal_units(model: nn.Module) -> nn.Module:
+    """In layer 1: neurons 5, 9 and 20 are equal, and heads 0 and 2."""
+    names, layer = surgery.family(model), surgery.layers(model)[1]
+    into = linear_of(layer, names.ffn_in)
     with torch.no_grad():
-        into.weight[5], into.bias[5] = into.weight[9], into.bias[9]
-    scores = criteria.similarity(model, batches(), ["ffn"])["ffn"][1]
-    assert set(scores.argsort()[:2].tolist()) == {5, 9}
-    assert float(scores[5]) == pytest.approx(0, abs=1e-4)
+        for double in (9, 20):
+            into.weight[double], into.bias[double] = into.weight[5], into.bias[5]
+        for path in names.attention_in:
+            linear = linear_of(layer, path)
+            linear.weight[32:48], linear.bias[32:48] = linear.weight[:16], linear.bias[:16]
+    return model
+
+
+def test_of_equal_units_all_but_one_go_first(model: nn.Module):
+    scores = criteria.similarity(_with_equal_units(model), batches(), ["heads", "ffn"])
+    for unit, equal in (("ffn", {5, 9, 20}), ("heads", {0, 2})):
+        found = scores[unit][1]
+        gone = set(found.argsort()[: len(equal) - 1].tolist())
+        assert gone < equal
+        assert found[list(gone)].tolist() == pytest.approx([0] * len(gone), abs=1e-6)
+        (stays,) = equal - gone
+        assert float(found[stays]) > 0.01
+        assert float(found.max()) == 1  # the last one has no other
+
+
+def test_what_stays_takes_over_the_work_of_its_double(model: nn.Module):
+    before = logits(_with_equal_units(model))
+    cut = copy.deepcopy(model)
+    for unit in ("ffn", "heads"):
+        scores = criteria.similarity(model, batches(), [unit])[unit][1]
+        count = 2 if unit == "ffn" else 1
+        {"ffn": surgery.prune_ffn, "heads": surgery.prune_heads}[unit](cut, 1, scores.argsort()[:count].tolist())
+    step = operator(Step(operator="prune_heads", params={"count": 1, "where": "any", "criterion": "similarity"}))
+    done = step(copy.deepcopy(model), context(model))
+    assert surgery.head_counts(done) == [4, 3, 4]
+    plain = float((logits(cut) - before).norm())
+    assert float((logits(done) - before).norm()) < 0.2 * plain
+
+
+def test_doubles_go_as_a_naive_search_finds_them():
+    x = torch.randn(9, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[3], x[7] = -2 * x[1], x[5] + 0.1 * x[6]
+    alive, expected, norms = set(range(9)), torch.ones(9, dtype=torch.float64), torch.arange(1.0, 10)
+    lengths = x.norm(dim=1)
+    while len(alive) > 1:
+        pairs = itertools.combinations(sorted(alive), 2)
+        alike = {pair: float((x[pair[0]] @ x[pair[1]]).abs() / lengths[list(pair)].prod()) for pair in pairs}
+        pair = max(alike, key=lambda pair: alike[pair])
+        goes = min(pair, key=lambda unit: float(lengths[unit] * norms[unit]))
+        alive.remove(goes)
+        expected[goes] = 1 - alike[pair]
+    torch.testing.assert_close(criteria._doubles(x @ x.T, norms), expected)
+    assert criteria._doubles(torch.zeros(0, 0), torch.zeros(0)).shape == (0,)
 
 
 def _least_squares_error(weight: torch.Tensor, hessian: torch.Tensor, kept: list[int]) -> float:
@@ -416,6 +461,61 @@ def test_a_walk_sees_what_a_whole_forward_shows(family: str, tiny_checkpoint: Ca
         assert stream.shape == (len(flows_in), surgery.hidden_size(model))
         linear.weight.mul_(1.1)  # what changes in the layer that was reached is seen from there on
     assert not any("forward" in vars(layer) for layer in surgery.layers(model))
+
+
+@pytest.mark.parametrize("units", [["heads", "ffn"], ["layers"]], ids="+".join)
+def test_a_repair_after_several_rounds_aims_at_the_model_before_them_all(
+    model: nn.Module, units: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    before = logits(model)
+    targets, left = [], []
+    repair = cutting._repair
+
+    def spy(model: nn.Module, dense: nn.Module, kept: cutting.UnitArrays, batches: list) -> None:
+        targets.append(logits(dense))
+        left.append(kept)
+        repair(model, dense, kept, batches)
+
+    monkeypatch.setattr(cutting, "_repair", spy)
+    how = {"share": 0.6, "rounds": 3, "schedule": "linear", "units": units, "ffn_multiple": 8, "sentences": 24}
+    done = prune(copy.deepcopy(model), **how, repair=True)
+    assert len(targets) == 3
+    assert all(torch.equal(target, before) for target in targets)
+    at_once = copy.deepcopy(model)
+    cutting._cut(at_once, left[-1])
+    repair(at_once, copy.deepcopy(model), left[-1], batches())
+    torch.testing.assert_close(logits(done), logits(at_once), rtol=1e-4, atol=1e-5)
+
+
+def test_a_repair_after_a_training_aims_at_what_was_learnt(model: nn.Module, monkeypatch: pytest.MonkeyPatch):
+    targets = []
+    monkeypatch.setattr(cutting, "_repair", lambda model, dense, kept, batches: targets.append(surgery.ffn_widths(dense)))
+    prune(model, share=0.5, rounds=3, ffn_multiple=16, scope="local", repair=True, training={"batch_size": 8})
+    assert targets[0] == [96] * 3
+    assert targets[0] > targets[1] > targets[2]
+
+
+def test_an_ffn_without_neurons_says_what_it_said_on_average(model: nn.Module):
+    dense, out = copy.deepcopy(model), surgery.ffn_outputs(model)[0]
+    kept = {"ffn": [np.arange(0), np.arange(96), np.arange(96)]}
+    inputs = np.concatenate(_inputs(dense, surgery.family(dense).ffn_out, 0))
+    expected = out.bias.detach().numpy() + inputs.mean(0) @ out.weight.detach().numpy().T
+    cutting._cut(model, kept)
+    cutting._repair(model, dense, kept, batches())
+    np.testing.assert_allclose(surgery.ffn_outputs(model)[0].bias.detach(), expected, atol=1e-5)
+
+
+def test_a_repair_keeps_zeros(model: nn.Module):
+    dense = operator(Step(operator="sparsify", params={"share": 0.4}))(model, context(model))
+    kept = {"ffn": [np.arange(96), np.arange(0, 96, 2), np.arange(96)]}
+    cut = copy.deepcopy(dense)
+    cutting._cut(cut, kept)
+    repaired = copy.deepcopy(cut)
+    cutting._repair(repaired, dense, kept, batches())
+    for one, other in zip(surgery.ffn_outputs(repaired), surgery.ffn_outputs(cut), strict=True):
+        assert torch.equal(one.weight == 0, other.weight == 0)
+    errors = [float((logits(one) - logits(dense)).norm()) for one in (repaired, cut)]
+    assert errors[0] < errors[1]
 
 
 def test_a_refit_is_the_least_squares_solution(monkeypatch: pytest.MonkeyPatch):

@@ -1,6 +1,7 @@
 """Zeros in linears: which ones, what makes up for them, that they are saved without and come back, against exact oracles."""
 
 import copy
+import dataclasses
 import itertools
 import json
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from hpc_compress.config import ConfigError
 from hpc_compress.data.batches import eval_batches
 from hpc_compress.models import artifact, modeling_hpc_compress, packing, surgery
 from hpc_compress.models.modeling_hpc_compress import linear_of
-from hpc_compress.operators import obs, operator, sparsity, thresholding
+from hpc_compress.operators import Checkpoint, obs, operator, sparsity, thresholding
 from hpc_compress.types import Step
 
 STEPS = [
@@ -253,6 +254,86 @@ def test_a_cut_model_can_be_made_sparse(model: nn.Module, tmp_path: Path):
     assert not (linear_of(surgery.layers(sparse)[1], surgery.family(sparse).ffn_out).weight == 0).any()
     before = logits(sparse)
     assert torch.equal(logits(reload(sparse, tmp_path / "m")), before)
+
+
+TRAINING = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "params"),
+    [
+        ("2:4", "fine_tune", {}),
+        ("unstructured", "distill", {"layers": 1}),
+        ("unstructured", "movement_prune", {"share": 0.3, "units": ["ffn"], "ffn_multiple": 8}),
+    ],
+)
+def test_zeros_outlive_training(model: nn.Module, pattern: str, name: str, params: dict[str, Any], tmp_path: Path):
+    share = {} if pattern == "2:4" else {"share": 0.02}  # as few as would be saved dense
+    sparse = operator(Step(operator="sparsify", params={"pattern": pattern, **share}))(copy.deepcopy(model), context(model))
+    sparse = reload(sparse, tmp_path / "sparse")
+    before = copy.deepcopy(sparse)
+    trained = operator(Step(operator=name, params={**TRAINING, **params}))(sparse, context(model))
+    loaded = reload(trained, tmp_path / "trained")
+    assert torch.equal(logits(loaded), logits(trained))
+    for path, linear in _linears(loaded).items():
+        zeros = _linears(before)[path].weight == 0
+        if name == "movement_prune":  # of the neurons that are left
+            assert (linear.weight == 0).any()
+            continue
+        assert zeros.any()
+        assert torch.equal(linear.weight == 0, zeros)
+        assert not torch.equal(linear.weight, _linears(before)[path].weight)
+    # Nothing is left behind that would keep zeros of a later model.
+    assert not any(linear.weight._backward_hooks for linear in _linears(trained).values())
+
+
+def test_zeros_outlive_a_training_that_was_interrupted(model: nn.Module, tmp_path: Path):
+    sparse = operator(Step(operator="sparsify", params={"share": 0.6}))(model, context(model))
+    checkpoint = Checkpoint(tmp_path / "state.pt", 0)
+
+    def die(done: int, total: int) -> None:
+        if done == 4:
+            raise InterruptedError
+
+    step = operator(Step(operator="fine_tune", params=TRAINING))
+    whole = step(copy.deepcopy(sparse), context(model))
+    with pytest.raises(InterruptedError):
+        step(copy.deepcopy(sparse), dataclasses.replace(context(model), checkpoint=checkpoint, progress=die))
+    resumed = step(copy.deepcopy(sparse), dataclasses.replace(context(model), checkpoint=checkpoint))
+    for path, linear in _linears(resumed).items():
+        assert torch.equal(linear.weight, _linears(whole)[path].weight)
+        assert torch.equal(linear.weight == 0, _linears(sparse)[path].weight == 0)
+
+
+def test_a_linear_that_starts_at_nothing_learns(model: nn.Module):
+    linear = surgery.ffn_outputs(model)[0]
+    with torch.no_grad():
+        linear.weight.zero_()
+    operator(Step(operator="fine_tune", params=TRAINING))(model, context(model))
+    assert bool((linear.weight != 0).any())
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_training_refuses_weights_of_few_bits(model: nn.Module, precision: str):
+    half = operator(Step(operator="sparsify", params={"precision": precision}))(model, context(model))
+    with pytest.raises(ValueError, match=r"strategy\.quantizations, not in strategy\.mutations"):
+        operator(Step(operator="fine_tune", params=TRAINING))(half, context(model))
+
+
+def test_calibration_computes_each_layer_once_before_and_once_after(model: nn.Module):
+    """However many layers there are: each batch passes the first layer to be looked at, and once more to go on."""
+    for step in (
+        Step(operator="sparsify", params={"sentences": 24}),
+        Step(operator="quantize", params={"scheme": "dynamic_int8", "method": "gptq", "sentences": 24}),
+    ):
+        seen: list[int] = []
+        deeper = copy.deepcopy(model)
+        surgery.layers(deeper).extend(copy.deepcopy(surgery.layers(model)[1]) for _ in range(3))
+        first = linear_of(surgery.layers(deeper)[0], surgery.family(model).ffn_out)
+        handle = first.register_forward_hook(lambda *args, seen=seen: seen.append(1))
+        operator(step)(deeper, context(model))
+        handle.remove()
+        assert len(seen) == 2  # one batch of 24
 
 
 # --- what is saved ---

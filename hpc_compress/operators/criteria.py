@@ -7,7 +7,6 @@ Global cuts compare scores of different layers and add them up, so the best crit
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -83,32 +82,61 @@ def apoz(model: PreTrainedModel, batches: Iterable[Batch], units: Sequence[str])
 
 
 def similarity(model: PreTrainedModel, batches: Iterable[Batch], units: Sequence[str]) -> PerUnit:
-    """1 - the largest absolute cosine with another unit's output in the same layer: what has a double is not missed
-    (after Srinivas & Babu 2015, on outputs in place of weights)."""
+    """1 - the largest absolute cosine with the output of another unit of the layer that is still there when the unit goes: of
+    two equal units one goes first, and the other one is as dear as any (after Srinivas & Babu 2015, on outputs in place of
+    weights). The weights of the unit that goes are taken over by those that stay, which is the repair's work."""
+    written = magnitude(model, [], units)
+    scores: PerUnit = {}
+    for unit, products in _products_of_inputs(model, batches, units).items():
+        _, features = _outputs(model, unit)
+        alike = [product.unflatten(0, (-1, features)).unflatten(2, (-1, features)) for product in products]
+        scores[unit] = [
+            _doubles(products.diagonal(dim1=1, dim2=3).sum(-1).cpu(), norms)
+            for products, norms in zip(alike, written[unit], strict=True)
+        ]
+    return scores
 
-    def unlike(groups: torch.Tensor) -> torch.Tensor:
-        flat = F.normalize(groups.permute(1, 0, 2).flatten(1), dim=1)  # (units, tokens * features)
-        cosine = (flat @ flat.T).abs().fill_diagonal_(0)
-        return 1 - cosine.amax(1)
 
-    return _of_activations(model, batches, units, unlike)
+def _doubles(products: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """Of the two units that are most alike the one that says less goes, and so on. Scores never fall on the way.
+
+    products: (units, units) of the units' outputs. norms: (units,) of the weights by which they write.
+    """
+    lengths = products.diagonal().sqrt().clamp(min=1e-150)
+    cosines = (products / torch.outer(lengths, lengths)).abs().clamp(max=1).fill_diagonal_(-1)
+    said = (lengths * norms).tolist()
+    scores = torch.ones(len(said), dtype=products.dtype)
+    nearest, other = cosines.max(1) if len(said) else (lengths, lengths)
+    for _ in range(len(said) - 1):
+        one = int(nearest.argmax())
+        goes = min(one, int(other[one]), key=lambda unit: (said[unit], -unit))
+        scores[goes] = 1 - nearest[one]
+        cosines[goes], cosines[:, goes], nearest[goes] = -1, -1, -2
+        lost = ((other == goes) & (nearest > -2)).nonzero().flatten()
+        nearest[lost], other[lost] = cosines[lost].max(1)
+    return scores
 
 
 def obs_error(model: PreTrainedModel, batches: Iterable[Batch], units: Sequence[str]) -> PerUnit:
     """What a layer's output loses, as a share of it, when units go one after another, the least missed one first, and the
     weights that are left make up for each (Optimal Brain Surgeon on structures: Kurtic et al. 2023, ZipLM, eq. 3-4)."""
-    names = surgery.family(model)
-    leaf = {"heads": names.attention_out, "ffn": names.ffn_out}
-    paths = {unit: [surgery.path(model, at, leaf[unit]) for at in range(len(surgery.layers(model)))] for unit in units}
-    products = obs.input_products(model, [path for unit in units for path in paths[unit]], batches)
     scores: PerUnit = {}
-    for unit in units:
+    for unit, products in _products_of_inputs(model, batches, units).items():
         linears, features = _outputs(model, unit)
         scores[unit] = [
-            obs.elimination(linear.weight.detach(), products[path], features).cpu()
-            for linear, path in zip(linears, paths[unit], strict=True)
+            obs.elimination(linear.weight.detach(), product, features).cpu()
+            for linear, product in zip(linears, products, strict=True)
         ]
     return scores
+
+
+def _products_of_inputs(model: PreTrainedModel, batches: Iterable[Batch], units: Sequence[str]) -> PerUnit:
+    """`X X^T` of what flows into the output linears, (features, features), layer by layer."""
+    names, depth = surgery.family(model), len(surgery.layers(model))
+    leaf = {"heads": names.attention_out, "ffn": names.ffn_out}
+    paths = {unit: [surgery.path(model, at, leaf[unit]) for at in range(depth)] for unit in units}
+    products = obs.input_products(model, [path for unit in units for path in paths[unit]], batches)
+    return {unit: [products[path] for path in paths[unit]] for unit in units}
 
 
 def _of_gradients(

@@ -47,7 +47,7 @@ def drop_layers(model: PreTrainedModel, how: "DropLayers", context: Context) -> 
     order = np.arange(total)[::-1]
     if how.criterion != "last":
         order = np.argsort(_score(model, how.criterion, batches, ["layers"])["layers"][0], kind="stable")
-    return _cut(model, {"layers": [np.sort(order[how.count :])]}, batches, how.repair)
+    return _cut_once(model, {"layers": [np.sort(order[how.count :])]}, batches, how)
 
 
 def prune_heads(model: PreTrainedModel, how: "PruneHeads", context: Context) -> PreTrainedModel:
@@ -61,7 +61,7 @@ def prune_heads(model: PreTrainedModel, how: "PruneHeads", context: Context) -> 
         raise ValueError(f"count={how.count} heads can't go: there are {len(order)} in {how.where} layer")
     going = {(layer, head) for _, layer, head in order[: how.count]}
     kept = [np.array([head for head in range(len(s)) if (at, head) not in going], dtype=int) for at, s in enumerate(scores)]
-    return _cut(model, {"heads": kept}, batches, how.repair)
+    return _cut_once(model, {"heads": kept}, batches, how)
 
 
 def prune_hidden(model: PreTrainedModel, how: "PruneHidden", context: Context) -> PreTrainedModel:
@@ -78,6 +78,7 @@ def prune(model: PreTrainedModel, how: "Prune", context: Context) -> PreTrainedM
     batches = context.batches(how.sentences)
     price = _parameters(model) if how.cost == "parameters" else _times(context)
     whole, first = price.of(model), {unit: counts(model, unit) for unit in ("heads", "ffn")}
+    dense, left_of_it = _before(model, how), None
     for done in range(1, how.rounds + 1):
         scores = _score(model, how.criterion, batches, how.units)
         left = 1 - how.share_after(done)
@@ -85,10 +86,16 @@ def prune(model: PreTrainedModel, how: "Prune", context: Context) -> PreTrainedM
             kept = _alike(model, scores, first, left, how.ffn_multiple)
         else:
             kept = _cheapest(model, scores, price, left * whole, how.ffn_multiple)
-        model = _cut(model, kept, batches, how.repair)
+        _cut(model, kept)
+        left_of_it = kept if left_of_it is None else _composed(left_of_it, kept)
+        if dense is not None:
+            # The target is the model before all rounds: errors of one round are not what the next one aims at.
+            _repair(model, dense, left_of_it, batches)
         if how.training is not None and done < how.rounds:
             seed = identity.derive(context.seed, "round", done)
             model = Distill(**how.training)(model, dataclasses.replace(context, seed=seed, checkpoint=None))
+            # A repair must not undo what was learnt, so the trained model is the next target.
+            dense, left_of_it = _before(model, how), None
     return model
 
 
@@ -207,8 +214,31 @@ def _best(scores: np.ndarray, count: int) -> np.ndarray:
 # --- the cut ---
 
 
-def _cut(model: PreTrainedModel, kept: UnitArrays, batches: Sequence[Batch], repair: bool) -> PreTrainedModel:
-    dense = copy.deepcopy(model) if repair else None
+def _cut_once(
+    model: PreTrainedModel, kept: UnitArrays, batches: Sequence[Batch], how: "DropLayers | PruneHeads"
+) -> PreTrainedModel:
+    dense = _before(model, how)
+    _cut(model, kept)
+    if dense is not None:
+        _repair(model, dense, kept, batches)
+    return model
+
+
+def _before(model: PreTrainedModel, how: "DropLayers | Prune | PruneHeads") -> PreTrainedModel | None:
+    """A copy for the repair to aim at; None where there is no repair.
+
+    A unit that goes because it has a double leaves its work to it, and the repair is what hands the work over.
+    """
+    return copy.deepcopy(model) if how.repair or how.criterion == "similarity" else None
+
+
+def _composed(before: UnitArrays, kept: UnitArrays) -> UnitArrays:
+    """Positions that are left after two cuts, counted as before the first one."""
+    later = {unit: [was[now] for was, now in zip(before[unit], kept[unit], strict=True)] for unit in kept}
+    return {**before, **later}
+
+
+def _cut(model: PreTrainedModel, kept: UnitArrays) -> None:
     if surgery.family(model).shared_bias and "heads" in kept:
         stays = max(kept["heads"], key=len)  # all alike, but for layers that have none
         surgery.prune_heads_everywhere(model, np.setdiff1d(np.arange(max(counts(model, "heads"))), stays).tolist())
@@ -218,21 +248,21 @@ def _cut(model: PreTrainedModel, kept: UnitArrays, batches: Sequence[Batch], rep
                 cut(model, layer, np.setdiff1d(np.arange(count), stays).tolist())
     if "layers" in kept:
         surgery.drop_layers(model, np.setdiff1d(np.arange(len(surgery.layers(model))), kept["layers"][0]).tolist())
-    if dense is not None:
-        _repair(model, dense, kept, batches)
-    return model
 
 
 @torch.no_grad()
 def _repair(model: PreTrainedModel, dense: PreTrainedModel, kept: UnitArrays, batches: Sequence[Batch]) -> None:
-    """Refit every output linear, first layer first, to what it said before the cut, given what it hears after it. Where whole
-    layers went, what follows takes over what they said too."""
+    """Refit every output linear, first layer first, so that it says what it said in `dense`, given what it hears now. Where
+    whole layers went, what follows takes over what they said too.
+
+    kept: what is left of `dense`.
+    """
     before, after = obs.Walk(dense, batches), obs.Walk(model, batches)
     changed = False
     for index, origin, name, stays in _outputs(model, dense, kept):
         linear, whole = linear_of(surgery.layers(model)[index], name), linear_of(surgery.layers(dense)[origin], name)
         changed = changed or linear.in_features < whole.in_features or index != origin
-        if changed and linear.in_features:
+        if changed:  # without any input left, the bias still takes over what the inputs said on average
             at, now = _site(dense, origin, name, kept), _site(model, index, name, kept)
             seen = obs.moments(before, at, after, now)
             weight, bias = obs.refit(whole.weight, whole.bias, seen, torch.from_numpy(stays).to(whole.weight.device))

@@ -40,8 +40,9 @@ Few = Literal["int8", "nf4", "fp4", "dynamic_int8"]
 
 class Quantize(Record):
     """Deploy in a lower precision. int8, nf4 and fp4 hold the encoder's linears in bitsandbytes layers, which save memory and
-    no time. dynamic_int8 and onnx_int8 are the fast ones on CPUs, and run nowhere else. onnx_int8 makes a program for ONNX
-    Runtime, with the word embedding in int8 too and the rest in fp32: no step can follow it."""
+    no time; a linear of a width that its scheme can't take stays in the rest's precision. dynamic_int8 and onnx_int8 are the
+    fast ones on CPUs, and run nowhere else. onnx_int8 makes a program for ONNX Runtime, with the word embedding in int8 too
+    and the rest in fp32: no step can follow it."""
 
     scheme: Plain | Few | Literal["onnx_int8"] = Field(
         description="of the encoder's linears; fp16 and bf16: of the whole model"
@@ -115,7 +116,8 @@ class Quantize(Record):
 
 
 class Sparsify(Record):
-    """Deploy with zeros in the encoder's linears. They are saved without the zeros, where that is smaller.
+    """Deploy with zeros in the encoder's linears. They are saved without the zeros, where that is smaller. Every training that
+    follows leaves the zeros 0; it needs precision=fp32.
 
     Nothing is faster by it, with one exception: 2:4 in fp16 or bf16 on a GPU of compute capability 8.0 or more, where linears
     of (multiple of 32, multiple of 64) run on its sparse tensor cores. Everywhere else the loaded linears are dense.

@@ -36,6 +36,9 @@ class Masks(nn.Module):
         # Soft scores have a unit of measure. AdamW moves a parameter by its learning rate at most, on average half of that.
         self.scale = 2 * SPAN / (step.learning_rate * updates)
         self.register_buffer("done", torch.zeros(()))  # updates; a buffer, so that it comes back with a checkpoint
+        for unit, sizes in self.sizes.items():
+            # Once on the device: copying a list there makes every update wait for it.
+            self.register_buffer(f"sizes_of_{unit}", torch.tensor(sizes))
 
     def progress(self) -> torch.Tensor:
         """What part of the goal is asked for: `1 - (1 - t)^3`, t from 0 at the end of the warm-up to 1 where the cool-down
@@ -69,7 +72,7 @@ class Masks(nn.Module):
                 stays = (self.scale * scores).sigmoid() > THRESHOLD * self.progress()
             wanted = torch.stack([layer.sum() for layer in stays.split(sizes)])
             multiple = self.step.ffn_multiple if unit == "ffn" else 1
-            widths = rounded(wanted, torch.tensor(sizes, device=scores.device), multiple)
+            widths = rounded(wanted, self.get_buffer(f"sizes_of_{unit}"), multiple)
             kept[unit] = [
                 (_rank(layer) < width).to(scores.dtype) for layer, width in zip(scores.split(sizes), widths, strict=True)
             ]

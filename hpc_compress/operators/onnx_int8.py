@@ -3,9 +3,12 @@
 onnx and onnxruntime come with the extra `onnx`, and are imported when a model is converted.
 """
 
+import logging
 import re
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +96,7 @@ def _rounded(program: Any, linears: set[str]) -> bytes:
     if not products:  # the quantizer would take an empty list for all that there is
         return program.SerializeToString()
     add_pre_process_metadata(program)  # else it warns, on the root logger, that the session will do the optimising
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _without_small_talk():
         path = Path(folder) / PROGRAM
         quantize_dynamic(
             program,
@@ -106,3 +109,14 @@ def _rounded(program: Any, linears: set[str]) -> bytes:
             reduce_range=not torch.cpu._is_vnni_supported(),
         )
         return path.read_bytes()
+
+
+@contextmanager
+def _without_small_talk() -> Iterator[None]:
+    """ONNX Runtime tells the root logger of each tensor that it finds no range for, which is as it should be."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(before)

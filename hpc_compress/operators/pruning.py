@@ -24,6 +24,7 @@ CRITERIA = {
     "apoz": {"heads", "ffn"},
     "similarity": {"heads", "ffn"},
 }
+REPAIR = "refit the output weights of what is left by least squares; criterion=similarity always does"
 
 
 def _require_criterion(criterion: str, units: set[str]) -> None:
@@ -64,7 +65,7 @@ class PruneHeads(Record):
     criterion: str = "fisher"
     where: Literal["last", "any"] = Field(default="last", description="the last layer, or wherever the least important are")
     sentences: int = Field(default=256, ge=1, description="training sentences that the criterion and the repair see")
-    repair: bool = Field(default=False, description="refit the output weights of what is left by least squares")
+    repair: bool = Field(default=False, description=REPAIR)
 
     @field_validator("criterion")
     @classmethod
@@ -103,7 +104,7 @@ class Prune(Record):
         default=None, description="parameters of `distill` between two rounds; null: no training there"
     )
     sentences: int = Field(default=512, ge=1, description="training sentences that the criterion and the repair see")
-    repair: bool = Field(default=False, description="refit the output weights of what is left by least squares")
+    repair: bool = Field(default=False, description=REPAIR)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Prune":

@@ -1,6 +1,7 @@
 """Precisions of a deployed model. Quantizes in memory, module by module, so that schemes can be mixed and heads stay exact."""
 
 import copy
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,10 +13,17 @@ from transformers import PreTrainedModel
 
 from hpc_compress.data.batches import Batch
 from hpc_compress.models import surgery
-from hpc_compress.models.modeling_hpc_compress import EMBEDDING_BLOCK, DynamicInt8Linear, QuantizedEmbedding, linear_of
+from hpc_compress.models.modeling_hpc_compress import (
+    EMBEDDING_BLOCK,
+    DynamicInt8Linear,
+    Int8Linear,
+    QuantizedEmbedding,
+    linear_of,
+)
 from hpc_compress.operators import gptq, obs
 from hpc_compress.operators.deploying import SCHEMES
 
+log = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -33,7 +41,7 @@ def quantize(
     layers: scheme -> layers that have it in place of `scheme`; "rest" leaves a layer in the precision of the rest.
     batches: calibration sentences, on the model's device; with them linears are rounded by GPTQ, else to nearest.
 
-    Raises: ValueError when a linear has a width that its scheme can't take.
+    A linear of a width that its scheme can't take stays in the rest's precision, and a line in the log says so.
     """
     plain = DTYPES[scheme if scheme in DTYPES else rest]
     schemes = schemes_of(model, scheme, layers or {})
@@ -49,7 +57,7 @@ def quantize(
         words = model.get_input_embeddings()
         (path,) = (name for name, module in model.named_modules() if module is words)
         surgery.replace(model, path, _embedding(words.weight.detach(), embeddings))
-    return model.eval()  # new layers are in training mode, where int8 takes another path with other results
+    return model.eval()  # new layers are in training mode
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -59,9 +67,12 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def schemes_of(model: PreTrainedModel, scheme: str, layers: Mapping[Any, Sequence[int]]) -> dict[str, str]:
-    """The scheme of every linear that does not stay in the rest's precision, by path, in the order in which they are run."""
+    """The scheme of every linear that does not stay in the rest's precision, by path, in the order in which they are run.
+
+    A cut may leave widths that a scheme can't take; such linears stay as they are.
+    """
     own = {index: name for name, indices in layers.items() for index in indices}
-    schemes = {}
+    schemes, odd = {}, []
     for index, layer in enumerate(surgery.layers(model)):
         name = own.get(index, scheme)
         for leaf in surgery.family(model).linears:
@@ -70,11 +81,13 @@ def schemes_of(model: PreTrainedModel, scheme: str, layers: Mapping[Any, Sequenc
             if name in ("rest", *DTYPES) or 0 in (linear.in_features, linear.out_features):
                 continue
             if linear.in_features % SCHEMES[name].multiple:
-                raise ValueError(
-                    f"{leaf} of layer {index} has {linear.in_features} inputs, and {name} takes multiples of "
-                    f"{SCHEMES[name].multiple}; cut heads, neurons and hidden features to such numbers"
+                odd.append(
+                    f"{leaf} of layer {index} ({linear.in_features} inputs; {name}: multiples of {SCHEMES[name].multiple})"
                 )
+                continue
             schemes[surgery.path(model, index, leaf)] = name
+    if odd:
+        log.warning("not quantized, since their widths do not fit: %s", ", ".join(odd))
     return schemes
 
 
@@ -83,9 +96,10 @@ def _calibrated(
 ) -> dict[str, nn.Module]:
     """GPTQ, layer by layer: each sees inputs that come through quantized weights, and makes up for what went wrong before."""
     quantized: dict[str, nn.Module] = {}
+    walk = obs.Walk(model, batches)
     for index in range(len(surgery.layers(model))):
         paths = [path for leaf in surgery.family(model).linears if (path := surgery.path(model, index, leaf)) in schemes]
-        products = obs.input_products(model, paths, batches) if paths else {}
+        products = walk.products(index, paths)
         for path in paths:
             quantized[path] = _build(model, path, schemes[path], plain)
             levels, scales = _grid(quantized[path])
@@ -103,13 +117,10 @@ def _build(model: PreTrainedModel, path: str, scheme: str, plain: torch.dtype) -
 
 
 def _int8(linear: nn.Linear, scheme: str) -> nn.Module:
-    from bitsandbytes.nn import Int8Params, Linear8bitLt
+    from bitsandbytes.functional import int8_vectorwise_quant
 
-    layer = Linear8bitLt(linear.in_features, linear.out_features, bias=False, has_fp16_weights=False, device="meta")
-    layer.weight = Int8Params(linear.weight.detach(), requires_grad=False, has_fp16_weights=False)
-    layer.bias = linear.bias
-    # Moving the weights is what quantizes them; bitsandbytes computes the scales from fp16 values.
-    return layer.to("cpu")
+    weight, scale, _ = int8_vectorwise_quant(linear.weight.detach().half())  # bitsandbytes computes the scales from fp16 values
+    return Int8Linear(weight, scale, None if linear.bias is None else linear.bias.detach())
 
 
 def _four_bit(linear: nn.Linear, scheme: str) -> nn.Module:
@@ -171,7 +182,7 @@ def _grid(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if isinstance(layer, DynamicInt8Linear):
         return whole, layer.get_buffer("scale")[:, None].expand(shape)
     if not hasattr(layer.weight, "quant_state"):
-        return whole / 127, layer.weight.SCB[:, None].expand(shape)
+        return whole / 127, layer.SCB[:, None].expand(shape)
     from bitsandbytes.functional import dequantize_blockwise
 
     state = layer.weight.quant_state

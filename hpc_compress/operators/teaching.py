@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ def live(teacher: nn.Module, learns: bool = False) -> Teacher:
 
 @dataclass(frozen=True)
 class TeacherOutputs:
-    """A teacher's outputs on all examples, in eval mode; memory-mapped, so that a job holds the pages that it reads."""
+    """A teacher's outputs on all examples, in eval mode: in memory, or mapped from the files where that is too small."""
 
     logits: np.ndarray  # (n, classes) float32
     hidden: np.ndarray  # (n_tokens, hidden) float16, after the last layer; all examples one after another
@@ -119,13 +120,53 @@ def write(folder: Path, teacher: PreTrainedModel, examples: Encoded, device: tor
 
 
 def read(folder: Path, examples: Encoded) -> TeacherOutputs | None:
-    """The outputs on these examples; None where there are none, or none that are whole."""
+    """The outputs on these examples; None where there are none, or none that are whole.
+
+    They are read into memory if they take at most half of what is free. A training looks them up in random order, and each
+    look into a mapped file is a small read, which a parallel filesystem answers slowly.
+    """
+    files = [folder / f"{name}.npy" for name in ("logits", "hidden")]
     try:
-        logits, hidden = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("logits", "hidden"))
+        mode: Literal["r"] | None = None if sum(file.stat().st_size for file in files) <= free_bytes() / 2 else "r"
+        logits, hidden = (np.load(file, mmap_mode=mode) for file in files)
     except (OSError, ValueError, EOFError):
         return None
     fits = logits.shape[:1] == (len(examples),) and hidden.shape[:1] == (len(examples.input_ids),)
     return TeacherOutputs(logits, hidden, examples.offsets) if fits else None
+
+
+def free_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that this process can still take: of the machine, and of every control group that it is in; 0 if unknown.
+
+    What a group's files take in memory counts as free, since it is given back when a process needs it.
+    """
+    try:
+        lines = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
+        free = [1024 * int(lines["MemAvailable"].split()[0])]
+        for line in (proc / "self" / "cgroup").read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            if kinds == "":  # version 2
+                free += _group_bytes(cgroups, path, "memory.max", "anon")
+            elif "memory" in kinds.split(","):
+                free += _group_bytes(cgroups / "memory", path, "memory.limit_in_bytes", "total_rss")
+    except (OSError, ValueError, KeyError):
+        return 0
+    return max(0, min(free))
+
+
+def _group_bytes(root: Path, path: str, limit: str, used: str) -> list[int]:
+    """What is free in a control group and in those above it; nothing for those without a limit."""
+    free = []
+    group = root / path.lstrip("/")
+    for folder in (group, *group.parents):
+        if (
+            folder.is_relative_to(root)
+            and (folder / limit).is_file()
+            and (most := (folder / limit).read_text().strip()) != "max"
+        ):
+            taken = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            free.append(int(most) - int(taken[used]))
+    return free
 
 
 def _part(examples: Encoded, begin: int, end: int) -> Encoded:

@@ -1,21 +1,23 @@
 """Thresholds of the gates in gated FFNs, and how many gate values they set to 0 (Lee et al. 2024, CATS, arXiv 2404.08763).
 Knows models and batches; the activation that applies them lies with the models."""
 
-import functools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from hpc_compress.data.batches import Batch
 from hpc_compress.models import modeling_hpc_compress as modeling
 from hpc_compress.models import surgery
+from hpc_compress.operators import obs
 
 log = logging.getLogger(__name__)
 
 
+@torch.no_grad()
 def threshold(model: PreTrainedModel, share: float, batches: Sequence[Batch]) -> None:
     """Give each layer the threshold below which a share of its absolute gate values lies (CATS, section 3.1), in place.
 
@@ -28,9 +30,12 @@ def threshold(model: PreTrainedModel, share: float, batches: Sequence[Batch]) ->
         able = ", ".join(name for name, row in modeling.FAMILIES.items() if row.gate)
         raise ValueError(f"{model.config.model_type} has no gated FFNs, which threshold acts on; use a family that has: {able}")
     values = [0.0] * len(surgery.layers(model))
-    for index in range(len(values)):
+    walk = obs.Walk(model, batches)
+    for index, layer in enumerate(surgery.layers(model)):
         modeling.set_thresholds(model, family, values)
-        gates = torch.cat([gates.flatten() for _, gates in _gates(model, [index], batches)])
+        walk.go_to(index)
+        activation = layer.get_submodule(family.gate)
+        gates = torch.cat([walk.output(batch, activation).abs().float().flatten() for batch in range(len(batches))])
         if len(gates):  # none where all neurons were cut
             values[index] = float(gates.kthvalue(min(len(gates), 1 + round(share * len(gates)))).values)
     modeling.set_thresholds(model, family, values)
@@ -38,28 +43,27 @@ def threshold(model: PreTrainedModel, share: float, batches: Sequence[Batch]) ->
     log.info("gate values that are 0, layer by layer: %s", ", ".join(f"{100 * zeros:.1f} %" for zeros in measured))
 
 
+@torch.no_grad()
 def sparsity(model: PreTrainedModel, batches: Iterable[Batch]) -> list[float]:
     """The share of activated gate values that are 0, of each layer, over the real tokens of the batches."""
     zeros = [0] * len(surgery.layers(model))
     total = [0] * len(zeros)
-    for layer, gates in _gates(model, range(len(zeros)), batches):
-        zeros[layer] += int((gates == 0).sum())
-        total[layer] += gates.numel()
-    return [none / max(1, count) for none, count in zip(zeros, total, strict=True)]
+    mask = torch.empty(0)
 
+    def hook(layer: int):
+        def count(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            gates = output[mask]
+            zeros[layer] += int((gates == 0).sum())
+            total[layer] += gates.numel()
 
-@torch.no_grad()
-def _gates(model: PreTrainedModel, layers: Sequence[int], batches: Iterable[Batch]) -> Iterator[tuple[int, torch.Tensor]]:
-    """Absolute activated gate values, (real tokens, neurons), of each of these layers for each batch."""
-    seen: list[tuple[int, torch.Tensor]] = []
+        return count
+
+    model.eval()
     with ExitStack() as hooks:
-        for layer in layers:
-            activation = surgery.layers(model)[layer].get_submodule(str(surgery.family(model).gate))
-            take = functools.partial(lambda layer, module, args, output: seen.append((layer, output)), layer)
-            hooks.callback(activation.register_forward_hook(take).remove)
-        model.eval()
+        for index, layer in enumerate(surgery.layers(model)):
+            activation = layer.get_submodule(str(surgery.family(model).gate))
+            hooks.callback(activation.register_forward_hook(hook(index)).remove)
         for batch in batches:
-            seen.clear()
-            model(**batch.inputs)
             mask = batch.inputs["attention_mask"].bool()
-            yield from ((layer, output[mask].abs().float()) for layer, output in seen)
+            model(**batch.inputs)
+    return [none / max(1, count) for none, count in zip(zeros, total, strict=True)]

@@ -11,6 +11,7 @@ and rows of the word embedding that no example uses are left out of the gradient
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import itertools
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 
 from hpc_compress.data.batches import Batch, Encoded, train_batches
+from hpc_compress.models import packing
 from hpc_compress.operators.context import Checkpoint
 from hpc_compress.operators.learning import Training
 
@@ -63,7 +65,10 @@ def fit(
         companions: modules that the loss uses and that are trained along, such as a projection; each module's gradients
             are clipped on their own, so that they change nothing for the model.
 
+    Weights of linears that are exactly 0 stay 0.
+
     Returns: the mean loss over the last tenth of the updates.
+    Raises: ValueError for weights of fewer than 32 bits, in which small updates would be lost.
     """
     total = max(1, round(training.epochs * math.ceil(len(examples) / training.batch_size)))
     rises = math.ceil(training.warmup * total)
@@ -71,10 +76,12 @@ def fit(
     losses: list[torch.Tensor] = []
 
     modules = [model, *companions]
+    _check_trainable(model)
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), ExitStack() as stack:
             for module in modules:
                 stack.enter_context(_used_rows(module.to(device).train(), examples))
+                stack.enter_context(_kept_zeros(module))
             torch.manual_seed(seed)
             groups = [[p for p in module.parameters() if p.requires_grad] for module in modules]
             optimizer = _adamw([p for parameters in groups for p in parameters], training)
@@ -159,6 +166,19 @@ def _used_rows(model: torch.nn.Module, examples: Encoded) -> Iterator[None]:
         with torch.no_grad():
             weight[rows] = embedding.weight
         embedding.weight, embedding.padding_idx = weight, padding_idx
+
+
+@contextmanager
+def _kept_zeros(model: torch.nn.Module) -> Iterator[None]:
+    """Within the block, weights of linears that are 0 have no gradient, so that AdamW leaves them 0: what `sparsify` made stays
+    sparse through every later training. Zeros are saved as zeros, so nothing else needs to remember them."""
+    with ExitStack() as hooks:
+        for weight in [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]:
+            mask = packing.zeros(weight) if weight.requires_grad else None
+            if mask is not None:
+                keep = functools.partial(lambda mask, gradient: gradient.masked_fill(mask, 0), mask)
+                hooks.callback(weight.register_hook(keep).remove)
+        yield
 
 
 class _State:
@@ -267,6 +287,15 @@ def _signature(
             "torch": torch.__version__,
         }
     )
+
+
+def _check_trainable(model: torch.nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{name} is of {parameter.dtype}, and training needs float32: name the step that lowers the precision in "
+                "strategy.quantizations, not in strategy.mutations, or leave the model in fp32 there"
+            )
 
 
 def _check_finite(losses: list[torch.Tensor], step: int, total: int, training: Training) -> None:

@@ -1,0 +1,344 @@
+"""The code for GPUs, run on a GPU that is not there: every operator, saving, loading, moving, measuring, and a whole task."""
+
+import copy
+import gc
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import wants_gpu
+from pretend_gpu import CPU, CUDA, WORKSPACE_BYTES, Memory, MixedDevicesError, pretend_gpu
+from test_models import _run_folder, examples, load
+from test_operators import STEPS, TRAINING
+from torch import nn
+from transformers import AutoTokenizer
+
+from hpc_compress import identity, measure, worker
+from hpc_compress.models import artifact, surgery
+from hpc_compress.models.modeling_hpc_compress import FAMILIES
+from hpc_compress.operators import OPERATORS, Context, operator, sparsity, teaching
+from hpc_compress.operators.quantization import quantize
+from hpc_compress.types import Genome, Outcome, Protocol, SpentError, Step
+
+
+@pytest.fixture
+def gpu() -> Iterator[Memory]:
+    with pretend_gpu() as memory:
+        yield memory
+
+
+# --- the pretence itself ---
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda cpu, gpu: cpu + gpu,
+        lambda cpu, gpu: gpu @ cpu,
+        lambda cpu, gpu: torch.cat([gpu, cpu]),
+        lambda cpu, gpu: gpu.add_(cpu),
+        lambda cpu, gpu: cpu * gpu.sum(),  # a number on the GPU meets a matrix on the CPU
+        lambda cpu, gpu: cpu[(gpu > 0).nonzero()[:, 0]],
+        lambda cpu, gpu: nn.functional.embedding(torch.tensor([0, 1]), gpu),
+        lambda cpu, gpu: torch.optim.AdamW([nn.Parameter(gpu)], fused=True) and nn.Linear(2, 2).to("cuda")(cpu),
+        lambda cpu, gpu: torch.zeros(2, 2, device="cuda").copy_(gpu).where(cpu > 0, gpu),
+    ],
+)
+def test_what_cuda_refuses_is_refused(mix: Callable[[torch.Tensor, torch.Tensor], Any], gpu: Memory):
+    with pytest.raises(MixedDevicesError, match="same device"):
+        mix(torch.ones(2, 2), torch.ones(2, 2, device="cuda"))
+
+
+def test_what_cuda_refuses_of_numpy_and_pinned_memory_is_refused(gpu: Memory):
+    there = torch.ones(2, device="cuda")
+    for refused in (lambda: there.numpy(), lambda: np.asarray(there), lambda: there.pin_memory()):
+        with pytest.raises((TypeError, RuntimeError), match=r"can't convert|cannot pin"):
+            refused()
+
+
+def test_what_cuda_takes_is_taken(gpu: Memory):
+    here, there = torch.ones(2, 2), torch.ones(2, 2).to("cuda")
+    made = [
+        there * torch.tensor(2.0),  # a number on the CPU
+        there[torch.tensor([0, 1])],  # an index on the CPU
+        torch.zeros_like(here, device="cuda") + there,
+        there.new_zeros(2) + torch.arange(2, device=there.device),
+        torch.zeros(2, 2, device=CUDA).copy_(here),
+        copy.deepcopy(there),
+        nn.Linear(2, 2).cuda()(there).detach(),
+        here.pin_memory().to(CUDA, non_blocking=True),
+    ]
+    assert all(tensor.is_cuda and tensor.device == CUDA for tensor in made)
+    assert not any(tensor.cpu().is_cuda for tensor in made)
+    assert np.array_equal(made[0].cpu().numpy(), [[2, 2], [2, 2]])
+    parameter = nn.Parameter(here.clone())
+    (parameter.to("cuda") * there).sum().backward()
+    assert parameter.grad is not None
+    assert parameter.grad.device == CPU
+    torch.testing.assert_close(parameter.grad, here)
+
+
+def test_the_allocator_counts_what_lives(gpu: Memory):
+    tensor = torch.ones(256, device="cuda")
+    view = tensor[:2]
+    del tensor
+    assert torch.cuda.memory_allocated() == 1024
+    (view.sum() + view.sum()).item()
+    assert torch.cuda.max_memory_allocated() == 1024 + 3 * 4
+    del view
+    assert torch.cuda.memory_allocated() == 0
+
+
+def test_the_gpu_is_gone_after_the_block():
+    with pretend_gpu():
+        left = torch.ones(2).to("cuda")
+    assert not torch.cuda.is_available()
+    assert left.device == CPU
+
+
+# --- every step ---
+
+FORMS = {
+    "drop the last layer": Step(operator="drop_layers"),
+    "prune blocks": Step(operator="prune", params={"share": 0.3, "units": ["blocks"], "repair": True}),
+    "prune locally": Step(operator="prune", params={"share": 0.3, "scope": "local", "criterion": "taylor", "ffn_multiple": 8}),
+    "prune in rounds": Step(
+        operator="prune", params={"share": 0.3, "rounds": 2, "ffn_multiple": 8, "training": {**TRAINING, "epochs": 0.5}}
+    ),
+    **{
+        f"prune by {criterion}": Step(operator="prune", params={"share": 0.3, "criterion": criterion, "ffn_multiple": 8})
+        for criterion in ("gauss_newton", "magnitude", "obs", "activation_mean", "apoz", "similarity")
+    },
+    "soft movement": Step(operator="movement_prune", params={"regularisation": 1.0, "units": ["ffn"], **TRAINING}),
+    "distill as published": Step(operator="distill", params=TRAINING),
+    "distill from files": Step(operator="distill", params=TRAINING),
+    "distill online": Step(operator="distill", params={"online": True, **TRAINING}),
+    "distill dynamically": Step(
+        operator="distill", params={"layers": 1, "matching": "dynamic", "closeness": "mse", **TRAINING}
+    ),
+    "distill a narrow student": Step(operator="distill", params=TRAINING),
+    "2:4 in fp16": Step(operator="sparsify", params={"pattern": "2:4", "criterion": "magnitude", "precision": "fp16"}),
+    "gptq in int8": Step(operator="quantize", params={"scheme": "int8", "rest": "fp16", "method": "gptq"}),
+    "fp4 embeddings": Step(operator="quantize", params={"scheme": "fp16", "embeddings": "fp4"}),
+}
+CASES = STEPS | FORMS
+TRAINS = {"movement_prune", "fine_tune", "distill"}  # in bf16 on this GPU, and perhaps in fp32 on the CPU
+QUICK = {"drop_layers", "distill from files", "int8", "mixed"}
+QUICK_FAMILY = "bert"
+slow = pytest.mark.slow
+
+
+@pytest.fixture(params=[name if name == QUICK_FAMILY else pytest.param(name, marks=slow) for name in FAMILIES])
+def folder(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path]) -> Path:
+    return tiny_checkpoint(request.param, layers=3, heads=4, hidden=64, ffn=96)
+
+
+def act(name: str, folder: Path, on: torch.device, out: Path) -> nn.Module:
+    """What the case makes of the checkpoint on a device."""
+    out.mkdir()
+    teacher, model, data = load(folder).to(on), load(folder).to(on), examples(16)
+    family = surgery.family(model)
+    if family.shared_bias and CASES[name].operator == "prune_heads":
+        pytest.skip("heads go alike in all layers of this family: prune does it")
+    if family.gate is None and name == "threshold":
+        pytest.skip("only gated FFNs have gates")
+    step = CASES[name]
+    if family.shared_bias and name == "movement_prune":
+        step = step.model_copy(update={"params": {**step.params, "units": ["ffn"]}})
+    if name == "distill a narrow student":
+        surgery.prune_hidden(model, range(16))
+    taught = None
+    if name == "distill from files":
+        (out / "teacher").mkdir()
+        teaching.write(out / "teacher", teacher, data, on)
+        taught = teaching.read(out / "teacher", data)
+    around = Context(
+        train=data,
+        device=on,
+        seed=5,
+        teacher=lambda: teacher,
+        taught=lambda: taught,
+        tokenizer=lambda: AutoTokenizer.from_pretrained(folder),
+        folder=out,
+    )
+    return operator(step)(model, around)
+
+
+def outputs(model: nn.Module, on: torch.device) -> np.ndarray:
+    return measure.outputs(model, examples(16), 8, on)
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=slow) for name in CASES])
+def test_every_step_runs_on_a_gpu(name: str, folder: Path, gpu: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sparsity, "ROUNDS", 2)  # of the search for an order of columns; 30 take most of a minute here
+    done = act(name, folder, CUDA, tmp_path / "gpu")
+    (tmp_path / "saved").mkdir()
+    artifact.save(done, tmp_path / "saved")
+    if name == "dynamic_int8":
+        with pytest.raises(RuntimeError, match="runs on a CPU only"):
+            outputs(artifact.load(tmp_path / "saved", CUDA), CUDA)
+        return
+    loaded = artifact.load(tmp_path / "saved", CUDA)
+    # What bitsandbytes packs for saving, its settings as text, is always on the CPU.
+    assert all(tensor.is_cuda for path, tensor in loaded.state_dict().items() if "bitsandbytes__" not in path)
+    there = outputs(loaded, CUDA)
+    if CASES[name].operator not in TRAINS and "training" not in CASES[name].params:
+        np.testing.assert_array_equal(there, outputs(act(name, folder, CPU, tmp_path / "cpu").cpu(), CPU))
+    here = artifact.load(tmp_path / "saved")
+    np.testing.assert_array_equal(there, outputs(here, CPU))
+    # Moved after its first forward pass, and back.
+    np.testing.assert_array_equal(there, outputs(here.to(CUDA), CUDA))
+    np.testing.assert_array_equal(there, outputs(here.to(CPU), CPU))
+    for model, again in ((loaded, tmp_path / "once"), (here, tmp_path / "twice")):
+        again.mkdir()
+        artifact.save(model, again)
+        assert (again / artifact.WEIGHTS).read_bytes() == (tmp_path / "saved" / artifact.WEIGHTS).read_bytes()
+
+
+def test_no_operator_is_left_out():
+    assert {step.operator for step in CASES.values()} == set(OPERATORS)
+
+
+# --- ordinary tests see no GPU ---
+
+
+@pytest.mark.parametrize(
+    ("markexpr", "wants"),
+    [
+        ("", False),
+        ("not slow and not gpu", False),
+        ("not  gpu", False),
+        ("slurm", False),
+        ("gpu", True),
+        ("gpu and not slow", True),
+    ],
+)
+def test_a_gpu_is_used_only_where_it_is_asked_for(markexpr: str, wants: bool):
+    assert wants_gpu(markexpr) == wants
+
+
+def test_ordinary_tests_see_no_gpu(request: pytest.FixtureRequest):
+    assert wants_gpu(request.config.option.markexpr) or os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+# --- measuring ---
+
+
+def test_a_peak_is_the_models_own_bytes_and_those_of_one_pass(folder: Path, gpu: Memory):
+    sample = measure.timing_sample(examples(16), Protocol(batch_size=8), CUDA)
+    other = load(folder).to(CUDA)
+    before = measure.allocated_bytes(CUDA)
+    model = load(folder).to(CUDA)
+    own_bytes = measure.allocated_bytes(CUDA) - before
+    assert own_bytes == sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    assert not gpu.workspace
+    peak = measure.peak_bytes(model, sample, CUDA, own_bytes)
+    assert gpu.workspace
+    assert peak is not None
+    assert own_bytes < peak < own_bytes + WORKSPACE_BYTES
+    assert measure.peak_bytes(model, sample, CUDA, own_bytes) == peak
+    del other
+    assert measure.peak_bytes(model, sample, CUDA, own_bytes) == peak
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_a_quantized_model_leaves_nothing_behind(scheme: str, folder: Path, gpu: Memory, tmp_path: Path):
+    artifact.save(quantize(load(folder), scheme), tmp_path)
+    gc.collect()
+    gc.disable()  # what only the collector of reference cycles would find counts as left behind
+    try:
+        before = torch.cuda.memory_allocated()
+        model = artifact.load(tmp_path, CUDA)
+        assert torch.cuda.memory_allocated() > before
+        del model
+        assert torch.cuda.memory_allocated() == before
+    finally:
+        gc.enable()
+
+
+# --- whole tasks ---
+
+
+@pytest.mark.parametrize("cost", ["parameters", pytest.param("time", marks=slow)])
+def test_the_worker_does_a_task_on_a_gpu(cost: str, folder: Path, gpu: Memory, tmp_path: Path):
+    """From task.json to outcome.json: preparation, cut, distillation from files, quantization, measuring."""
+    store, task = _run_folder(tmp_path / "run", folder)
+    prune = Step(operator="prune", params={"share": 0.3, "cost": cost, "ffn_multiple": 8, "criterion": "magnitude"})
+    distill = Step(operator="distill", params={**TRAINING, "epochs": 0.5})
+    genome = Genome(steps=(prune, distill), deploy=(Step(operator="quantize", params={"scheme": "int8"}),))
+    preparation = (Step(operator="fine_tune", params={**TRAINING, "epochs": 0.5}),)
+    task = task.model_copy(update={"genome": genome, "base": task.base.model_copy(update={"preparation": preparation})})
+    task_id = store.add_task(task)
+    assert list(worker.run(str(store.root), [task_id])) == [task_id]
+    outcome = store.outcome(task_id)
+    assert outcome is not None
+    measured = outcome.measurement
+    assert measured is not None, outcome.failure
+    assert (measured.device_type, measured.device) == ("cuda", "pretend A100")
+    assert measured.peak_bytes is not None
+    assert measured.model_bytes < measured.peak_bytes < WORKSPACE_BYTES
+    assert sum(1 for _ in (store.root / "teacher").iterdir()) == 1
+
+
+def _failing(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> tuple[Any, str]:
+    def fails(self: worker.Job, *args: Any) -> None:
+        raise error
+
+    store, task = _run_folder(tmp_path / "run", folder)
+    monkeypatch.setattr(worker.Job, "_measure", fails)
+    return store, identity.task_id(task)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+        "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.",
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`",
+    ],
+)
+def test_libraries_without_memory_are_out_of_memory(
+    message: str, folder: Path, gpu: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    store, task_id = _failing(tmp_path, folder, monkeypatch, RuntimeError(message))
+    assert list(worker.run(str(store.root), [task_id])) == [task_id]
+    assert store.outcome(task_id).failure.kind == "memory"
+
+
+def test_a_task_that_spoils_the_gpu_has_its_outcome_before_the_process_ends(
+    folder: Path, gpu: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    assertion = RuntimeError("CUDA error: device-side assert triggered")
+    store, task_id = _failing(tmp_path, folder, monkeypatch, assertion)
+
+    def spoilt(device: Any = None) -> None:
+        raise assertion
+
+    monkeypatch.setattr(torch.cuda, "synchronize", spoilt)
+    with pytest.raises(SpentError, match="device-side assert"):
+        list(worker.run(str(store.root), [task_id, "never reached"]))
+    failure = store.outcome(task_id).failure
+    assert (failure.kind, "device-side assert" in failure.message) == ("error", True)
+
+
+@pytest.mark.parametrize("change", [0.0, 0.125])
+def test_a_model_that_was_computed_again_is_measured_again(
+    change: float, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    store, task = _run_folder(tmp_path / "run", folder)
+    task = task.model_copy(update={"genome": Genome(), "base": task.base.model_copy(update={"preparation": ()})})
+    task_id = store.add_task(task)
+    list(worker.run(str(store.root), [task_id]))
+    measured = store.outcome(task_id).measurement
+    shifted = measured.model_copy(update={"metrics": {"accuracy": measured.metrics["accuracy"] + change}})
+    (store.root / "tasks" / task_id / "outcome.json").unlink()
+    store.settle(Outcome(task=task, measurement=shifted, host="", seconds={}))
+    store.keep_artifacts(set())
+    worker.restore(store.root, task)
+    assert store.artifact(identity.deployed_key(task))
+    assert [record.levelname for record in caplog.records if "computed again" in record.message] == ["WARNING"] * bool(change)
