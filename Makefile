@@ -9,7 +9,8 @@ demo: .venv/ready ## compress MiniLM-L6 on tweets: under 6 minutes on two cores
 	$(BIN)/hpc-compress search experiment=demo
 
 test: .venv/ready ## all tests that this machine can run
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu"
 
 check: .venv/ready ## formatter, linter, type checker
 	$(BIN)/ruff format --check .

@@ -2,11 +2,15 @@
 and of a ready-made 3-layer MiniLM, all given the same one epoch of distillation on the same sentences.
 
     python benchmarks/compression.py --data FOLDER --out results
+    python benchmarks/compression.py --data FOLDER --out results --quality-only results/compression_peers.csv
 
 FOLDER holds sst2, trec6, stsb, qqp_sample and cola, each with train and dev as tsv or parquet (columns sentence, sentence2,
-label). What was made already is found in --work, so the command may be stopped and given again. Every core makes models;
+label). What was made already is found in --work, so the command may be stopped and given again. Every process makes models;
 alone is what is timed: the blocks of each base model, and in the end all models of a dataset, taking turns. Nothing else
-should run on the machine.
+should run on the machine then.
+
+With --quality-only nothing is timed and no cut model is kept: each one adds a row to the csv, and what has a row there is not
+made again. Rows name the base model (the start of its file's SHA-256): only rows with the same one may be compared.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import argparse
 import copy
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -25,8 +30,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
+import claims
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -38,10 +44,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from hpc_compress import identity, measure
 from hpc_compress.config import resource
 from hpc_compress.data import metrics
-from hpc_compress.data.batches import Encoded, encode
+from hpc_compress.data.batches import Encoded, encode, eval_batches
 from hpc_compress.models import artifact, surgery
 from hpc_compress.models.gates import PerUnit, counts
-from hpc_compress.operators import Checkpoint, Context, Training, losses, operator, teaching, training
+from hpc_compress.models.modeling_hpc_compress import linear_of
+from hpc_compress.operators import Checkpoint, Context, Training, cutting, losses, operator, teaching, training
 from hpc_compress.store import Store, write_atomically
 from hpc_compress.types import Protocol, Step
 
@@ -49,6 +56,10 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 CPU = torch.device("cpu")
+TRAINING = {"learning_rate": 5e-5, "batch_size": 16}  # one epoch of distillation, as every cut model is given
+SENTENCES = 512  # that gradients and repairs see
+STEPS = 5  # of the iterative modes
+BY_TIME = "ours, by time"
 BASE, READY_MADE = "base", "3-layer MiniLM, ready-made"
 SMALLEST = "sst2"  # the dataset whose models are made as small as possible
 SHARES = (0.33, 0.5, 0.67, 0.8)
@@ -87,28 +98,38 @@ def main() -> None:
     parser.add_argument("--datasets", nargs="+", default=list(DATASETS), choices=DATASETS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of the encoder's parameters that go")
-    parser.add_argument("--seeds", type=int, default=2, help="of the sentences, of random cuts and of the training")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the sentences, random cuts and the training")
     parser.add_argument("--sentences", type=int, default=3000, help="for the epoch after the cut")
-    parser.add_argument("--learning-rate", type=float, default=5e-5)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="that make models, one thread each")
+    parser.add_argument("--quality-only", type=Path, metavar="CSV", help="time nothing; add a row for each model to this file")
     parser.add_argument("--work", type=Path, default=Path("results/compression"), help="what was made so far")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for compression.csv, .md and .png")
     args = parser.parse_args()
     begin, anew, bench = time.monotonic(), not args.work.exists(), Bench(args)
-    _everywhere(bench, [(Bench.whole, name, method) for name in args.datasets for method in WHOLE])
+    if args.quality_only and BY_TIME in args.methods:
+        args.methods = [method for method in args.methods if method != BY_TIME]
+        print(f"{BY_TIME!r} is left out: --quality-only times nothing")
+    whole = [BASE] if args.quality_only else WHOLE
+    _everywhere(bench, [(Bench.whole, name, method) for name in args.datasets for method in whole])
+    runs = [
+        (DATASETS[name], method, share, seed)
+        for seed, name, share, method in itertools.product(args.seeds, args.datasets, args.shares, args.methods)
+    ]
+    if args.quality_only:
+        _everywhere(bench, [(Bench.added, data.name, *rest) for data, *rest in runs])
+        return
     for name in args.datasets:
         bench.block_times(DATASETS[name])
-    runs = itertools.product(range(args.seeds), args.datasets, args.shares, args.methods)
-    _everywhere(bench, [(Bench.compressed, name, method, share, seed) for seed, name, share, method in runs])
+    _everywhere(bench, [(Bench.compressed, data.name, *rest) for data, *rest in runs])
     for name in args.datasets:
         bench.time(DATASETS[name])
     report(args, bench, begin if anew else None)
 
 
 def _everywhere(bench: Bench, calls: Sequence[tuple[Any, ...]]) -> None:
-    """Calls of methods of the benchmark, one on each core at a time: small models gain little from a second thread."""
-    cores, spawn = len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(cores, spawn, torch.set_num_threads, (1,)) as pool:
+    """Calls of methods of the benchmark, each in a process of one thread: small models gain little from a second one."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(bench.args.processes, spawn, torch.set_num_threads, (1,)) as pool:
         futures = [pool.submit(method, bench, DATASETS[name], *rest) for method, name, *rest in calls]
         for done, future in enumerate(as_completed(futures), 1):
             print(f"[{done}/{len(calls)}] {future.result()}", flush=True)
@@ -159,14 +180,43 @@ class Bench:
         folder = self.folder(data, method, share, seed)
         if not (folder / "record.json").is_file():
             begin = time.monotonic()
-            base = artifact.load(self.folder(data, BASE))
-            context = self.context(data, base, seed)
-            model = METHODS[method](copy.deepcopy(base), context, share)
-            before = self.score(model, data)
-            how = {"learning_rate": self.args.learning_rate, "batch_size": self.args.batch_size}
-            model = operator(Step(operator="distill", params=how))(model, context)
+            model, before = self.made(data, method, share, seed)
             self._keep(folder, model, data, method, share, seed, before, begin)
         return _said(folder)
+
+    def made(self, data: Data, method: str, share: float, seed: int) -> tuple[PreTrainedModel, float]:
+        """The model, cut and distilled, and its quality before the distillation."""
+        base = artifact.load(self.folder(data, BASE))
+        context = self.context(data, base, seed)
+        model = METHODS[method](copy.deepcopy(base), context, share)
+        before = self.score(model, data)
+        return operator(Step(operator="distill", params=TRAINING))(model, context), before
+
+    def added(self, data: Data, method: str, share: float, seed: int) -> str:
+        """A row of the csv for this model, made now if there is none."""
+        path, base = self.args.quality_only, self.folder(data, BASE)
+        digest = hashlib.sha256((base / artifact.WEIGHTS).read_bytes()).hexdigest()[:12]
+        key = {"base": digest, "dataset": data.name, "method": method, "share": share, "seed": seed}
+        with self.store.lock("csv"):
+            rows = pd.read_csv(path, dtype={"base": str}) if path.is_file() else pd.DataFrame(columns=list(key))
+        if (rows[list(key)] == list(key.values())).all(axis=1).any():
+            return f"{data.name}, {method} {share:.0%}, seed {seed}: there already"
+        begin = time.monotonic()
+        model, before = self.made(data, method, share, seed)
+        row = {
+            **key,
+            "base_quality": json.loads((base / "record.json").read_text())["quality"],
+            "before": before,
+            "quality": self.score(model, data),
+            "encoder_parameters": surgery.encoder_parameters(model),
+            "heads": surgery.head_counts(model),
+            "ffn": surgery.ffn_widths(model),
+            "seconds": time.monotonic() - begin,
+        }
+        with self.store.lock("csv"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pd.DataFrame([row]).round(5).to_csv(path, mode="a", header=not path.is_file(), index=False)
+        return f"{data.name}, {method} {share:.0%}, seed {seed}: {before:.3f} before, {data.metric} {row['quality']:.3f}"
 
     def context(self, data: Data, base: PreTrainedModel, seed: int) -> Context:
         rows = self.read(data, seed).train.take(self.args.sentences)
@@ -305,6 +355,17 @@ def _step(name: str, **params: Any) -> Callable[[PreTrainedModel, Context, float
     return lambda model, context, share: operator(Step(operator=name, params={"share": share, **params}))(model, context)
 
 
+def _drop_one_by_one(model: PreTrainedModel, context: Context, share: float) -> PreTrainedModel:
+    """As published, each drop is followed by a training: as many epochs in all as layers are dropped."""
+    count = round(share * len(surgery.layers(model)))
+    for done in range(1, count + 1):
+        model = operator(Step(operator="drop_layers"))(model, context)
+        if done < count:  # the last training is the one that every method is given
+            around = dataclasses.replace(context, seed=identity.derive(context.seed, "drop", done))
+            model = operator(Step(operator="distill", params=TRAINING))(model, around)
+    return model
+
+
 def _drop_last(model: PreTrainedModel, context: Context, share: float) -> PreTrainedModel:
     count = round(share * len(surgery.layers(model)))
     return operator(Step(operator="drop_layers", params={"count": count}))(model, context)
@@ -321,62 +382,120 @@ def _random(model: PreTrainedModel, context: Context, share: float) -> PreTraine
         return _step("prune", scope="local", criterion="compression.random_scores")(model, context, share)
 
 
-def _torch_pruning(kind: str) -> Callable[[PreTrainedModel, Context, float], PreTrainedModel]:
-    """Heads and FFN neurons by Torch-Pruning, the same share everywhere, which did as well as its global choice; the ratio
-    is searched for that leaves the wanted encoder."""
+@dataclass(frozen=True)
+class TorchPruning:
+    """Heads and FFN neurons by Torch-Pruning; the ratio is searched for that leaves an encoder nearest to the wanted size."""
 
-    def cut(model: PreTrainedModel, context: Context, share: float) -> PreTrainedModel:
-        wanted = (1 - share) * surgery.encoder_parameters(model)
-        model.zero_grad()
-        for batch in context.batches(512) if kind == "taylor" else ():
-            losses.task_loss(model, batch).backward()
-        low, high, ratio = 0.0, 0.98, share  # a local ratio is nearly the share
-        for _ in range(6):
-            small = _torch_pruned(model, context, kind, ratio)
-            left = surgery.encoder_parameters(small)
-            if abs(left - wanted) <= 0.015 * wanted:
-                break
-            low, high = (ratio, high) if left > wanted else (low, ratio)
-            ratio = (low + high) / 2
+    importance: Literal["l2", "taylor", "hessian"]
+    scope: Literal["local", "global"] = "local"  # local: the same share everywhere
+    round_to: int | None = 64  # FFN widths are multiples of this
+    steps: int = 1  # more than 1: its iterative mode, with new gradients before each step
+    repair: bool = False  # refit afterwards what is left, as `prune` does
+
+    def __call__(self, model: PreTrainedModel, context: Context, share: float) -> PreTrainedModel:
+        self.prepare(model, context)
+        ratio, small = self.ratio(model, context, (1 - share) * surgery.encoder_parameters(model)), model
+        for done in range(1, self.steps + 1):
+            if done > 1:
+                self.prepare(small, context)
+            small = self.cut(small, context, model, ratio * done / self.steps)
+        if self.repair:
+            cutting._repair(small, model, _what_is_left(small, model), context.batches(SENTENCES))
         return small
 
-    return cut
+    def prepare(self, model: PreTrainedModel, context: Context) -> None:
+        """Gradients of the encoder's weights, where the importances look for them: sums over batches for Taylor; for Hessian
+        means of squares over sentences. (Its own `accumulate_grad` keeps the last sentence only.)"""
+        weights = [linear_of(layer, path).weight for layer in surgery.layers(model) for path in surgery.family(model).linears]
+        for weight in weights:
+            weight.grad = None if self.importance == "l2" else torch.zeros_like(weight)
+        sentences, size = context.train.take(SENTENCES), 1 if self.importance == "hessian" else 32
+        for batch in () if self.importance == "l2" else eval_batches(sentences, size):
+            for weight, gradient in zip(weights, torch.autograd.grad(losses.task_loss(model, batch), weights), strict=True):
+                weight.grad += gradient if size > 1 else gradient.square() / len(sentences)
+
+    def ratio(self, model: PreTrainedModel, context: Context, wanted: float) -> float:
+        low, high, tried = 0.0, 0.98, []
+        for _ in range(9):
+            ratio = (low + high) / 2
+            left = surgery.encoder_parameters(self.cut(model, context, model, ratio))
+            tried.append((abs(left - wanted), ratio))
+            low, high = (ratio, high) if left > wanted else (low, ratio)
+        return min(tried)[1]
+
+    def cut(self, model: PreTrainedModel, context: Context, whole: PreTrainedModel, ratio: float) -> PreTrainedModel:
+        """A copy from which so much of `whole` is gone. The pruner is a new one at each step of the iterative mode: one that
+        goes on takes local shares of heads from what is left."""
+        import torch_pruning as tp
+
+        gradients = [parameter.grad for parameter in model.parameters()]
+        model = copy.deepcopy(model)
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = None if gradient is None else gradient.clone()
+        names, layers, counted = surgery.family(model), list(surgery.layers(model)), surgery.head_counts(model)
+        heads = {layer.get_submodule(name): n for layer, n in zip(layers, counted, strict=True) for name in names.attention_in}
+        roots = [*heads, *(layer.get_submodule(names.ffn_in) for layer in layers)]
+        importance = {
+            "l2": tp.importance.GroupMagnitudeImportance,
+            "taylor": tp.importance.GroupTaylorImportance,
+            "hessian": tp.importance.GroupHessianImportance,
+        }[self.importance]()
+        shares = (1 - (1 - ratio) * sum(counts(whole, unit)) / sum(counts(model, unit)) for unit in ("ffn", "heads"))
+        neurons_gone, heads_gone = (max(0.0, share - 1e-9) for share in shares)
+        pruner = tp.pruner.BasePruner(
+            model,
+            context.batches(2)[0].inputs,
+            importance,
+            global_pruning=self.scope == "global",
+            pruning_ratio=neurons_gone,
+            head_pruning_ratio=heads_gone,
+            round_to=self.round_to,
+            num_heads=heads,
+            prune_num_heads=True,
+            prune_head_dims=False,
+            in_channel_groups={},  # the defaults are shared by all pruners
+            out_channel_groups={},
+            ignored_layers=[
+                module for module in model.modules() if isinstance(module, torch.nn.Linear) and module not in roots
+            ],
+            output_transform=lambda output: output.logits.sum(),
+        )
+        pruner.step()
+        model.zero_grad()
+        return model
 
 
-def _torch_pruned(model: PreTrainedModel, context: Context, kind: str, ratio: float) -> PreTrainedModel:
-    import torch_pruning as tp
+def _what_is_left(small: PreTrainedModel, whole: PreTrainedModel) -> dict[str, list[np.ndarray]]:
+    """Positions of heads and neurons that a cut left, layer by layer: found by their weights, which it left alone."""
+    names = surgery.family(whole)
 
-    gradients = [parameter.grad for parameter in model.parameters()]
-    model = copy.deepcopy(model)
-    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-        parameter.grad = None if gradient is None else gradient.clone()
-    names, layers = surgery.family(model), list(surgery.layers(model))
-    attention = [layer.get_submodule(name) for layer in layers for name in names.linears[:3]]
-    roots = [*attention, *(layer.get_submodule(names.ffn_in) for layer in layers)]
-    importance = tp.importance.GroupMagnitudeImportance(p=2) if kind == "l2" else tp.importance.GroupTaylorImportance()
-    pruner = tp.pruner.BasePruner(
-        model,
-        context.batches(2)[0].inputs,
-        importance,
-        pruning_ratio=ratio,
-        head_pruning_ratio=ratio,
-        num_heads=dict.fromkeys(attention, model.config.num_attention_heads),
-        prune_num_heads=True,
-        prune_head_dims=False,
-        ignored_layers=[module for module in model.modules() if isinstance(module, torch.nn.Linear) and module not in roots],
-        output_transform=lambda output: output.logits.sum(),
-    )
-    pruner.step()
-    model.zero_grad()
-    return model
+    def positions(path: str, features: int) -> list[np.ndarray]:
+        found = []
+        for one, other in zip(surgery.layers(small), surgery.layers(whole), strict=True):
+            left, all_ = (linear_of(layer, path).weight.detach().unflatten(0, (-1, features)) for layer in (one, other))
+            known = {unit.numpy().tobytes(): index for index, unit in enumerate(all_)}
+            found.append(np.array([known[unit.numpy().tobytes()] for unit in left], dtype=int))
+        return found
+
+    return {"heads": positions(names.value, surgery.head_size(whole)), "ffn": positions(names.ffn_in, 1)}
 
 
 METHODS: dict[str, Callable[[PreTrainedModel, Context, float], PreTrainedModel]] = {
     "ours, by parameters": _step("prune", repair=True),
-    "ours, by time": _step("prune", repair=True, cost="time"),
+    BY_TIME: _step("prune", repair=True, cost="time"),
+    "ours, without repair": _step("prune"),
+    "ours, iterative": _step("prune", repair=True, rounds=STEPS),
     "last layers": _drop_last,
-    "Torch-Pruning Taylor": _torch_pruning("taylor"),
-    "Torch-Pruning L2": _torch_pruning("l2"),
+    "last layers, a training after each": _drop_one_by_one,
+    "Torch-Pruning L2": TorchPruning("l2", round_to=None),
+    "Torch-Pruning Taylor": TorchPruning("taylor", round_to=None),
+    "Torch-Pruning Taylor, rounded": TorchPruning("taylor"),
+    "Torch-Pruning Taylor, iterative": TorchPruning("taylor", steps=STEPS),
+    "Torch-Pruning Taylor, global": TorchPruning("taylor", "global"),
+    "Torch-Pruning Taylor, global, iterative": TorchPruning("taylor", "global", steps=STEPS),
+    "Torch-Pruning Hessian": TorchPruning("hessian"),
+    "Torch-Pruning Hessian, global": TorchPruning("hessian", "global"),
+    "Torch-Pruning Taylor, our repair": TorchPruning("taylor", repair=True),
     "random": _random,
 }
 
@@ -400,21 +519,18 @@ def report(args: argparse.Namespace, bench: Bench, begin: float | None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     table.drop(columns=["metric"]).round(5).to_csv(args.out / "compression.csv", index=False)
     equal = _at_equal_latency(table)
+    training_ = f"batch {TRAINING['batch_size']}, learning rate {TRAINING['learning_rate']:g}"
     sections = "\n\n".join(_section(name, group) for name, group in table.groupby("dataset", sort=False))
     text = f"""# Compressed encoders: quality, size and latency
 
 MiniLM-L6 fine-tuned on all training rows; every cut model then gets one epoch of distillation on {args.sentences} of them
-(batch {args.batch_size}, learning rate {args.learning_rate:g}). A quality with ± is the mean and the standard deviation over
+({training_}). A quality with ± is the mean and the standard deviation over
 {table["seed"].nunique()} seeds, else that of one. It is measured on the official validation set. The encoder is
 counted without embeddings. Latency is the median pass over {PROTOCOL.sentences} validation rows, all models of a dataset taking
 turns, in fp32 on {measure.device_name(CPU)}. `heads` and `FFN` are what the first seed left in each layer.
 {took}
 
-## Ours against the best of the others
-
-Differences in quality, seeds averaged. At equal latency: ours cut by time, between its two neighbours in latency (linear).
-
-{_ahead(table, equal)}
+{claims.section(table)}
 
 {sections}
 
@@ -462,21 +578,6 @@ def _at_equal_latency(table: pd.DataFrame) -> pd.DataFrame:
                 rows.append((name, peer["method"], peer["share"], peer["latency_ms"], peer["quality"], ours))
     frame = pd.DataFrame(rows, columns=["dataset", "peer", "cut", "ms", "its quality", "ours"])
     return frame.assign(difference=frame["ours"] - frame["its quality"])
-
-
-def _ahead(table: pd.DataFrame, equal: pd.DataFrame) -> str:
-    """By how much ours is better than the best peer, at equal size and at equal latency."""
-    rows = []
-    means = table[table["share"] > 0].groupby(["dataset", "share", "method"], sort=False)["quality"].mean().unstack()
-    for (name, share), quality in means.iterrows():
-        peers = equal[(equal["dataset"] == name) & (equal["cut"] == share)]
-        others = quality.drop(["ours, by parameters", "ours, by time"])
-        row = {"dataset": name, "cut": f"{share:.0%}", "the best peer of that size": others.idxmax()}
-        row["ours, by parameters"] = f"{quality['ours, by parameters'] - others.max():+.3f}"
-        # Empty: the peers of this cut are faster than all of ours.
-        row["ours, by time, at equal latency"] = f"{peers['difference'].min():+.3f}" if len(peers) else ""
-        rows.append(row)
-    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
 
 
 def _smallest(bench: Bench) -> str:
