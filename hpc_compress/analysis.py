@@ -105,7 +105,7 @@ def _candidates(run: Run) -> pd.DataFrame:
                 "status": seen.failure.kind if seen.failure else "measured",
                 "failure": seen.failure.message if seen.failure else None,
                 "alive": task_id in alive,
-                "best": bool(population) and task_id == population[0],
+                "best": task_id == run.best,
                 "fitness": fitness.get(task_id, math.nan),
                 "noise": noise(base) if base else math.nan,
                 "seconds": seen.seconds,
@@ -324,7 +324,7 @@ def status_of(run: Run) -> str:
     failures = Counter(describe(seen.failure)[:100] for seen in run.seen.values() if seen.failure)
     lines.append(("tasks", f"{run.settled} of {run.tasks} settled, {failures.total()} failed"))
     lines += [("", f"{number} x {reason}") for reason, number in failures.most_common(5)]
-    best = run.seen.get(run.generations[-1].population[0]) if run.generations else None
+    best = run.seen.get(run.best) if run.best else None
     if best and best.measurement:
         lines.append(("best so far", f"{best.genome}: {figures(best.measurement)}"))
     lines.append(("GPU time", f"{gpu_hours(run):.2f} hours"))

@@ -61,6 +61,8 @@ class Strategy(Protocol):
     def ask(self, rng: np.random.Generator, population: Sequence[Candidate]) -> list[Proposal]: ...
     def tell(self, population: Sequence[Candidate], candidates: Sequence[Candidate]) -> tuple[Candidate, ...]: ...
 
+    # `tell` returns the survivors, fittest first. At the end it is given no candidates, only new timings of the population.
+
 
 class Plan(Record):
     """What a run searches, in full. Kept as run.json; a resumed run must agree with it."""
@@ -91,7 +93,7 @@ class Generation(Record):
     number: int
     born_ids: tuple[str, ...]
     parents: tuple[str | None, ...]  # in the order of `born_ids`
-    told: tuple[str, ...]  # what selection looked at, besides the population before: of late generations too, without the late
+    told: tuple[str, ...]  # candidates judged in this generation: late ones of earlier generations too, unfinished ones not
     timed: tuple[str, ...] = ()  # tasks that timed a survivor again, and that this selection was the first to look at
     population: tuple[str, ...]  # survivors, fittest first
 
@@ -117,6 +119,7 @@ class Result(Record):
     best: str  # candidate id
     base: str
     reported: tuple[str, ...]  # candidate ids measured on the report split, fittest first
+    timed: tuple[str, ...] = ()  # tasks that timed the fittest candidates again after the last generation
     generations: int
     stopped: str  # why
 
@@ -392,7 +395,10 @@ class _Search:
                 break
         if self.late or self.timing:
             self.dispatch.abandon()
-        result = self._report(population, base, number, stopped)
+            self.repeats.subtract(self.timing.values())
+            self.timing.clear()
+        population, timed = self._time_the_fittest(strategy, population, base)
+        result = self._report(population, base, number, stopped, timed)
         self.store.write("result.json", result)
         return result
 
@@ -456,14 +462,8 @@ class _Search:
             proposal = self.late.pop(task_id, None) or proposals[born_ids.index(task_id)]
             candidate = Candidate(id=task_id, genome=proposal.genome, parent=proposal.parent, measurement=outcome.measurement)
             self.candidates.setdefault(task_id, candidate)
-        try:
-            for task_id in timed:
-                self._time_again(self.timing.pop(task_id), self.dispatch.outcome(task_id).measurement)
-            survivors = strategy.tell(
-                [self.candidates[candidate.id] for candidate in population], [self.candidates[task_id] for task_id in told]
-            )
-        except ValueError as error:
-            raise SearchError(f"{what} can't be judged: {error}{self._odd((*told, *timed), base)}") from None
+        again = {task_id: self.timing.pop(task_id) for task_id in timed}
+        survivors = self._select(what, strategy, population, told, again, base)
         record = Generation(
             number=number,
             born_ids=tuple(born_ids),
@@ -483,6 +483,43 @@ class _Search:
             f"{figures(survivors[0].measurement)}"  # type: ignore[arg-type]
         )
         return survivors
+
+    def _select(
+        self,
+        what: str,
+        strategy: Strategy,
+        population: Sequence[Candidate],
+        told: Sequence[str],
+        timed: Mapping[str, str],
+        base: Candidate,
+    ) -> tuple[Candidate, ...]:
+        """Who survives, fittest first. told: new candidates; timed: candidates that were timed again, by the task that did it.
+
+        Raises: SearchError when measurements can't be compared.
+        """
+        try:
+            for task_id, candidate_id in timed.items():
+                self._time_again(candidate_id, self.dispatch.outcome(task_id).measurement)
+            return strategy.tell(
+                [self.candidates[candidate.id] for candidate in population], [self.candidates[task_id] for task_id in told]
+            )
+        except ValueError as error:
+            raise SearchError(f"{what} can't be judged: {error}{self._odd((*told, *timed), base)}") from None
+
+    def _time_the_fittest(
+        self, strategy: Strategy, population: tuple[Candidate, ...], base: Candidate
+    ) -> tuple[tuple[Candidate, ...], tuple[str, ...]]:
+        """Time those who will be reported until each has all of its timings: the youngest were timed only once.
+
+        Returns: the population in its new order, and the tasks that timed it.
+        """
+        what, timed = "timings of the fittest", []
+        while repeats := self._repeats(population[: self.config.report_candidates], base):
+            task_ids = self.dispatch.send(list(repeats.values()), what, again=True)
+            self.dispatch.wait(task_ids)
+            population = self._select(what, strategy, population, (), dict(zip(task_ids, repeats, strict=True)), base)
+            timed += task_ids
+        return population, tuple(timed)
 
     def _repeats(self, population: Sequence[Candidate], base: Candidate) -> dict[str, Task]:
         """By candidate, a task that times it again, for each survivor that was not timed often enough.
@@ -572,7 +609,9 @@ class _Search:
         small = [measurement for measurement in measured if measurement.model_bytes < whole.model_bytes]
         return required is not None and any(quality_of(measurement) >= required for measurement in small)
 
-    def _report(self, population: Sequence[Candidate], base: Candidate, generations: int, stopped: str) -> Result:
+    def _report(
+        self, population: Sequence[Candidate], base: Candidate, generations: int, stopped: str, timed: tuple[str, ...]
+    ) -> Result:
         """Measure the fittest and the base model on the report split, which the search never saw."""
         reported = population[: self.config.report_candidates]
         tasks = [self._task(candidate.genome, "report") for candidate in {c.id: c for c in (base, *reported)}.values()]
@@ -581,6 +620,7 @@ class _Search:
             best=population[0].id,
             base=base.id,
             reported=tuple(candidate.id for candidate in reported),
+            timed=timed,
             generations=generations,
             stopped=stopped,
         )

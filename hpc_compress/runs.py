@@ -111,6 +111,13 @@ class Run:
         return Outcomes(self.root, self.seen)
 
     @property
+    def best(self) -> str | None:
+        """The id of the fittest candidate so far; None before the first generation."""
+        if self.result is not None:
+            return self.result.best
+        return self.generations[-1].population[0] if self.generations else None
+
+    @property
     def base_id(self) -> str:
         """Raises: ConfigError when the base model has no outcome."""
         for task_id, seen in self.seen.items():
@@ -153,7 +160,8 @@ class Reader:
         generations = self._generations(result, damage)
         tasks, settled = self._settled(damage)
         seen = {task_id: item for task_id, item in settled.items() if not item.probe}
-        for task_id in (task_id for generation in generations for task_id in generation.timed):
+        timed = (task_id for generation in generations for task_id in generation.timed)
+        for task_id in (*timed, *(result.timed if result else ())):
             _join(seen, task_id)
         judged = (task_id for generation in generations for task_id in generation.told)
         known = [*(result.reported if result else ()), *judged]

@@ -68,6 +68,29 @@ def test_each_survivor_is_timed_so_often_and_the_base_model_never_again(setup: S
     assert not repeats(searched(setup, tmp_path / "once", "timings=1"))
 
 
+def test_no_lucky_child_of_the_last_generation_is_the_best(setup: Setup, tmp_path: Path):
+    """All models are alike but for the first timing of those of the first generation, which is the last one here."""
+    words = ("generations=1", "report_candidates=2")
+    found = searched(setup, tmp_path / "once", "timings=1", *words)
+    assert latency_of(found.outcomes[found.best].measurement) == pytest.approx(0.1), "this test needs a lucky candidate"
+    found = searched(setup, tmp_path / "again", "timings=3", *words)
+    assert found.result
+    assert found.result.timed
+    for candidate in found.result.reported:
+        measurement = found.seen[candidate].measurement
+        assert measurement
+        assert len(measurement.timings) == (1 if measurement.of_base else 3)
+        assert latency_of(measurement) == 1
+    wanted = story(found.root)
+    (found.root / "result.json").unlink()
+    assert story(searched(setup, found.root, "timings=3", *words).root) == wanted
+    # A run that is prolonged goes on from what it has.
+    longer = searched(setup, found.root, "timings=3", "generations=2", "report_candidates=2")
+    assert longer.result
+    assert longer.result.generations == 2
+    assert longer.damage == ()
+
+
 @pytest.mark.parametrize("select_after", [1, 0.5])
 def test_a_resumed_run_looks_at_the_same_timings(setup: Setup, tmp_path: Path, select_after: float):
     words = [f"select_after={select_after}"]
