@@ -29,7 +29,10 @@ def device(wanted: str = "any") -> torch.device:
     Raises: RuntimeError when a GPU is wanted and there is none.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("protocol.device=cuda, but torch sees no GPU; run where there is one, or set protocol.device=cpu")
+        raise RuntimeError(
+            f"protocol.device=cuda, but torch {torch.__version__} (CUDA {torch.version.cuda}) sees no GPU; run where nvidia-smi "
+            "shows one with a driver for this CUDA, or set protocol.device=cpu"
+        )
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -161,6 +164,7 @@ def block_times(model: PreTrainedModel, sample: list[Batch], protocol: Protocol,
             cut = _with_blocks(model, *shape).eval()
             _pass_ms(cut, part, on)
             passes[shape].append(_pass_ms(cut, part, on))
+            del cut  # before the next one is made
         spent = time.monotonic() - begin
         if sweep >= 1 and sweep % 2 and spent * (sweep + 3) / (sweep + 1) > TABLE_SECONDS:
             break
@@ -226,20 +230,25 @@ def _cuda_pass_ms(model: PreTrainedModel, sample: list[Batch]) -> float:
 
 @torch.inference_mode()
 def enqueue_share(model: PreTrainedModel, sample: list[Batch], on: torch.device) -> float | None:
-    """What part of a pass goes by until the CPU has sent all work to the GPU; None on a CPU.
+    """What part of the time of a batch goes by until the CPU has sent all of its work to the GPU; None on a CPU.
 
     Near 1 the GPU waits for the CPU: the pass is bound by the start of kernels, and smaller matrices hardly make it faster.
+
+    The GPU is idle when a batch begins. Else the CPU's time would include waiting for the batch before: a forward looks at
+    its attention mask on the GPU, and CUDA's queue of kernels is bounded.
     """
     if on.type != "cuda":
         return None
     model.eval()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
+    sent = spent = 0.0
     for batch in sample:
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
         model(**batch.inputs)
-    sent = time.perf_counter()
-    torch.cuda.synchronize()
-    return (sent - begin) / (time.perf_counter() - begin)
+        sent += time.perf_counter() - begin
+        torch.cuda.synchronize()
+        spent += time.perf_counter() - begin
+    return sent / spent
 
 
 def allocated_bytes(on: torch.device) -> int:

@@ -65,14 +65,19 @@ def run(
 
 def restore(root: Path, task: Task) -> None:
     """Compute the artifacts of a task again after they were deleted. Warns where the model is not as good as it was measured:
-    a training on a GPU is never quite the same twice."""
+    a training on a GPU is never quite the same twice. Works without a GPU too, more slowly.
+    """
     job = Job(Store(root), lambda what, done, total: None)
     folder = job.deployed(task)
     job.tokenizer()
     outcome = job.store.outcome(identity.task_id(task))
     if outcome is None or outcome.measurement is None:
         return
-    on = measure.device(task.protocol.device)
+    on = measure.device("cpu" if task.protocol.device == "cpu" else "any")
+    if on.type != outcome.measurement.device_type:
+        log.warning(
+            "%s was measured on a GPU, and torch sees none here: its model is computed and measured on a CPU", task.genome
+        )
     found, recorded = job.quality(task, artifact.load(folder, on), folder, on), outcome.measurement.metrics
     for name, value in recorded.items():
         if abs(found[name] - value) >= SAME_QUALITY:

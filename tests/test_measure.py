@@ -145,14 +145,31 @@ def test_confidence_against_many_medians():
 
 
 def test_how_much_of_a_pass_goes_by_until_the_gpu_has_its_work(clock: Clock, monkeypatch: pytest.MonkeyPatch):
-    def wait() -> None:
-        clock.seconds += 1
+    """For a GPU that takes 9 s for a batch whose kernels the CPU sends in 1 s. Each batch waits for the one before it."""
+    done_at = clock.seconds
+
+    def wait(device: Any = None) -> None:
+        clock.seconds = max(clock.seconds, done_at)
+
+    class Sent(Timed):
+        def forward(self, **inputs: torch.Tensor) -> None:
+            nonlocal done_at
+            wait()
+            super().forward(**inputs)
+            done_at = clock.seconds + 8
 
     monkeypatch.setattr(torch.cuda, "synchronize", wait)
-    batches = sample(batches=3)
-    share = measure.enqueue_share(Timed(clock, always(1000)), batches, torch.device("cuda"))  # type: ignore[arg-type]
-    assert share == pytest.approx(3 / 4)
-    assert measure.enqueue_share(Timed(clock, always(1000)), batches, CPU) is None  # type: ignore[arg-type]
+    for batches in (1, 8):
+        share = measure.enqueue_share(Sent(clock, always(1000)), sample(batches), torch.device("cuda"))  # type: ignore[arg-type]
+        assert share == pytest.approx(1 / 9)
+    assert measure.enqueue_share(Timed(clock, always(1000)), sample(), CPU) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("real_bf16", [True, False])
+def test_the_best_precision_of_a_gpu_that_only_emulates_bf16_is_fp16(real_bf16: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or real_bf16)
+    best = measure.base_precision(Protocol(base_precision="best"), torch.device("cuda"))
+    assert best == ("bf16" if real_bf16 else "fp16")
 
 
 def test_a_report_tells_of_models_that_are_bound_by_the_start_of_kernels(setup: Setup, tmp_path: Path):

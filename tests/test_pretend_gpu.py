@@ -113,6 +113,10 @@ FORMS = {
         f"prune by {criterion}": Step(operator="prune", params={"share": 0.3, "criterion": criterion, "ffn_multiple": 8})
         for criterion in ("gauss_newton", "magnitude", "obs", "activation_mean", "apoz", "similarity")
     },
+    "prune heads, repaired": Step(
+        operator="prune_heads", params={"count": 2, "where": "any", "criterion": "taylor", "repair": True}
+    ),
+    "prune hidden by magnitude": Step(operator="prune_hidden", params={"share": 0.25, "multiple": 16, "criterion": "magnitude"}),
     "soft movement": Step(operator="movement_prune", params={"regularisation": 1.0, "units": ["ffn"], **TRAINING}),
     "distill as published": Step(operator="distill", params=TRAINING),
     "distill from files": Step(operator="distill", params=TRAINING),
@@ -127,7 +131,7 @@ FORMS = {
 }
 CASES = STEPS | FORMS
 TRAINS = {"movement_prune", "fine_tune", "distill"}  # in bf16 on this GPU, and perhaps in fp32 on the CPU
-QUICK = {"drop_layers", "distill from files", "int8", "mixed"}
+QUICK = {"drop_layers", "prune blocks", "movement_prune", "fine_tune", "distill from files", "int8", "nf4", "mixed", "2:4 in fp16"}
 QUICK_FAMILY = "bert"
 slow = pytest.mark.slow
 
@@ -203,6 +207,17 @@ def test_no_operator_is_left_out():
     assert {step.operator for step in CASES.values()} == set(OPERATORS)
 
 
+def test_gates_of_a_quantized_model_are_thresholded_on_a_gpu(gpu: Memory, tiny_checkpoint: Callable[..., Path]):
+    folder = tiny_checkpoint("modernbert", layers=3, heads=4, hidden=64, ffn=96)
+
+    def both(on: torch.device) -> nn.Module:
+        model = quantize(load(folder), "int8").to(on)
+        around = Context(train=examples(16), device=on, seed=5, teacher=lambda: model)
+        return operator(Step(operator="threshold"))(model, around)
+
+    np.testing.assert_array_equal(outputs(both(CUDA), CUDA), outputs(both(CPU), CPU))
+
+
 # --- ordinary tests see no GPU ---
 
 
@@ -245,6 +260,36 @@ def test_a_peak_is_the_models_own_bytes_and_those_of_one_pass(folder: Path, gpu:
     assert measure.peak_bytes(model, sample, CUDA, own_bytes) == peak
 
 
+def test_what_only_a_reference_cycle_holds_is_not_allocated(gpu: Memory):
+    gc.collect()
+    gc.disable()
+    try:
+        before = measure.allocated_bytes(CUDA)
+        cycle: list[Any] = [torch.ones(256, device="cuda")]
+        cycle.append(cycle)
+        del cycle
+        assert torch.cuda.memory_allocated() > before
+        assert measure.allocated_bytes(CUDA) == before
+    finally:
+        gc.enable()
+
+
+def test_a_table_of_block_times_holds_one_cut_model_at_a_time(folder: Path, gpu: Memory):
+    model = load(folder).to(CUDA)
+    batches = measure.timing_sample(examples(8), Protocol(batch_size=8), CUDA)
+    measure._pass_ms(model, batches, CUDA)
+
+    def peak(work: Callable[[], Any]) -> int:
+        torch.cuda.reset_peak_memory_stats(CUDA)
+        with torch.inference_mode():
+            work()
+        return torch.cuda.max_memory_allocated(CUDA)
+
+    shapes = [(heads, 0) for heads in range(5)] + [(0, 6 * part) for part in range(1, 17)]
+    alone = [peak(lambda shape=shape: measure._pass_ms(measure._with_blocks(model, *shape), batches, CUDA)) for shape in shapes]
+    assert peak(lambda: measure.block_times(model, batches, Protocol(min_passes=2, max_passes=2), CUDA)) == max(alone)
+
+
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
 def test_a_quantized_model_leaves_nothing_behind(scheme: str, folder: Path, gpu: Memory, tmp_path: Path):
     artifact.save(quantize(load(folder), scheme), tmp_path)
@@ -263,13 +308,22 @@ def test_a_quantized_model_leaves_nothing_behind(scheme: str, folder: Path, gpu:
 # --- whole tasks ---
 
 
-@pytest.mark.parametrize("cost", ["parameters", pytest.param("time", marks=slow)])
-def test_the_worker_does_a_task_on_a_gpu(cost: str, folder: Path, gpu: Memory, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("cost", "scheme", "precision"),
+    [("parameters", "nf4", "best"), pytest.param("time", "int8", "fp32", marks=slow)],
+)
+def test_the_worker_does_a_task_on_a_gpu(
+    cost: str, scheme: str, precision: str, folder: Path, gpu: Memory, tmp_path: Path
+):
     """From task.json to outcome.json: preparation, cut, distillation from files, quantization, measuring."""
     store, task = _run_folder(tmp_path / "run", folder)
     prune = Step(operator="prune", params={"share": 0.3, "cost": cost, "ffn_multiple": 8, "criterion": "magnitude"})
     distill = Step(operator="distill", params={**TRAINING, "epochs": 0.5})
-    genome = Genome(steps=(prune, distill), deploy=(Step(operator="quantize", params={"scheme": "int8"}),))
+    genome = Genome(
+        steps=(prune, distill), deploy=(Step(operator="quantize", params={"scheme": scheme, "rest": "bf16"}),)
+    )
+    protocol = task.protocol.model_copy(update={"device": "cuda", "base_precision": precision})
+    task = task.model_copy(update={"protocol": protocol})
     preparation = (Step(operator="fine_tune", params={**TRAINING, "epochs": 0.5}),)
     task = task.model_copy(update={"genome": genome, "base": task.base.model_copy(update={"preparation": preparation})})
     task_id = store.add_task(task)
@@ -279,6 +333,8 @@ def test_the_worker_does_a_task_on_a_gpu(cost: str, folder: Path, gpu: Memory, t
     measured = outcome.measurement
     assert measured is not None, outcome.failure
     assert (measured.device_type, measured.device) == ("cuda", "pretend A100")
+    assert measured.enqueue_share is not None
+    assert measured.base_best_precision == ("bf16" if precision == "best" else None)
     assert measured.peak_bytes is not None
     assert measured.model_bytes < measured.peak_bytes < WORKSPACE_BYTES
     assert sum(1 for _ in (store.root / "teacher").iterdir()) == 1
@@ -342,3 +398,19 @@ def test_a_model_that_was_computed_again_is_measured_again(
     worker.restore(store.root, task)
     assert store.artifact(identity.deployed_key(task))
     assert [record.levelname for record in caplog.records if "computed again" in record.message] == ["WARNING"] * bool(change)
+
+
+def test_a_model_of_a_gpu_can_be_computed_again_without_one(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    store, task = _run_folder(tmp_path / "run", folder)
+    task = task.model_copy(update={"genome": Genome(), "base": task.base.model_copy(update={"preparation": ()})})
+    task = task.model_copy(update={"protocol": task.protocol.model_copy(update={"device": "cuda"})})
+    task_id = store.add_task(task)
+    with pretend_gpu():
+        list(worker.run(str(store.root), [task_id]))
+    assert store.outcome(task_id).measurement.device_type == "cuda"
+    store.keep_artifacts(set())
+    worker.restore(store.root, task)
+    assert store.artifact(identity.deployed_key(task))
+    assert "torch sees none here" in caplog.text
