@@ -277,7 +277,7 @@ def _compose(arguments: list[str]) -> Any:
 
 
 def _overrides(arguments: list[str]) -> list[str]:
-    return [word for word in arguments if "=" in word and not word.startswith("-")]
+    return [word for word in arguments if word.startswith("~") or ("=" in word and not word.startswith("-"))]
 
 
 def _own_dirs(arguments: list[str]) -> list[Path]:

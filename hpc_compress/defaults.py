@@ -25,7 +25,10 @@ def chosen(values: Mapping[str, Any]) -> dict[str, Any]:
     launcher = build(values["launcher"], "launcher")
     elsewhere = isinstance(launcher, Slurm)
     if wanted == "any":
-        gpus = launcher.cluster.gpus_per_node if isinstance(launcher, Slurm) else len(visible_gpus())
+        if isinstance(launcher, Slurm):
+            gpus = launcher.cluster.gpus_per_node if launcher.cluster.require_cuda else 0
+        else:
+            gpus = len(visible_gpus())
         wanted = "cuda" if gpus else "cpu"
     plain = resolved(values, ("cuda",) if wanted == "cuda" else _cpu_kinds(elsewhere))
     plain["protocol"]["device"] = wanted

@@ -4,6 +4,7 @@ The cluster is the one of slurm/lab, started for these tests. Where Slurm is not
 """
 
 import json
+import math
 import os
 import random
 import re
@@ -140,8 +141,11 @@ def test_a_search_is_the_same_on_a_cluster_in_a_folder_of_any_name(lab: Lab, set
 def test_a_job_of_several_gpus_spreads_its_tasks_one_process_a_gpu(lab: Lab, setup: Setup, wanted: Any, tmp_path: Path):
     setup.run(tmp_path, *LIGHT, launcher=launcher(gpus_per_node=2))
     assert story(tmp_path) == wanted
-    packs = [len(submission.packs) for submission in Store(tmp_path).read_all("jobs/*/submission.json", Submission)]
-    assert max(packs) == 2  # four tasks on two jobs of two
+    submissions = Store(tmp_path).read_all("jobs/*/submission.json", Submission)
+    jobs = [len(submission.packs) for submission in submissions]
+    tasks = [sum(len(bundle) for pack in submission.packs for bundle in pack) for submission in submissions]
+    assert max(tasks) > 1
+    assert jobs == [math.ceil(count / 2) for count in tasks]
     logs = [path.name for path in tmp_path.glob("jobs/*/*_log.out")]
     assert any(name.endswith("_1_log.out") for name in logs)  # of the second process
 
@@ -500,7 +504,7 @@ def test_limits_of_an_association_and_memory_that_the_site_decides(lab: Lab, set
         call("sacctmgr", "-i", "modify", "user", user, "set", "MaxSubmitJobs=-1")
     assert story(tmp_path) == wanted
     packs = [len(submission.packs) for submission in Store(tmp_path).read_all("jobs/*/submission.json", Submission)]
-    assert max(packs) == 3
+    assert max(packs) in (2, 3)  # jobs of the submission before may still be in the queue
     scripts = [path.read_text() for path in tmp_path.glob("jobs/*/*_submission.sh")]
     assert scripts
     assert not [script for script in scripts if "--wckey" in script or "--mem" in script]
@@ -560,7 +564,7 @@ def test_the_doctor_finds_what_is_wrong(lab: Lab, setup: Setup, tmp_path: Path):
     assert "set cluster.partition to one of main, urgent" in wrong
     assert "FAIL gres" in wrong
     well = doctor("launcher.tasks_per_job=4", "launcher.poll_seconds=1")
-    assert "all is well" in well
+    assert "all is well" in well, well
     assert "canary" in well
 
 
