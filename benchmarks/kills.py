@@ -144,7 +144,7 @@ class _Search:
 
     def __init__(self, setup: Setup, folder: Path) -> None:
         self.folder, self.root = folder, folder / "results" / "test"
-        self.root.mkdir(parents=True, mode=0o700)
+        self.root.parent.mkdir()
         self.take(TASK_SECONDS)
         # A task may lose many jobs here that are none of its fault.
         words = ("retries=1000", "++launcher.worker=light.diary", "launcher.tasks_per_job=4", "cluster.array_parallelism=8")
@@ -155,8 +155,9 @@ class _Search:
 
     def take(self, seconds: float) -> None:
         """From now on, for each task."""
-        (self.root / "seconds.new").write_text(str(seconds))
-        (self.root / "seconds.new").replace(self.root / "seconds")
+        draft = self.root.with_name("seconds.new")
+        draft.write_text(str(seconds))
+        draft.replace(self.root.with_name("seconds"))
 
     def start(self) -> subprocess.Popen[bytes]:
         return subprocess.Popen(self.command, cwd=self.folder, env=self.environment, stdout=self.log, stderr=subprocess.STDOUT)
@@ -246,7 +247,7 @@ def _count(root: Path, found: Found) -> None:
     """What the diary says. A task that two processes had begun before either wrote its outcome counts as `again`."""
     began: Counter[str] = Counter()
     wrote: set[str] = set()
-    for line in (root / "diary").read_text().splitlines():
+    for line in root.with_name("diary").read_text().splitlines():
         what, task_id = line.split()
         if what == "began":
             began[task_id] += 1

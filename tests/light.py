@@ -92,17 +92,19 @@ def _fail(root: Path, kind: str) -> None:
 
 
 def diary(root: str, task_ids: Sequence[str], **ignored: Any) -> Iterator[str]:
-    """The same; a task takes RUN/seconds. RUN/diary gets a line when work on it begins, and one when its outcome is written."""
+    """The same; a task takes as long as the file `seconds` beside the run folder says. The file `diary` there gets a line when
+    work on a task begins, and one when its outcome is written.
+    """
     store = Store(root)
     for task_id in task_ids:
         if store.outcome(task_id) is None:
             _note(store.root, "began", task_id)
-            time.sleep(float((store.root / "seconds").read_text()))
+            time.sleep(float((store.root.parent / "seconds").read_text()))
             store.settle(answer(store.task(task_id)))
             _note(store.root, "wrote", task_id)
         yield task_id
 
 
 def _note(root: Path, what: str, task_id: str) -> None:
-    with (root / "diary").open("ab", buffering=0) as lines:  # one write at the end of the file: whole, whoever else writes
+    with (root.parent / "diary").open("ab", buffering=0) as lines:  # one write at the end of the file: whole, whoever else writes
         lines.write(f"{what} {task_id}\n".encode())
