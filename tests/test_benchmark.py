@@ -78,6 +78,22 @@ def test_torch_pruning_leaves_the_wanted_size(bench: Any, model: nn.Module, impo
     torch.testing.assert_close(logits(again), logits(small))
 
 
+def test_layers_are_dropped_one_by_one_with_a_training_between(
+    bench: Any, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+):
+    depths = []
+
+    def trained(self: Any, student: nn.Module, around: Any) -> nn.Module:
+        depths.append((len(surgery.layers(student)), around.seed))
+        return student
+
+    monkeypatch.setattr("hpc_compress.operators.learning.Distill.__call__", trained)
+    small = bench.METHODS["last layers, a training after each"](model, context(model), 0.67)
+    assert len(surgery.layers(small)) == 1
+    assert [depth for depth, _ in depths] == [2]  # the training after the last drop is the one that every method is given
+    assert depths[0][1] != context(model).seed
+
+
 def test_gradients_are_what_the_importances_ask_for(bench: Any, model: nn.Module):
     weight = surgery.ffn_outputs(model)[1].weight
     around = context(model, data=examples(12))
