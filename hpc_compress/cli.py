@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_compress.config import ConfigError, check_name
-from hpc_compress.door import DamageError
+from hpc_compress.door import PASSING, DamageError
 
 USAGE = """hpc-compress COMMAND ...
 
@@ -47,11 +47,11 @@ MENDED_BY_USER = (
     errno.ENOTEMPTY,
     errno.ELOOP,
 )
-OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main() -> None:
-    """Entry point; exits with 2 for what the user can mend, with 1 for what failed."""
+    """Entry point; exits with 2 for what the user can mend, with 1 for what failed, with 75 where it may pass by itself."""
     commands = {
         "search": _search,
         "status": _status,
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def _exit_code(error: Exception) -> int | None:
-    """2 for what the user can mend, 1 for what failed; None for a mistake of the program."""
+    """2 for what the user can mend, 1 for what failed, 75 for a filesystem that is away; None for a mistake of the program."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -97,14 +97,19 @@ def _exit_code(error: Exception) -> int | None:
     if isinstance(error, (ConfigError, DamageError, UnicodeError, HydraException, OmegaConfBaseException)):
         return 2
     if isinstance(error, OSError):
-        return 1 if error.errno in OF_THE_DISK else 2 if error.errno in MENDED_BY_USER else None
+        codes = {**dict.fromkeys(OF_THE_DISK, 1), **dict.fromkeys(MENDED_BY_USER, 2), **dict.fromkeys(PASSING, os.EX_TEMPFAIL)}
+        return codes.get(error.errno or 0)
     return 1 if isinstance(error, SearchError) else None
 
 
 def _said(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
-        advice = "free some room, or choose another folder" if error.errno in OF_THE_DISK else "give another path"
+        advice = "give another path"
+        if error.errno in OF_THE_DISK:
+            advice = "free some room, or choose another folder"
+        elif error.errno in PASSING:
+            advice = "the filesystem may be away for a while; give the same command again"
         return f"{where}{error.strerror}; {advice}"
     if isinstance(error, UnicodeError):
         return f"this is not valid text ({error}); give names, paths and files in UTF-8"

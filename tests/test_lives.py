@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,29 @@ def test_a_driver_that_is_busy_gives_signs_of_life(tmp_path: Path, monkeypatch: 
     last = store.read("driver.json", Heartbeat)
     assert last is not None
     assert last.ended
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 75, 137])
+@pytest.mark.parametrize("script", sorted((TESTS.parent / "slurm").glob("*.sbatch")), ids=lambda path: path.stem)
+def test_a_batch_script_goes_back_into_the_queue_after_accidents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printing: Callable[..., Path], script: Path, code: int
+):
+    """And after nothing that is an answer, nor for ever."""
+    words, requeued = printing("hpc-compress", code=code), printing("scontrol")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    for restarts in ("", "19", "20"):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        accident = code > 2 and restarts != "20"
+        assert subprocess.run(["bash", script, "seed=a b"]).returncode == (0 if accident else code)
+        assert words.read_text().splitlines()[-1] == "seed=a b"
+        assert requeued.exists() == accident
+        if accident:
+            assert requeued.read_text().split() == ["requeue", "17"]
+            requeued.unlink()
+    if code > 2:
+        printing("scontrol", error="slurm_requeue error: Invalid job id specified", code=1)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+        assert subprocess.run(["bash", script]).returncode == 75
 
 
 # --- what nodes run ---
