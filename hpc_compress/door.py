@@ -46,13 +46,14 @@ def patiently(do: Callable[[], T], sleep: Callable[[float], None] = time.sleep) 
 def read_bytes(path: Path, most: int = RECORD_BYTES) -> bytes:
     """The content of a regular file.
 
-    Raises: FileNotFoundError; DamageError for a file that is no regular one, can't be read, or has more than `most` bytes.
+    Raises: FileNotFoundError; OSError while the filesystem is away, which says nothing of the file; DamageError for a file
+    that is no regular one, can't be read, or has more than `most` bytes.
     """
     try:
         return patiently(lambda: _read(path, most))
-    except FileNotFoundError:
-        raise
     except OSError as error:
+        if isinstance(error, FileNotFoundError) or error.errno in PASSING:
+            raise
         raise DamageError(f"{path} can't be read: {error.strerror}") from None
 
 
@@ -70,7 +71,8 @@ def _read(path: Path, most: int) -> bytes:
 def record(path: Path, kind: type[B]) -> B | None:
     """The record in a JSON file; None where there is no such file.
 
-    Raises: DamageError for a file that is cut short, is no JSON, or is not a record of this kind.
+    Raises: OSError while the filesystem is away; DamageError for a file that is cut short, is no JSON, or is not a record of
+    this kind.
     """
     try:
         content = read_bytes(path)
@@ -93,7 +95,7 @@ def record(path: Path, kind: type[B]) -> B | None:
 def json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file that has no record type of ours, such as a checkpoint's config.json.
 
-    Raises: FileNotFoundError; DamageError for a file that is cut short, is no JSON, or holds no object.
+    Raises: as `read_bytes`; DamageError for a file that is cut short, is no JSON, or holds no object.
     """
     try:
         found = json.loads(read_bytes(path))

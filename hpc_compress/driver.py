@@ -185,7 +185,7 @@ def _alone(store: Store) -> Iterator[None]:
         with store.lock("driver", wait=False) as held:
             if not held or _has_driver(store):
                 raise SearchError(f"another driver is at work in {store.root}; wait for it, or choose another name=")
-            (store.root / CANCELLED).unlink(missing_ok=True)
+            store.delete(CANCELLED)
             store.write("driver.json", Heartbeat.here())
             with _beating(store.root / "driver.json"):
                 yield
@@ -248,9 +248,9 @@ def _beating(path: Path) -> Iterator[None]:
         over.set()
         thread.join()
         store = Store(path.parent)
-        last = store.read(path.name, Heartbeat)
-        if last is not None and last.same_driver(Heartbeat.here()):
-            with suppress(OSError):  # it must not hide what ended the driver
+        with suppress(OSError):  # it must not hide what ended the driver
+            last = store.read(path.name, Heartbeat)
+            if last is not None and last.same_driver(Heartbeat.here()):
                 store.write(path.name, last.model_copy(update={"ended": True}))
 
 
@@ -475,7 +475,7 @@ class _Search:
         if earlier != record:
             # Not when a resumed run passes by again: the living of later generations have artifacts already.
             self._bury(survivors, base)
-            (self.store.root / "result.json").unlink(missing_ok=True)
+            self.store.delete("result.json")
             self.store.write(f"generations/{number:04d}.json", record)
         late = f", {len(self.late)} late" if self.late else ""
         self.progress.say(

@@ -4,7 +4,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -224,7 +224,8 @@ class Reader:
                 if stamp is None:
                     continue
                 if task_id not in known or known[task_id].stamp != stamp:
-                    item = self._look(task_id, stamp)
+                    with _unreadable_is_damage(path):
+                        item = self._look(task_id, stamp)
                     read += 1
                 else:
                     item = known[task_id]
@@ -257,7 +258,7 @@ class Reader:
     def _remembered(self) -> dict[str, Seen]:
         try:
             found = door.record(door.inside(self.root, SEEN), SeenFile)
-        except door.DamageError:
+        except (door.DamageError, OSError):
             return {}
         return found.seen if found else {}
 
@@ -289,15 +290,17 @@ class Reader:
 
         Raises: DamageError.
         """
-        stamp = _stamp(f"{self.root}/{name}")
+        path = f"{self.root}/{name}"
+        stamp = _stamp(path)
         if stamp is None:
             return None
         if name not in self._files or self._files[name][0] != stamp:
-            try:
-                found = door.record(door.inside(self.root, name), kind)
-            except door.DamageError as error:
-                self._files[name] = stamp, error
-                raise
+            with _unreadable_is_damage(path):
+                try:
+                    found = door.record(door.inside(self.root, name), kind)
+                except door.DamageError as error:
+                    self._files[name] = stamp, error
+                    raise
             if found is None:
                 return None
             self._files[name] = stamp, found
@@ -322,13 +325,21 @@ def _join(seen: dict[str, Seen], task_id: str) -> None:
 
 
 def _stamp(path: str) -> Stamp | None:
+    with _unreadable_is_damage(path):
+        try:
+            found = door.patiently(lambda: os.stat(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+    return found.st_mtime_ns, found.st_size
+
+
+@contextmanager
+def _unreadable_is_damage(path: str) -> Iterator[None]:
+    """A reader names what a filesystem that is away does not give, and goes on with the rest. Raises: DamageError."""
     try:
-        found = door.patiently(lambda: os.stat(path))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+        yield
     except OSError as error:
         raise door.DamageError(f"{path} can't be read: {error.strerror}") from None
-    return found.st_mtime_ns, found.st_size
 
 
 def _outcome(root: Path, task_id: str) -> Outcome | None:

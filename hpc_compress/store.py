@@ -51,11 +51,18 @@ class Store:
         write_atomically(self.root / name, record.model_dump_json(indent=1))
 
     def read(self, name: str, kind: type[R]) -> R | None:
-        """The record in `RUN/name`; None when it is missing or damaged. Waits while the filesystem has a passing error."""
+        """The record in `RUN/name`; None when it is missing or damaged. Waits while the filesystem has a passing error.
+
+        Raises: OSError when that does not pass: whether there is a record is then not known.
+        """
         try:
             return door.record(door.inside(self.root, name), kind)
         except door.DamageError:
             return None
+
+    def delete(self, name: str) -> None:
+        """Delete `RUN/name` if it is there."""
+        door.patiently(lambda: (self.root / name).unlink(missing_ok=True))
 
     def read_all(self, pattern: str, kind: type[R]) -> list[R]:
         """The records of every `RUN/pattern`, in the order of their paths; those that can't be read are left out."""
@@ -82,14 +89,19 @@ class Store:
 
     def settle(self, outcome: Outcome) -> Outcome:
         """Record an outcome unless there is a valid one already; returns the one that holds."""
+        return door.patiently(lambda: self._settle(outcome))
+
+    def _settle(self, outcome: Outcome) -> Outcome:
         task_id = identity.task_id(outcome.task)
         final = self.root / "tasks" / task_id / "outcome.json"
         with _draft(final, outcome.model_dump_json(indent=1)) as draft:
             try:
                 os.link(draft, final)  # fails where there is a file: of two writers, the first one wins
                 return outcome
-            except OSError:
-                # There is an outcome, or this filesystem has no links.
+            except OSError as error:
+                if error.errno in door.PASSING:
+                    raise
+                # There is an outcome, perhaps this one, or this filesystem has no links.
                 with self.lock("settle"):
                     if (earlier := self.outcome(task_id)) is not None:
                         return earlier
@@ -100,7 +112,7 @@ class Store:
         """Let a failed task be tried again; a measurement stays."""
         outcome = self.outcome(task_id)
         if outcome is not None and outcome.failure:
-            (self.root / "tasks" / task_id / "outcome.json").unlink()
+            self.delete(f"tasks/{task_id}/outcome.json")
 
     # --- artifacts ---
 
@@ -224,8 +236,11 @@ def _new_folder(final: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    with _draft(path, content) as draft:
-        draft.replace(path)
+    def write() -> None:
+        with _draft(path, content) as draft:
+            draft.replace(path)
+
+    door.patiently(write)
 
 
 @contextlib.contextmanager
@@ -233,16 +248,11 @@ def _draft(path: Path, content: str | bytes) -> Iterator[Path]:
     """A file beside `path` with this content, safe on the disk; deleted in the end if it is still there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    content = content.encode() if isinstance(content, str) else content
-
-    def write() -> None:
+    try:
         with draft.open("wb") as stream:
-            stream.write(content)
+            stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
             os.fsync(stream.fileno())
-
-    try:
-        door.patiently(write)
         yield draft
     finally:
         draft.unlink(missing_ok=True)

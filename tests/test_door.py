@@ -182,6 +182,29 @@ def test_a_full_disk_ends_any_command_with_a_line(
     assert f"/some/file: {os.strerror(number)}" in capsys.readouterr().err
 
 
+def test_what_a_filesystem_does_not_give_is_named_and_asked_for_again(root: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also by a reader that has looked before: the file itself has not changed meanwhile."""
+    whole = analysis.status(root)
+    outcome = f"tasks/{analysis.open_run(root).generations[0].told[0]}/outcome.json"
+    reader, read = analysis.Reader(root), door._read
+
+    def away(path: Path, most: int) -> bytes:
+        if path in (root / outcome, root / "result.json"):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(path, most)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(door, "WAITS_SECONDS", ())
+        patch.setattr(door, "_read", away)
+        damage = reader.read().damage
+        for name in (outcome, "result.json"):
+            assert f"{name} can't be read: Stale file handle" in damage
+        patch.setattr(door, "_read", lambda path, most: away(root / "result.json", most))
+        with pytest.raises(door.DamageError, match=r"run.json can't be read: Stale file handle"):
+            analysis.open_run(root)
+    assert analysis.status_of(reader.read()) == whole
+
+
 def test_what_is_missing_is_named(root: Path, caplog: pytest.LogCaptureFixture):
     (root / "generations" / "0002.json").unlink()
     gone = analysis.open_run(root).generations[0].told[0]

@@ -4,9 +4,11 @@ import errno
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_search import measured, task
@@ -205,6 +207,44 @@ def test_an_error_that_passes_does_not_hide_an_outcome(store: Store, monkeypatch
     monkeypatch.setattr(door, "WAITS_SECONDS", (0.0, 0.0))
     assert store.outcome(ID) == GOOD
     assert not errors
+
+
+def test_an_error_that_does_not_pass_is_no_missing_record(store: Store, monkeypatch: pytest.MonkeyPatch):
+    def away(*arguments: object) -> bytes:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    store.settle(GOOD)
+    monkeypatch.setattr(door, "_read", away)
+    monkeypatch.setattr(door, "WAITS_SECONDS", (0.0,))
+    with pytest.raises(OSError, match="Stale file handle"):
+        store.outcome(ID)
+
+
+@pytest.mark.parametrize("step", ["mkdir", "fsync", "link", "replace", "unlink"])
+def test_an_error_that_passes_does_not_stop_a_writer(store: Store, monkeypatch: pytest.MonkeyPatch, step: str):
+    """Before the step is done, and after it: the answer of a server can be lost."""
+    for after in (False, True):
+        real, errors = getattr(os, step), [errno.EIO]
+
+        def unsteady(*arguments: Any, real: Any = real, errors: list[int] = errors, after: bool = after, **more: Any) -> None:
+            if after:
+                real(*arguments, **more)
+            if errors:
+                raise OSError(errors.pop(), "for a moment")
+            if not after:
+                real(*arguments, **more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, step, unsteady)
+            patch.setattr(door, "WAITS_SECONDS", (0.0,))
+            store.add_task(TASK)
+            assert store.settle(GOOD) == GOOD
+            store.forget_failure(ID)
+            assert not errors
+        assert store.task(ID) == TASK
+        assert store.outcome(ID) == GOOD
+        assert sorted(path.name for path in (store.root / "tasks" / ID).iterdir()) == ["outcome.json", "task.json"]
+        shutil.rmtree(store.root)
 
 
 def test_an_outcome_that_is_a_link_out_of_the_folder_is_not_believed(store: Store, tmp_path: Path):
