@@ -18,6 +18,7 @@ from typing import Any
 
 from hpc_compress.config import ConfigError, check_name
 from hpc_compress.door import PASSING, DamageError
+from hpc_compress.store import private_umask, write_atomically
 
 USAGE = """hpc-compress COMMAND ...
 
@@ -126,6 +127,7 @@ def conf_dir() -> Path:
 # --- search ---
 
 
+@private_umask()  # Hydra makes results/ before the driver begins
 def _search(arguments: list[str]) -> None:
     import hydra
     from hydra.core.global_hydra import GlobalHydra
@@ -217,7 +219,6 @@ def _run(cfg: Any) -> None:
     from omegaconf import OmegaConf
 
     from hpc_compress import analysis, config, defaults, driver, export
-    from hpc_compress.store import write_atomically
 
     hydra = HydraConfig.get()
     root = Path(hydra.runtime.output_dir)
@@ -479,6 +480,7 @@ def _prefetch(arguments: list[str]) -> None:
     print("next: " + (f"export HF_HOME={shlex.quote(home)}; " if home else "") + f"hpc-compress search {shlex.join(words)}")
 
 
+@private_umask()
 def _doctor(arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(DOCTOR)

@@ -5,8 +5,11 @@ answer is not sent. Since every choice follows from the seed and the outcomes, i
 """
 
 import errno
+import grp
+import logging
 import math
 import os
+import pwd
 import re
 import shlex
 import stat
@@ -30,7 +33,7 @@ from hpc_compress.models import checkpoint
 from hpc_compress.operators import Particular, operator
 from hpc_compress.search.objective import quality_of, with_timing
 from hpc_compress.search.space import Shape
-from hpc_compress.store import Store
+from hpc_compress.store import Store, private_umask
 from hpc_compress.types import (
     Base,
     Candidate,
@@ -49,6 +52,9 @@ from hpc_compress.types import (
 CERTAIN_ROWS = 100  # below, a base model that scores as a constant answer may still have learnt something
 Objective = Callable[[Measurement, Measurement], float]
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+SYSTEM = (0, 65534)  # root, and how a container without privileges shows it
+
+log = logging.getLogger(__name__)
 
 
 class Strategy(Protocol):
@@ -174,10 +180,7 @@ def _alone(store: Store) -> Iterator[None]:
     Raises: ConfigError when others may write there, SearchError when another driver is at work.
     """
     _require_ours(store)
-    # Nodes run what lies in jobs/ in the user's name, and get this umask from the driver: nothing may be writable by a group.
-    before = os.umask(0o022)
-    os.umask(before | 0o022)
-    try:
+    with private_umask():  # which the nodes get from the driver
         store.root.mkdir(parents=True, exist_ok=True)
         if not (store.root / "run.json").exists():
             store.root.chmod(0o700)
@@ -189,8 +192,6 @@ def _alone(store: Store) -> Iterator[None]:
             store.write("driver.json", Heartbeat.here())
             with _beating(store.root / "driver.json"):
                 yield
-    finally:
-        os.umask(before)
 
 
 def _require_ours(store: Store) -> None:
@@ -204,7 +205,15 @@ def _require_ours(store: Store) -> None:
 
 
 def _require_own(root: Path) -> None:
-    """Raises: ConfigError where somebody else could change what nodes run."""
+    """See that nobody else can change what nodes run.
+
+    The run folder and what lies in jobs/ must be the user's, and no group may write there. Whoever can write to a folder
+    above can put another folder in the place of the run's, unless that folder is sticky, as /tmp is. So none above may be
+    writable by everybody or belong to another user than root, and none below the current folder, where this program
+    makes them, may be writable by a group. Further up it is only said: there a project's group writes on purpose.
+
+    Raises: ConfigError.
+    """
     for path in (root, *_below(root / "jobs")):
         status = path.stat(follow_symlinks=False)
         if status.st_uid != os.getuid() or (status.st_mode & OTHERS_WRITE and not stat.S_ISLNK(status.st_mode)):
@@ -213,14 +222,42 @@ def _require_own(root: Path) -> None:
                 f"{path} {what}, and what lies there runs on the nodes in your name; choose another name=, or "
                 f"chmod -R go-w {shlex.quote(str(root))} (colleagues may read it: chmod -R g+rX)"
             )
+    here = Path.cwd()
+    of_groups: list[str] = []
     for path in root.absolute().parents:
-        status = path.stat()
-        # Whoever can write to a folder can put something else in the place of what lies there, unless it is as /tmp.
-        if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
-            raise ConfigError(
-                f"everybody can write to {path}, and so put another folder in the place of the run's, from which nodes run "
-                f"code in your name; choose another folder, or chmod o-w {shlex.quote(str(path))}"
-            )
+        status, quoted = path.stat(), shlex.quote(str(path))
+        if status.st_mode & stat.S_ISVTX:
+            continue
+        by_group = bool(status.st_mode & stat.S_IWGRP) and not _is_private(status.st_gid)
+        if status.st_mode & stat.S_IWOTH:
+            who, mend = "everybody", f", or chmod o-w {quoted}"
+        elif status.st_uid not in (os.getuid(), *SYSTEM):
+            who, mend = "another user, its owner,", ""
+        elif by_group and here in path.parents:
+            who, mend = "a group", f", or chmod g-w {quoted}"
+        else:
+            if by_group:
+                of_groups.append(str(path))
+            continue
+        raise ConfigError(
+            f"{who} can write to {path}, and so put another folder in the place of the run's, from which nodes run code in "
+            f"your name; choose another folder{mend}"
+        )
+    if of_groups:
+        log.warning(
+            "whoever is in the group of %s can exchange the run folder, from which nodes run code", ", ".join(of_groups)
+        )
+
+
+def _is_private(gid: int) -> bool:
+    """Whether a group is the one that many systems make for each user, with no other member."""
+    try:
+        user, group = pwd.getpwuid(os.getuid()), grp.getgrgid(gid)
+    except KeyError:  # a container without their names
+        return False
+    # The group does not list those whose primary group it is, and a directory service may list no users at all: hence the name.
+    members = {*group.gr_mem, *(entry.pw_name for entry in pwd.getpwall() if entry.pw_gid == gid)}
+    return gid == user.pw_gid and group.gr_name == user.pw_name and members <= {user.pw_name}
 
 
 def _below(folder: Path) -> Iterator[Path]:

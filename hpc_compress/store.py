@@ -258,5 +258,16 @@ def _draft(path: Path, content: str | bytes) -> Iterator[Path]:
         draft.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def private_umask() -> Iterator[None]:
+    """What is made meanwhile can't be changed by a group or by others: nodes run what lies in a run folder."""
+    before = os.umask(0o022)
+    os.umask(before | 0o022)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -159,6 +159,18 @@ def test_a_refused_start_leaves_the_record_of_the_run_alone(ask: Ask, tmp_path: 
         assert files(run) == before
 
 
+def test_no_group_can_write_where_a_start_has_made_folders(ask: Ask, tmp_path: Path, rows: list[str]):
+    """A refused one too, by Hydra, before the driver begins."""
+    before = os.umask(0o002)
+    try:
+        assert ask("search", *rows, "name=a/b", "model.path=nowhere").code == 2
+        assert os.umask(0o002) == 0o002
+    finally:
+        os.umask(before)
+    made = [path for path in (tmp_path / "results").rglob("*") if path.is_dir()]
+    assert not [path for path in (tmp_path / "results", *made) if path.stat().st_mode & 0o022]
+
+
 def test_the_settings_of_a_run_are_kept_and_a_refused_change_leaves_them(
     ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

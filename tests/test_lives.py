@@ -1,6 +1,8 @@
 """Drivers and workers that live side by side, end early, or leave others behind."""
 
+import grp
 import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -162,6 +164,64 @@ def test_a_run_folder_that_everybody_could_exchange_is_refused(setup: Setup, tmp
         lightly(setup, parent / "run")
     parent.chmod(0o1777)  # as /tmp
     lightly(setup, parent / "run")
+
+
+def test_a_group_is_refused_where_we_make_folders_and_only_named_further_up(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(driver, "_is_private", lambda gid: False)
+    project, run = tmp_path / "project", tmp_path / "project/mine/results/run"
+    run.parent.mkdir(parents=True)
+    project.chmod(0o2775)
+    monkeypatch.chdir(run.parents[1])
+    lightly(setup, run)
+    assert f"in the group of {project} can exchange the run folder" in caplog.text
+    run.parent.chmod(0o775)
+    with pytest.raises(ConfigError, match=r"a group can write to .*/results, .*chmod g-w .*/results"):
+        lightly(setup, run)
+    monkeypatch.setattr(driver, "_is_private", lambda gid: True)
+    lightly(setup, run)
+
+
+def test_a_run_folder_in_one_of_another_user_is_refused(setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real = Path.stat
+
+    def of_another(path: Path, **options: Any) -> os.stat_result:
+        found = real(path, **options)
+        return os.stat_result([*found[:4], owner, *found[5:]]) if path == tmp_path else found
+
+    monkeypatch.setattr(Path, "stat", of_another)
+    owner = os.getuid() + 1
+    with pytest.raises(ConfigError, match="another user, its owner, can write to"):
+        lightly(setup, tmp_path / "run")
+    owner = 0
+    lightly(setup, tmp_path / "run")
+
+
+def test_a_private_group_has_one_member_and_its_name(monkeypatch: pytest.MonkeyPatch):
+    def group(name: str, *members: str) -> None:
+        monkeypatch.setattr(driver.grp, "getgrgid", lambda gid: grp.struct_group((name, "x", gid, list(members))))
+
+    def users(*found: tuple[str, int]) -> None:
+        entries = [
+            pwd.struct_passwd((name, "x", os.getuid() + at, gid, "", "/", "/bin/sh")) for at, (name, gid) in enumerate(found)
+        ]
+        monkeypatch.setattr(driver.pwd, "getpwuid", lambda uid: entries[0])
+        monkeypatch.setattr(driver.pwd, "getpwall", lambda: entries)
+
+    users(("me", 1000), ("you", 1001))
+    group("me")
+    assert driver._is_private(1000)
+    group("me", "me")
+    assert driver._is_private(1000)
+    assert not driver._is_private(1001), "not the primary one"
+    group("me", "me", "you")
+    assert not driver._is_private(1000)
+    group("users")
+    assert not driver._is_private(1000), "a directory service need not list the others"
+    users(("me", 1000), ("you", 1000))
+    group("me")
+    assert not driver._is_private(1000)
 
 
 # --- workers ---
