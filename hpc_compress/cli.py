@@ -92,6 +92,7 @@ def _exit_code(error: Exception) -> int | None:
     """2 for what the user can mend, 1 for what failed, 75 for a filesystem that is away; None for a mistake of the program."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from submitit.core.utils import FailedSubmissionError, UncompletedJobError  # of the drivers of a sweep
 
     from hpc_compress.dispatch import SearchError
 
@@ -100,7 +101,7 @@ def _exit_code(error: Exception) -> int | None:
     if isinstance(error, OSError):
         codes = {**dict.fromkeys(OF_THE_DISK, 1), **dict.fromkeys(MENDED_BY_USER, 2), **dict.fromkeys(PASSING, os.EX_TEMPFAIL)}
         return codes.get(error.errno or 0)
-    return 1 if isinstance(error, SearchError) else None
+    return 1 if isinstance(error, (SearchError, FailedSubmissionError, UncompletedJobError)) else None
 
 
 def _said(error: Exception) -> str:
@@ -115,7 +116,8 @@ def _said(error: Exception) -> str:
     if isinstance(error, UnicodeError):
         return f"this is not valid text ({error}); give names, paths and files in UTF-8"
     cause = error.__cause__  # of a mistake that Hydra found, it says what is wrong
-    return f"{error}" + (f"\n{cause}" if cause is not None and str(cause) not in str(error) else "")
+    text = str(error).partition("\nError stream produced:\n")[0]  # where Submitit appends the whole log of a job that died
+    return text + (f"\n{cause}" if cause is not None and str(cause) not in text else "")
 
 
 def conf_dir() -> Path:
@@ -150,11 +152,20 @@ def _search(arguments: list[str]) -> None:
         os.environ.pop("HYDRA_FULL_ERROR")
         if before is not None:
             os.environ["HYDRA_FULL_ERROR"] = before
-    if notes.is_dir():
-        failed = sorted(path.read_text(encoding="utf-8") for path in notes.iterdir())
-        shutil.rmtree(notes)
-        print("\n".join([f"hpc-compress search: {len(failed)} runs of the sweep failed:", *failed]), file=sys.stderr)
-        sys.exit(1)
+        code = _failed_runs(notes)
+    if code:
+        sys.exit(code)
+
+
+def _failed_runs(notes: Path) -> int:
+    """Print what the failed runs of a sweep have noted, and remove it; returns the exit code of the sweep."""
+    noted = sorted((path.read_text(encoding="utf-8"), path.name.partition("-")[0]) for path in notes.glob("[!.]*"))
+    shutil.rmtree(notes, ignore_errors=True)
+    if not noted:
+        return 0
+    lines = [f"hpc-compress search: {len(noted)} runs of the sweep failed:", *(line for line, _ in noted)]
+    print("\n".join(lines), file=sys.stderr)
+    return os.EX_TEMPFAIL if str(os.EX_TEMPFAIL) in (code for _, code in noted) else 1
 
 
 def _find_own_modules() -> None:
@@ -237,11 +248,12 @@ def _run(cfg: Any) -> None:
         log.error(f"interrupted; the same command goes on with it. Jobs on a cluster go on: hpc-compress cancel {_short(root)}")
         raise
     except Exception as error:
-        if hydra.mode != RunMode.MULTIRUN or _exit_code(error) is None:
+        code = _exit_code(error)
+        if hydra.mode != RunMode.MULTIRUN or code is None:
             raise
         line = f"{_short(root)}: {_said(error)}"
         print(line, file=sys.stderr)  # not to the log: it lies in the run folder, which may not be ours
-        write_atomically(Path(os.environ[NOTES], secrets.token_hex(8)), line)
+        write_atomically(Path(os.environ[NOTES], f"{code}-{secrets.token_hex(8)}"), line)
 
 
 def _settings(cfg: Any) -> tuple[Any, dict[str, Any], dict[str, Any], Any, int]:

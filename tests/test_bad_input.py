@@ -17,8 +17,10 @@ import hypothesis.strategies as st
 import numpy as np
 import pandas as pd
 import pytest
+from hydra.core.plugins import Plugins
 from safetensors.numpy import load_file, save_file
 from simulated import nothing_to_load
+from submitit.core.utils import UncompletedJobError
 
 from hpc_compress import cli, config, runs
 from hpc_compress.config import ConfigError, ModelConfig, RunConfig
@@ -500,6 +502,37 @@ def test_a_sweep_names_each_failed_run_and_fails(ask: Ask, tmp_path: Path, rows:
     assert not list(tmp_path.glob("results/.failed*"))
 
 
+def test_a_sweep_whose_driver_was_killed_names_the_other_failed_runs_too(
+    ask: Ask, tmp_path: Path, rows: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    launcher = Plugins.instance().class_name_to_class["hydra._internal.core_plugins.basic_launcher.BasicLauncher"]
+    launch = launcher.launch
+
+    def killed(launcher: Any, *arguments: Any, **more: Any) -> None:
+        launch(launcher, *arguments, **more)
+        log = "Error stream produced:\n----\nTraceback (most recent call last):"
+        raise UncompletedJobError(f"Job 17 (task: 0) with path 17_0_result.pkl\nhas not produced any output\n{log}")
+
+    monkeypatch.setattr(launcher, "launch", killed)
+    answer = ask("search", "-m", *rows, "model.path=nowhere,neither", "name=sweep")
+    assert answer.code == 1
+    assert "2 runs of the sweep failed:\n" in answer.stderr
+    assert answer.stderr.endswith("search: Job 17 (task: 0) with path 17_0_result.pkl\nhas not produced any output\n")
+    assert not list(tmp_path.glob("results/.failed*"))
+
+
+def test_a_sweep_of_which_a_run_met_a_filesystem_that_was_away_may_be_tried_again(
+    ask: Ask, tmp_path: Path, rows: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    def away(config: ModelConfig) -> None:
+        raise ConfigError("no model") if config.path == "nowhere" else OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(checkpoints, "find", away)
+    answer = ask("search", "-m", *rows, "model.path=nowhere,neither", "name=sweep")
+    assert answer.code == 75
+    assert "2 runs of the sweep failed:\n" in answer.stderr
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [
@@ -516,6 +549,7 @@ def test_a_sweep_names_each_failed_run_and_fails(ask: Ask, tmp_path: Path, rows:
         (OSError(errno.ESTALE, "stale file handle", "x"), 75),
         (TimeoutError(errno.ETIMEDOUT, "timed out", "x"), 75),
         (SearchError("x"), 1),
+        (UncompletedJobError("x"), 1),
         (KeyboardInterrupt(), 130),
     ],
 )
