@@ -136,6 +136,10 @@ def _search(arguments: list[str]) -> None:
 
     _find_own_modules()
     _refuse_unknown_keys(arguments)
+    if (sweep := _sweep(arguments)) is not None:
+        from hpc_compress import driver
+
+        driver.require_sweep(Path(sweep.hydra.sweep.dir))
     notes = Path("results", f".failed-{secrets.token_hex(4)}").absolute()
     told = str(notes).replace("'", "\\'")
     # Beside another word: argparse takes all words from one place, before or after the options.
@@ -213,6 +217,23 @@ def _refuse_unknown_keys(arguments: list[str]) -> None:
             raise ConfigError(
                 f"{key} is not a known key; allowed {f'in {parent}' if parent else 'here'}: {', '.join(allowed)}{hint}"
             )
+
+
+def _sweep(arguments: list[str]) -> Any:
+    """The Hydra config of a sweep as a whole, without what differs between its runs; None for a single search."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+
+    words = _overrides(arguments)
+    try:
+        fixed = [word for word in words if not OverridesParser.create().parse_override(word).is_sweep_override()]
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            config = compose("config", [*fixed, *_search_path(_own_dirs(arguments))], return_hydra_config=True)
+    except HydraException:
+        return None  # Hydra is about to say it itself
+    return config if {"-m", "--multirun"} & set(arguments) or config.hydra.mode == RunMode.MULTIRUN else None
 
 
 def _names(overrides: list[Any]) -> list[Any]:

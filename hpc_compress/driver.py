@@ -194,10 +194,17 @@ def _alone(store: Store) -> Iterator[None]:
                 yield
 
 
+def require_sweep(root: Path) -> None:
+    """Raises: ConfigError for a folder that holds something else than a sweep or a run, or a start of one."""
+    if not (root / "multirun.yaml").exists():  # which Hydra writes first
+        _require_ours(Store(root))
+
+
 def _require_ours(store: Store) -> None:
     """Raises: ConfigError for a folder that holds something else than a run, or a start of one."""
-    # The log and the locks may be there before a driver has left any sign of itself.
-    found = set(os.listdir(store.root)) - {".hydra", "search.log", "locks"} if store.root.exists() else set()
+    # The log, the locks and what Hydra keeps of a sweep may be there before a driver has left any sign of itself.
+    early = {".hydra", "search.log", "locks", "multirun.yaml", ".submitit"}
+    found = set(os.listdir(store.root)) - early if store.root.exists() else set()
     if found and store.read("driver.json", Heartbeat) is None and store.read("run.json", Plan) is None:
         raise ConfigError(
             f"{store.root} holds something else than a run of this program, such as {min(found)}; choose another name="

@@ -135,6 +135,27 @@ def test_every_name_of_a_sweep_is_looked_at(ask: Ask, tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_sweep_leaves_a_folder_that_holds_something_else_as_it_is(ask: Ask, tmp_path: Path, rows: list[str]):
+    mine = tmp_path / "results/mine"
+    mine.mkdir(parents=True)
+    (mine / "notes.txt").write_text("precious")
+    for words in (["-m", "name=mine"], ["name=mine", "hydra.mode=MULTIRUN"], ["-m", "hydra.sweep.dir=results/mine"]):
+        answer = ask("search", *words, *rows, "model.path=nowhere", "seed=1,2")
+        assert answer.code == 2, answer.stderr
+        assert "something else than a run" in answer.stderr
+        assert files(tmp_path / "results") == {"mine/notes.txt": b"precious"}
+
+
+def test_what_an_earlier_sweep_has_left_is_no_reason_to_refuse(ask: Ask, tmp_path: Path, rows: list[str]):
+    """Nor is it for a run in the very folder of the sweep, which here is that of the default name."""
+    for words in (["name=mine", "seed=1,2"], ["name=my_run,other", "hydra.sweep.subdir=."]):
+        for _ in range(2):
+            answer = ask("search", "-m", *words, *rows, "model.path=nowhere")
+            assert answer.code == 1
+            assert answer.stderr.count("model.path='nowhere' is no local folder") == 4
+    assert {"mine/multirun.yaml", "my_run/multirun.yaml"} <= files(tmp_path / "results").keys()
+
+
 def test_a_folder_that_holds_something_else_is_left_as_it_is(ask: Ask, tmp_path: Path, rows: list[str]):
     mine = tmp_path / "results/mine"
     (mine / ".hydra").mkdir(parents=True)
