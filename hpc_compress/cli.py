@@ -138,8 +138,11 @@ def _search(arguments: list[str]) -> None:
     _refuse_unknown_keys(arguments)
     if (sweep := _sweep(arguments)) is not None:
         from hpc_compress import driver
+        from hpc_compress.launch import commands
 
         driver.require_sweep(Path(sweep.hydra.sweep.dir))
+        if sweep.hydra.launcher._target_.endswith(".SlurmLauncher"):
+            commands.leave_out_wckey()
     notes = Path("results", f".failed-{secrets.token_hex(4)}").absolute()
     told = str(notes).replace("'", "\\'")
     # Beside another word: argparse takes all words from one place, before or after the options.

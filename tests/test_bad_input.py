@@ -20,6 +20,7 @@ import pytest
 from hydra.core.plugins import Plugins
 from safetensors.numpy import load_file, save_file
 from simulated import nothing_to_load
+from submitit import SlurmExecutor
 from submitit.core.utils import UncompletedJobError
 
 from hpc_compress import cli, config, runs
@@ -540,6 +541,25 @@ def test_a_sweep_whose_driver_was_killed_names_the_other_failed_runs_too(
     assert "2 runs of the sweep failed:\n" in answer.stderr
     assert answer.stderr.endswith("search: Job 17 (task: 0) with path 17_0_result.pkl\nhas not produced any output\n")
     assert not list(tmp_path.glob("results/.failed*"))
+
+
+def test_the_drivers_of_a_sweep_ask_for_no_wckey(
+    ask: Ask, tmp_path: Path, rows: list[str], printing: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+):
+    """And what sbatch says, when it refuses them, is told."""
+    monkeypatch.setattr(SlurmExecutor, "_internal_update_parameters", SlurmExecutor._internal_update_parameters)
+    printing("srun")
+    printing("sbatch", error="sbatch: error: invalid account", code=1)
+    words = ["-m", "hydra/launcher=submitit_slurm", "hydra.launcher.mem_gb=8", *rows, "name=mine"]
+    for more in (["seed=1,2"], ["seed=1"], ["seed=1", "+hydra.launcher.additional_parameters.wckey=mine"]):
+        answer = ask("search", *words, *more)
+        assert answer.code == 1
+        assert "hpc-compress search: sbatch: error: invalid account\n" in answer.stderr
+        (script,) = (tmp_path / "results/mine/.submitit").glob("*.sh")
+        lines = script.read_text().splitlines()
+        assert "#SBATCH --mem=8GB" in lines
+        assert [line for line in lines if "wckey" in line] == ["#SBATCH --wckey=mine"] * (len(more) - 1)
+        script.unlink()
 
 
 def test_a_sweep_of_which_a_run_met_a_filesystem_that_was_away_may_be_tried_again(

@@ -5,6 +5,7 @@ A line that has not the form that was asked for is skipped, and the first one of
 """
 
 import contextlib
+import functools
 import io
 import logging
 import os
@@ -127,8 +128,7 @@ class Commands:
         python = shlex.quote(sys.executable)
         # Without srun Python takes the place of the shell, which would keep signals to itself.
         executor = submitit.SlurmExecutor(str(folder), python=python if options.get("use_srun", True) else f"exec {python}")
-        # Submitit's own default asks for a wckey, which sites that enforce wckeys refuse.
-        executor.update_parameters(**{"wckey": None, **options})
+        executor.update_parameters(**{"wckey": None, **options})  # as `leave_out_wckey`
         try:
             # Submitit prints what sbatch says; whoever catches the error says it better.
             with _clean_environment(), contextlib.redirect_stderr(io.StringIO()), executor.batch():
@@ -228,6 +228,14 @@ class Commands:
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
+
+
+def leave_out_wckey() -> None:
+    """Submitit's own default asks for a wckey, which sites that enforce wckeys refuse. Hydra's launcher can't ask for none."""
+    from submitit import SlurmExecutor
+
+    update = functools.partialmethod(SlurmExecutor._internal_update_parameters, wckey=None)
+    SlurmExecutor._internal_update_parameters = update  # type: ignore[assignment,method-assign]
 
 
 def batch_lines(folder: Path, modules: Sequence[str], setup: Sequence[str]) -> list[str]:
