@@ -18,6 +18,7 @@ from typing import Any
 
 from hpc_compress.config import ConfigError, check_name
 from hpc_compress.door import PASSING, DamageError
+from hpc_compress.launch import find_own_modules
 from hpc_compress.store import private_umask, write_atomically
 
 USAGE = """hpc-compress COMMAND ...
@@ -134,7 +135,7 @@ def _search(arguments: list[str]) -> None:
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
-    _find_own_modules()
+    find_own_modules()
     _refuse_unknown_keys(arguments)
     if (sweep := _sweep(arguments)) is not None:
         from hpc_compress import driver
@@ -173,11 +174,6 @@ def _failed_runs(notes: Path) -> int:
     lines = [f"hpc-compress search: {len(noted)} runs of the sweep failed:", *(line for line, _ in noted)]
     print("\n".join(lines), file=sys.stderr)
     return os.EX_TEMPFAIL if str(os.EX_TEMPFAIL) in (code for _, code in noted) else 1
-
-
-def _find_own_modules() -> None:
-    """Operators of a user's own may lie in the folder where the command is given. It comes last: it hides no library."""
-    sys.path.append(str(Path.cwd()))
 
 
 def _refuse_unknown_keys(arguments: list[str]) -> None:
@@ -473,7 +469,7 @@ def _export(arguments: list[str]) -> None:
     from hpc_compress import export
 
     if options.trust:
-        _find_own_modules()
+        find_own_modules()
     print(export.export(options.run, options.folder, options.candidate, options.trust))
 
 
@@ -521,7 +517,7 @@ def _doctor(arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(DOCTOR)
         return
-    _find_own_modules()
+    find_own_modules()
     words = arguments if any(word.startswith("launcher=") for word in arguments) else ["launcher=slurm", *arguments]
     from rich.console import Console as Terminal
 

@@ -854,10 +854,10 @@ def test_the_lines_before_python_work_in_a_folder_of_any_name(tmp_path: Path, na
     folder = tmp_path / name
     folder.mkdir()
     lines = batch_lines(folder, (), ['export GREETING="good day"'])
-    script = "\n".join([*lines, 'echo "$GREETING $HF_HUB_OFFLINE ${HF_TOKEN-no token}"', "echo oh >&2"])
+    script = "\n".join([*lines, 'echo "$GREETING $HF_HUB_OFFLINE $PYTHONSAFEPATH ${HF_TOKEN-no token}"', "echo oh >&2"])
     environment = {"PATH": os.environ["PATH"], "SLURM_ARRAY_TASK_ID": "3", "HF_TOKEN": "hf_secret"}
     subprocess.run(["bash", "-c", script], env=environment, cwd=tmp_path, check=True)
-    assert (folder / "batch-3.log").read_text() == "good day 1 no token\noh\n"
+    assert (folder / "batch-3.log").read_text() == "good day 1 1 no token\noh\n"
     assert not (tmp_path / "oops").exists()
 
 
@@ -913,6 +913,27 @@ def test_a_local_process_takes_the_gpu_and_threads_that_it_was_given(tmp_path: P
     Work(str(tmp_path), (("a",), ("b",)), worker="test_launch.record", threads=2, gpu="1")()
     assert (tmp_path / "3").read_text() == "1: a b"
     assert os.environ["OMP_NUM_THREADS"] == "2"
+
+
+def test_the_folder_of_a_command_gives_workers_own_modules_and_hides_no_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for library in ("numpy", "submitit", "uuid"):
+        (tmp_path / f"{library}.py").write_text("raise RuntimeError('a file of the user')")
+    lines = [
+        "import pathlib, sys",
+        "def run(root, task_ids, **ignored):",
+        "    pathlib.Path(root, 'last').write_text(sys.path[-1])",
+    ]
+    (tmp_path / "mine.py").write_text("\n".join([*lines, "    yield from task_ids"]))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    with local.Local(workers=1, worker="mine.run").open(tmp_path / "run", lambda *of: None, print) as jobs:
+        jobs.submit([("a",)])
+        while not (ended := jobs.poll()):
+            pass
+    assert (tmp_path / "run" / "last").read_text() == str(tmp_path), ended
+    assert "PYTHONSAFEPATH" not in os.environ
 
 
 def spends(root: str, task_ids: Sequence[str], **ignored: Any) -> Iterator[str]:

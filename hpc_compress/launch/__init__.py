@@ -72,6 +72,7 @@ class Work:
     driver: "Process | None" = None  # of this machine, without which the work ends
 
     def __call__(self) -> None:
+        find_own_modules()
         bundles, gpu = self.bundles, self.gpu
         if self.driver is not None:
             threading.Thread(target=_end_with, args=(self.driver,), daemon=True).start()
@@ -113,6 +114,11 @@ class Work:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
+
+
+def find_own_modules() -> None:
+    """Operators of a user's own may lie in the folder where the command is given. It comes last: it hides no library."""
+    sys.path.append(str(Path.cwd()))
 
 
 @dataclass(frozen=True)

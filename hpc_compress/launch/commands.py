@@ -247,6 +247,7 @@ def batch_lines(folder: Path, modules: Sequence[str], setup: Sequence[str]) -> l
         *(f"module load {shlex.quote(module)} || exit 1" for module in modules),
         *setup,
         "export HF_HUB_OFFLINE=1",
+        "export PYTHONSAFEPATH=1",  # else the current folder comes before the libraries
         "unset HF_TOKEN HUGGING_FACE_HUB_TOKEN",  # no job needs them
     ]
 

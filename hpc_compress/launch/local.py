@@ -120,7 +120,8 @@ class Processes:
                 settings = self.settings
                 seconds = 60 * settings.checkpoint_minutes
                 work = Work(str(self.root), tuple(pack), settings.worker, seconds, self.threads, gpu, driver=Process.here())
-                self.running[place] = self.executor.submit(work), pack
+                with _safe_path():
+                    self.running[place] = self.executor.submit(work), pack
         return ended
 
     def in_flight(self) -> set[str]:
@@ -134,6 +135,19 @@ class Processes:
             job.cancel()
         self.waiting.clear()
         self.running.clear()
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """For a worker's Python, which would look into the current folder before the libraries."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("PYTHONSAFEPATH")
+        if before is not None:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 NO_GPU = ("", "-1", "NoDevFiles")  # how CUDA_VISIBLE_DEVICES says that there is none
