@@ -216,6 +216,19 @@ def test_a_dead_job_is_sent_again_where_sacct_never_answers(tmp_path: Path):
     assert slurm.clock - start < 60 + 120 + 300
 
 
+def test_two_failures_of_sacct_far_apart_are_no_long_silence(tmp_path: Path):
+    """In between nobody asked: the job was in the queue again."""
+    slurm = SimulatedSlurm(nodes=1, seconds=lambda id: 2000, faults=lambda element: "blink 8")
+    slurm.down = {"sacct": (0, 1e9)}
+    run = Run(tmp_path, slurm, accounting_seconds=600)
+    run.dispatch.send(made_up(1), "tasks")
+    while slurm.clock < 2500:
+        run.dispatch._turn()
+    assert len(slurm.elements[0].lives) > 2
+    assert run.said("Slurm does not answer, waiting: sacct: down")
+    assert not run.said("sacct has not answered")
+
+
 def test_a_job_that_sacct_calls_unfinished_is_never_lost(tmp_path: Path):
     """Though squeue hides it: one that runs, and one that has not begun."""
     slurm = SimulatedSlurm(nodes=1, seconds=lambda id: 3000)
@@ -828,9 +841,10 @@ def test_memory_is_left_to_the_site_where_no_number_is_given(tmp_path: Path):
 
 def test_the_limits_of_a_cluster(printing: Callable[..., Path]):
     printing("scontrol", "MaxArraySize            = 1001\nMaxJobCount = 10000\n")
-    printing("sinfo", "64000|3\n128000+|2\n")
+    asked_sinfo = printing("sinfo", "64000|3\n128000+|2\n")
     printing("sacctmgr", "Welcome to the cluster!\n|normal\n50|\n")
     assert Commands().limits("main", None, None) == Limits(1001, 50, 128_000, 5)
+    assert {"--all", "--partition=main"} <= set(asked_sinfo.read_text().split()), "it may be hidden"
     long = 5000 * "9"  # more digits than Python reads
     printing("scontrol", f"MaxArraySize            = {long}\n")
     printing("sinfo", f"{long}|3\n64000|{long}\n32000|2\n")

@@ -208,7 +208,8 @@ class Commands:
         found = re.search(r"^MaxArraySize\s*=\s*([0-9]{1,18})", config, re.M)
         # The largest index is one below it, so it is the number of elements from 0 on.
         array_size = max(1, int(found[1])) if found else 1000
-        chosen = [f"--partition={partition}"] if partition else []
+        # A partition may be hidden. Of all partitions, only those that the user sees: a job may go to no other.
+        chosen = ["--all", f"--partition={partition}"] if partition else []
         kinds = re.findall(r"^([0-9]{1,18})\+?\|([0-9]{1,18})$", ask("sinfo", "--noheader", *chosen, "--format=%m|%D"), re.M)
         memory, nodes = [int(mb) for mb, _ in kinds], sum(int(number) for _, number in kinds)
         # By name: sacctmgr takes a number for a name too, and finds nothing.

@@ -299,6 +299,7 @@ class Arrays:
     # --- looking ---
 
     def _look(self) -> list[Ended]:
+        self.accounting.begin()
         queue = self.commands.squeue()
         self.crowd = len(queue)
         queued = {(row.name, row.index): row for row in queue}
@@ -397,6 +398,13 @@ class _Accounting:
         self.commands, self.patience_seconds, self.say = commands, patience_seconds, say
         self.mute_since: float | None = None
         self.given_up = False
+        self.asked = False  # in the look at the jobs that is under way
+
+    def begin(self) -> None:
+        """A new look at the jobs begins. Silence is counted from look to look, as long as each of them asks."""
+        if not self.asked and not self.given_up:
+            self.mute_since = None
+        self.asked = False
 
     def rows(self, job_ids: set[str]) -> dict[tuple[str, int], list[Row]]:
         """By job name and index, older before newer."""
@@ -411,6 +419,7 @@ class _Accounting:
 
     def _ask(self, command: Callable[[], T], nothing: T) -> T:
         """Raises: CommandError while sacct fails, until it has failed for so long that `nothing` is taken for its answer."""
+        self.asked = True
         try:
             answer = command()
         except CommandError as error:
