@@ -109,7 +109,9 @@ def _said(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         advice = "give another path"
-        if error.errno in OF_THE_DISK:
+        if error.errno == errno.ENAMETOOLONG:
+            advice = "choose a shorter name= (of a sweep: hydra.sweep.subdir), or a shorter path"
+        elif error.errno in OF_THE_DISK:
             advice = "free some room, or choose another folder"
         elif error.errno in PASSING:
             advice = "the filesystem may be away for a while; give the same command again"

@@ -604,6 +604,12 @@ def test_every_mistake_has_its_exit_code(ask: Ask, monkeypatch: pytest.MonkeyPat
     assert code == 130 or answer.stderr.startswith("hpc-compress status: ")
 
 
+def test_a_sweep_whose_folders_would_have_too_long_names_is_told_what_to_do(ask: Ask, rows: list[str]):
+    answer = ask("search", "-m", *rows, f"model.path={'x' * 250}", "seed=1,2", "name=fine")
+    assert answer.code == 2
+    assert "File name too long; choose a shorter name= (of a sweep: hydra.sweep.subdir)" in answer.stderr
+
+
 def test_a_mistake_of_the_program_shows_where_it_happened(ask: Ask, monkeypatch: pytest.MonkeyPatch):
     def fail(arguments: list[str]) -> None:
         raise ZeroDivisionError
