@@ -21,6 +21,7 @@ from hpc_compress import driver, identity, launch, store
 from hpc_compress.config import ConfigError
 from hpc_compress.dispatch import Dispatch, Heartbeat, SearchError
 from hpc_compress.launch import Ended, Process, Work
+from hpc_compress.launch.local import Local
 from hpc_compress.store import DRAFT_SECONDS, Store
 from hpc_compress.types import Base, Dataset, Failure, Genome, Outcome, Protocol, Step, Task
 
@@ -259,6 +260,40 @@ def test_a_local_worker_ends_with_its_driver(tmp_path: Path):
     _, said = worker.communicate(timeout=20)
     assert worker.returncode == 1
     assert "the driver is gone" in said
+
+
+def drive(root: str) -> None:
+    """A driver that waits for a worker of this machine for ever."""
+    with Local(workers=1, worker="test_lives.sleeps").open(Path(root), lambda *done: None, print) as jobs:
+        jobs.submit([("a",)])
+        while True:
+            jobs.poll()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_a_killed_driver_takes_its_local_workers_with_it(tmp_path: Path, number: signal.Signals):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    other = subprocess.Popen([sys.executable, "-c", f"import test_lives; test_lives.drive({str(tmp_path)!r})"], env=environment)
+    worker = None
+    try:
+        end = time.monotonic() + 60
+        while not (tmp_path / "worker.pid").exists() or not (tmp_path / "worker.pid").read_text():
+            assert other.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        pid = int((tmp_path / "worker.pid").read_text())
+        worker = Process(pid, launch._started(pid))
+        assert worker.lives()
+        other.send_signal(number)
+        assert other.wait(20) == -number
+        end = time.monotonic() + 20
+        while worker.lives() and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not worker.lives()
+    finally:
+        other.kill()
+        if worker is not None and worker.lives():
+            os.kill(worker.pid, signal.SIGKILL)
 
 
 # --- late tasks ---
