@@ -13,7 +13,6 @@ import pwd
 import re
 import shlex
 import stat
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,7 +32,7 @@ from hpc_compress.models import checkpoint
 from hpc_compress.operators import Particular, operator
 from hpc_compress.search.objective import quality_of, with_timing
 from hpc_compress.search.space import Shape
-from hpc_compress.store import Store, private_umask
+from hpc_compress.store import Store, private_umask, touching
 from hpc_compress.types import (
     Base,
     Candidate,
@@ -277,20 +276,10 @@ def _below(folder: Path) -> Iterator[Path]:
 @contextmanager
 def _beating(path: Path) -> Iterator[None]:
     """Give signs of life while the driver is busy with something else, such as a task in its own process."""
-    over = threading.Event()
-
-    def beat() -> None:
-        while not over.wait(HEARTBEAT_SECONDS):
-            with suppress(OSError):
-                os.utime(path)
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
     try:
-        yield
+        with touching(path, HEARTBEAT_SECONDS):
+            yield
     finally:
-        over.set()
-        thread.join()
         store = Store(path.parent)
         with suppress(OSError):  # it must not hide what ended the driver
             last = store.read(path.name, Heartbeat)

@@ -23,6 +23,7 @@ import logging
 import os
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Set
 from pathlib import Path
@@ -33,7 +34,9 @@ from hpc_compress.types import Outcome, Record, Task
 
 R = TypeVar("R", bound=Record)
 DRAFT_SECONDS = 6 * 3600  # a younger draft may have a living writer, perhaps one that outlived its driver
-LOCK_SECONDS = 600.0  # longest wait for a lock: a network filesystem may keep the lock of a dead node for ever
+LOCK_SECONDS = (
+    600.0  # without a sign of life of a lock's holder: a network filesystem may keep the lock of a dead node for ever
+)
 
 log = logging.getLogger(__name__)
 
@@ -179,26 +182,59 @@ class Store:
     def lock(self, name: str, wait: bool = True) -> Iterator[bool]:
         """Hold `RUN/locks/name`; yields whether it is held. The system lets go of it when the process dies.
 
-        wait: until it is free, but no longer than LOCK_SECONDS. Go on without it then: two writers may repeat work, but
-        they do no harm.
+        wait: until it is free, however long its holder works; but when that has shown no sign of life for LOCK_SECONDS, go on
+        without it: two writers may repeat work, but they do no harm.
         """
         path = self.root / "locks" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        end, pause = time.monotonic() + LOCK_SECONDS, 0.02
-        while (stream := _lock(path)) is None and wait and time.monotonic() < end:
+        beat, end, pause = None, 0.0, 0.02
+        while (stream := _lock(path)) is None and wait:
+            if (last := _changed_ns(path)) != beat:
+                beat, end = last, time.monotonic() + LOCK_SECONDS
+            elif time.monotonic() >= end:
+                log.warning(
+                    "who holds %s, perhaps a dead node, shows no life for %.0f s; going on without it", path, LOCK_SECONDS
+                )
+                break
             time.sleep(pause)
             pause = min(2 * pause, 5.0)
         if stream is None:
-            if wait:
-                log.warning("%s has been held for %.0f s, perhaps by a dead node; going on without it", path, LOCK_SECONDS)
             yield False
             return
         try:
-            yield True
+            with touching(path, LOCK_SECONDS / 10):
+                yield True
         finally:
             with contextlib.suppress(OSError):
                 path.unlink()  # while it is held: see _lock
             stream.close()
+
+
+@contextlib.contextmanager
+def touching(path: Path, seconds: float) -> Iterator[None]:
+    """Give a sign of life every so many seconds, while this thread is busy: a new time of change of a file."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(seconds):
+            with contextlib.suppress(OSError):
+                os.utime(path)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _changed_ns(path: Path) -> int | None:
+    """When a file was changed last, by the clock of its filesystem; None when it is not there."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def _lock(path: Path) -> IO[str] | None:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from test_search import measured, task
 
 from hpc_compress import door, identity
-from hpc_compress.store import Store
+from hpc_compress.store import Store, _lock
 from hpc_compress.types import Failure, Genome, Outcome, Step, Task
 
 TASK = task()
@@ -269,9 +270,29 @@ def test_a_task_with_a_nan_in_it_is_not_believed(store: Store):
 def test_a_lock_that_nobody_lets_go_of_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("hpc_compress.store.LOCK_SECONDS", 0.05)
     store = Store(tmp_path)
-    with store.lock("master") as first, store.lock("master") as second:
-        assert first
-        assert not second
+    (tmp_path / "locks").mkdir()
+    of_a_dead_node = _lock(tmp_path / "locks" / "master")
+    assert of_a_dead_node is not None
+    with store.lock("master") as held:
+        assert not held
+    of_a_dead_node.close()
+
+
+def test_a_lock_whose_holder_works_on_is_waited_for_however_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("hpc_compress.store.LOCK_SECONDS", 0.5)
+    store, held = Store(tmp_path), threading.Event()
+
+    def work() -> None:
+        with store.lock("master"):
+            held.set()
+            time.sleep(2)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    held.wait()
+    with store.lock("master") as mine:
+        assert mine
+    worker.join()
 
 
 def test_locks_leave_no_files(tmp_path: Path):
