@@ -215,8 +215,9 @@ def _require_own(root: Path) -> None:
 
     The run folder and what lies in jobs/ must be the user's, and no group may write there. Whoever can write to a folder
     above can put another folder in the place of the run's, unless that folder is sticky, as /tmp is. So none above may be
-    writable by everybody or belong to another user than root, and none below the current folder, where this program
-    makes them, may be writable by a group. Further up it is only said: there a project's group writes on purpose.
+    writable by everybody, and those below the current folder, where this program makes them, must be the user's (or
+    root's) and not writable by a group. Further up a warning is enough: a project's folders often belong to its head, and
+    its group writes there on purpose.
 
     Raises: ConfigError.
     """
@@ -229,30 +230,28 @@ def _require_own(root: Path) -> None:
                 f"chmod -R go-w {shlex.quote(str(root))} (colleagues may read it: chmod -R g+rX)"
             )
     here = Path.cwd()
-    of_groups: list[str] = []
+    of_others: list[str] = []
     for path in root.absolute().parents:
         status, quoted = path.stat(), shlex.quote(str(path))
         if status.st_mode & stat.S_ISVTX:
             continue
-        by_group = bool(status.st_mode & stat.S_IWGRP) and not _is_private(status.st_gid)
         if status.st_mode & stat.S_IWOTH:
             who, mend = "everybody", f", or chmod o-w {quoted}"
         elif status.st_uid not in (os.getuid(), *SYSTEM):
             who, mend = "another user, its owner,", ""
-        elif by_group and here in path.parents:
+        elif status.st_mode & stat.S_IWGRP and not _is_private(status.st_gid):
             who, mend = "a group", f", or chmod g-w {quoted}"
         else:
-            if by_group:
-                of_groups.append(str(path))
+            continue
+        if not status.st_mode & stat.S_IWOTH and here not in path.parents:
+            of_others.append(f"{path} ({who.removesuffix(',')})")
             continue
         raise ConfigError(
             f"{who} can write to {path}, and so put another folder in the place of the run's, from which nodes run code in "
             f"your name; choose another folder{mend}"
         )
-    if of_groups:
-        log.warning(
-            "whoever is in the group of %s can exchange the run folder, from which nodes run code", ", ".join(of_groups)
-        )
+    if of_others:
+        log.warning("others can exchange the run folder, from which nodes run code: they write to %s", ", ".join(of_others))
 
 
 def _is_private(gid: int) -> bool:

@@ -176,7 +176,7 @@ def test_a_group_is_refused_where_we_make_folders_and_only_named_further_up(
     project.chmod(0o2775)
     monkeypatch.chdir(run.parents[1])
     lightly(setup, run)
-    assert f"in the group of {project} can exchange the run folder" in caplog.text
+    assert f"they write to {project} (a group)" in caplog.text
     run.parent.chmod(0o775)
     with pytest.raises(ConfigError, match=r"a group can write to .*/results, .*chmod g-w .*/results"):
         lightly(setup, run)
@@ -184,19 +184,27 @@ def test_a_group_is_refused_where_we_make_folders_and_only_named_further_up(
     lightly(setup, run)
 
 
-def test_a_run_folder_in_one_of_another_user_is_refused(setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    real = Path.stat
+def test_another_user_is_refused_where_we_make_folders_and_only_named_further_up(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    real, results = Path.stat, tmp_path / "results"
 
     def of_another(path: Path, **options: Any) -> os.stat_result:
         found = real(path, **options)
-        return os.stat_result([*found[:4], owner, *found[5:]]) if path == tmp_path else found
+        return os.stat_result([*found[:4], owner, *found[5:]]) if path == results else found
 
+    results.mkdir()
     monkeypatch.setattr(Path, "stat", of_another)
+    monkeypatch.chdir(tmp_path)
     owner = os.getuid() + 1
     with pytest.raises(ConfigError, match="another user, its owner, can write to"):
-        lightly(setup, tmp_path / "run")
+        lightly(setup, results / "run")
+    monkeypatch.chdir(results)
+    lightly(setup, results / "run")
+    assert f"they write to {results} (another user, its owner)" in caplog.text
     owner = 0
-    lightly(setup, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    lightly(setup, results / "run")
 
 
 def test_a_private_group_has_one_member_and_its_name(monkeypatch: pytest.MonkeyPatch):
