@@ -43,7 +43,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from searches import Setup, story, tiny
 
-from hpc_compress import cli, defaults
+from hpc_compress import cli, config, defaults
 from hpc_compress.dispatch import Heartbeat
 from hpc_compress.launch.local import Debug
 from hpc_compress.launch.slurm import Submission
@@ -136,7 +136,7 @@ def disturbed(lab: Lab, folder: Path, plan: Plan) -> Found:
 def _composed(*overrides: str) -> dict[str, Any]:
     with initialize_config_dir(str(cli.conf_dir()), version_base="1.3"):
         values: Any = OmegaConf.to_container(compose("config", list(overrides)), resolve=True, throw_on_missing=True)
-    return defaults.chosen(values)
+    return defaults.chosen(values, config.build(values["launcher"], "launcher"))
 
 
 class _Search:

@@ -161,7 +161,7 @@ def _simulate(args: argparse.Namespace, share: float) -> dict[str, Any]:
         ]
         with initialize_config_dir(str(cli.conf_dir()), version_base="1.3"):
             composed: Any = OmegaConf.to_container(compose("config", overrides), resolve=True)
-        values = defaults.chosen(composed)
+        values = defaults.chosen(composed, config.build(composed["launcher"], "launcher"))
         parts = {name: values.pop(name) for name in ("strategy", "objective", "launcher", "cluster", "retries")}
         slurm = Timed(nodes=args.nodes)
         slurm.forever = math.inf

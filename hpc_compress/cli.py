@@ -284,13 +284,16 @@ def _settings(cfg: Any) -> tuple[Any, dict[str, Any], dict[str, Any], Any, int]:
 
     from hpc_compress import config, defaults
 
-    values: dict[str, Any] = defaults.chosen(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]
-    needed = ("strategy", "objective", "launcher", "cluster", "retries")
-    if missing := [name for name in needed if name not in values]:
-        raise ConfigError(f"{', '.join(missing)} can't be left out; take ~{missing[0]} away")
-    parts = {name: values.pop(name) for name in needed}
-    if odd := [name for name in needed[:-1] if not isinstance(parts[name], dict)]:
-        raise ConfigError(f"{odd[0]}={parts[odd[0]]!r}; choose one of conf/{odd[0]}/")
+    values: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    groups = ("strategy", "objective", "launcher", "cluster", "protocol")
+    if missing := [name for name in (*groups, "retries") if name not in values]:
+        raise ConfigError(f"{missing[0]} is required; remove ~{missing[0]} from the command")
+    # A group such as {cpu: 5}, whose keys are kinds of devices only, would be replaced by one of its values.
+    if odd := [name for name in groups if not isinstance(values[name], dict) or set() < values[name].keys() <= defaults.KINDS]:
+        raise ConfigError(f"{odd[0]}={values[odd[0]]!r}; choose one of conf/{odd[0]}/")
+    launcher = config.build(values["launcher"], "launcher")
+    values = defaults.chosen(values, launcher)
+    parts = {name: values.pop(name) for name in ("strategy", "objective", "launcher", "cluster", "retries")}
     retries = parts["retries"]
     if not isinstance(retries, int) or retries < 0:
         raise ConfigError(f"retries={retries!r}; allowed is a whole number of 0 or more")
@@ -300,7 +303,7 @@ def _settings(cfg: Any) -> tuple[Any, dict[str, Any], dict[str, Any], Any, int]:
         raise ConfigError(f"{unknown[0]} is not a known key; allowed here: {', '.join(known)}")
     settings = config.validate(config.RunConfig, values)
     check_name(settings.name)
-    return settings, parts["strategy"], parts["objective"], config.build(parts["launcher"], "launcher"), retries
+    return settings, parts["strategy"], parts["objective"], launcher, retries
 
 
 def _compose(arguments: list[str]) -> Any:

@@ -9,20 +9,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpc_compress.config import ConfigError, build
+from hpc_compress.config import ConfigError
 from hpc_compress.launch.local import visible_gpus
 from hpc_compress.launch.slurm import Slurm
 
 KINDS = {"cuda", "cpu", "cpu_onnx", "cpu_bf16"}  # of devices, as keys of a setting
 
 
-def chosen(values: Mapping[str, Any]) -> dict[str, Any]:
+def chosen(values: Mapping[str, Any], launcher: Any) -> dict[str, Any]:
     """A whole configuration as plain data, with protocol.device decided and one value in place of each {cuda: ..., cpu: ...}.
 
-    Raises: ConfigError when the launcher can't be built, or when a setting has no value for the device.
+    The launcher decides the device, so its own settings can't depend on the device.
+
+    Raises: ConfigError when a setting has no value for the device.
     """
     wanted = values["protocol"].get("device", "any")
-    launcher = build(values["launcher"], "launcher")
     elsewhere = isinstance(launcher, Slurm)
     if wanted == "any":
         if isinstance(launcher, Slurm):

@@ -93,14 +93,14 @@ def compose() -> Callable[..., dict[str, Any]]:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from hpc_compress import cli, defaults
+    from hpc_compress import cli, config, defaults
 
     @functools.cache  # composing takes 0.2 s
     def composed(*overrides: str) -> dict[str, Any]:
         with initialize_config_dir(str(cli.conf_dir()), version_base="1.3"):
-            config = compose("config", list(overrides))
-        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        return defaults.chosen(values)
+            composed = compose("config", list(overrides))
+        values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        return defaults.chosen(values, config.build(values["launcher"], "launcher"))
 
     return lambda *overrides: copy.deepcopy(composed(*overrides))
 

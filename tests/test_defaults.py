@@ -38,7 +38,8 @@ def resolved(*overrides: str) -> tuple[RunConfig, dict[str, float], Genetic]:
 
     with initialize_config_dir(str(cli.conf_dir()), version_base="1.3"):
         composed = compose("config", list(overrides))
-    values = defaults.chosen(OmegaConf.to_container(composed, resolve=True))  # type: ignore[arg-type]
+    values: Any = OmegaConf.to_container(composed, resolve=True)
+    values = defaults.chosen(values, config.build(values["launcher"], "launcher"))
     values = {name: value for name, value in values.items() if name in RunConfig.model_fields or name == "strategy"}
     settings = values.pop("strategy")
     strategy = config.build({**settings, "shape": Shape(heads=(12,) * 6), "score": len}, "strategy")
