@@ -201,9 +201,10 @@ def require_sweep(root: Path) -> None:
 
 def _require_ours(store: Store) -> None:
     """Raises: ConfigError for a folder that holds something else than a run, or a start of one."""
-    # The log, the locks and what Hydra keeps of a sweep may be there before a driver has left any sign of itself.
+    # The log, the locks, what Hydra keeps of a sweep and the draft of the first sign of life may be there before the rest.
     early = {".hydra", "search.log", "locks", "multirun.yaml", ".submitit"}
     found = set(os.listdir(store.root)) - early if store.root.exists() else set()
+    found -= {name for name in found if re.fullmatch(r"\.driver\.json\.[0-9a-f]{8}", name)}
     if found and store.read("driver.json", Heartbeat) is None and store.read("run.json", Plan) is None:
         raise ConfigError(
             f"{store.root} holds something else than a run of this program, such as {min(found)}; choose another name="
