@@ -417,14 +417,14 @@ def _cancel(arguments: list[str]) -> None:
     )
     parser.add_argument("run", type=Path, help="run folder, such as results/demo")
     root = parser.parse_args(arguments).run
-    from hpc_compress import analysis
     from hpc_compress.dispatch import CANCELLED, Heartbeat
     from hpc_compress.launch import slurm
     from hpc_compress.launch.commands import CommandError, Commands
-    from hpc_compress.store import Store
+    from hpc_compress.store import Store, write_atomically
 
-    store = Store(analysis.open_run(root).root)
-    (root / CANCELLED).touch()
+    _require_own_run(root)
+    store = Store(root)
+    write_atomically(store.root / CANCELLED, "")  # takes the place of a link, and does not follow it
     heartbeat = store.read("driver.json", Heartbeat)
     own_job = (heartbeat.job_id, heartbeat.job_name) if heartbeat and heartbeat.job_id else None
     try:
@@ -439,6 +439,15 @@ def _cancel(arguments: list[str]) -> None:
     if done.left:
         print(f"hpc-compress cancel: {done.left} jobs go on ({done.trouble}); give the command again", file=sys.stderr)
         sys.exit(1)
+
+
+def _require_own_run(root: Path) -> None:
+    """Raises: ConfigError for a folder that is no run, or a run of somebody else: its files say which jobs to cancel."""
+    if not any(os.path.lexists(root / name) for name in ("run.json", "driver.json")):
+        raise ConfigError(f"{root} is not a run folder: it has no run.json")
+    for path in (root, root / "jobs"):
+        if path.exists() and path.stat().st_uid != os.getuid():
+            raise ConfigError(f"{path} is not yours, so it can't say which of your jobs to cancel; ask its owner to cancel the run")
 
 
 def _report(arguments: list[str]) -> None:

@@ -666,6 +666,51 @@ def test_the_command_cancel_ends_with_1_where_jobs_go_on(
     assert "could not be cancelled: squeue: down" in capsys.readouterr().err
 
 
+@pytest.fixture
+def started(tmp_path: Path, printing: Callable[..., Path]) -> Path:
+    """A run folder with one job in the queue, as far as `cancel` looks at it."""
+    root = tmp_path / "run"
+    Store(root).write("jobs/run-1/submission.json", Submission(name="run-1", packs=((("a",),),), mem_mb=None))
+    (root / "run.json").write_text("{")  # damaged: the jobs can be cancelled all the same
+    printing("squeue", "17|0|RUNNING|n1|None|run-1\n")
+    return root
+
+
+def test_cancel_needs_no_description_of_the_run(started: Path, printing: Callable[..., Path]):
+    arguments = printing("scancel")
+    with pytest.raises(SystemExit):  # the queue never changes here
+        cli._cancel([str(started)])
+    assert "17" in arguments.read_text().split()
+    assert (started / "cancelled").is_file()
+
+
+@pytest.mark.parametrize("strange", ["run", "jobs"])
+def test_a_folder_of_somebody_else_cancels_none_of_your_jobs(
+    started: Path, printing: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, strange: str
+):
+    arguments, stat = printing("scancel"), Path.stat
+
+    def owned(path: Path, **options: Any) -> Any:
+        found = list(stat(path, **options))
+        found[4] += path.name == strange  # the user id
+        return os.stat_result(found)
+
+    monkeypatch.setattr(Path, "stat", owned)
+    with pytest.raises(ConfigError, match=f"{strange} is not yours"):
+        cli._cancel([str(started)])
+    assert not arguments.exists()
+    assert not (started / "cancelled").exists()
+
+
+def test_cancel_never_writes_through_a_link(started: Path, printing: Callable[..., Path], tmp_path: Path):
+    printing("scancel")
+    (started / "cancelled").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SystemExit):
+        cli._cancel([str(started)])
+    assert not (tmp_path / "elsewhere").exists()
+    assert (started / "cancelled").is_file()
+
+
 def test_a_driver_that_is_told_to_stop_takes_its_jobs_with_it(tmp_path: Path):
     slurm = SimulatedSlurm()
     run = Run(tmp_path, slurm)
