@@ -89,6 +89,9 @@ class Plan(Record):
             "objective": self.objective,
         }
         new = {**config.model_dump(mode="json", exclude=free), "strategy": dict(strategy), "objective": dict(objective)}
+        if self.base.preparation:  # it is taken from run.json, and its operators are imported
+            old["preparation"] = [step.model_dump(mode="json") for step in self.base.preparation]
+            new["preparation"] = [step.model_dump(mode="json") for step in checkpoint.preparation(config.model)]
         return _differences(old, new)
 
 

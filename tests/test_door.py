@@ -61,6 +61,20 @@ def test_nothing_that_a_run_names_is_run(root: Path, reader: Callable[[Path], An
     assert "planted" not in sys.modules
 
 
+@pytest.mark.parametrize(
+    "step", [{"operator": "planted.Step"}, {"operator": "fine_tune", "params": {"epochs": 10**6}}], ids=["module", "params"]
+)
+def test_a_resumed_run_prepares_its_base_model_as_its_settings_say(
+    root: Path, setup: Setup, step: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    (root.parent / "planted.py").write_text("")
+    monkeypatch.syspath_prepend(str(root.parent))
+    change(root / "run.json", base={**json.loads((root / "run.json").read_text())["base"], "preparation": [step]})
+    with pytest.raises(ConfigError, match="preparation: was"):
+        setup.run(root, "probe=false", "generations=3", launcher=Debug(worker="light.run"))
+    assert "planted" not in sys.modules
+
+
 def test_fitness_is_left_out_for_a_foreign_objective(root: Path):
     assert hpc_compress.load_runs(root)["fitness"].notna().any()
     change(root / "run.json", objective={"_target_": "os.system"})

@@ -100,7 +100,6 @@ def adopt(checkpoint: Checkpoint, config: ModelConfig, dataset: Dataset, target:
             f" {outputs} outputs as {dataset.name} needs; set model.head=new to train one"
         )
     train_head = config.head == "new" or not fits
-    preparation = (Step(operator="fine_tune", params=config.fine_tune),) if train_head else ()
     shutil.rmtree(target, ignore_errors=True)  # of an attempt that came to nothing, perhaps with another model
     target.mkdir(parents=True)
     for path in checkpoint.files:
@@ -109,5 +108,10 @@ def adopt(checkpoint: Checkpoint, config: ModelConfig, dataset: Dataset, target:
         name=checkpoint.name,
         revision=checkpoint.revision,
         fingerprint=identity.files_hash([target / path.name for path in checkpoint.files]),
-        preparation=preparation,
+        preparation=preparation(config) if train_head else (),
     )
+
+
+def preparation(config: ModelConfig) -> tuple[Step, ...]:
+    """How a new head is trained."""
+    return (Step(operator="fine_tune", params=config.fine_tune),)
