@@ -16,6 +16,7 @@ from hpc_compress.types import Protocol, Record
 
 B = TypeVar("B", bound=BaseModel)
 NAME_BYTES = 255  # of a part of a path, on every common filesystem
+MOST_CLASSES = 1000  # more labels than that are numbers to predict
 
 
 class ConfigError(ValueError):

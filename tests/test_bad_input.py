@@ -391,12 +391,25 @@ def test_the_families_are_those_of_the_models():
         ({"id2label": {"a": "b"}}, "id2label"),
         ({"id2label": {"1": "b", "2": "c"}}, "id2label"),
         ({"num_labels": "two"}, "num_labels"),
+        ({"num_labels": 1001}, "num_labels is 1001"),
     ],
 )
 def test_an_odd_config_is_named(tmp_path: Path, changes: dict[str, Any], word: str):
     with pytest.raises(ConfigError, match=word) as error:
         find(checkpoint(tmp_path / "model", **changes))
     assert len(str(error.value)) < 1000
+
+
+def test_heads_must_share_the_width_whatever_the_config_calls_them(tmp_path: Path):
+    changes = {"num_attention_heads": None, "hidden_size": None, "n_heads": 3, "dim": 4}
+    with pytest.raises(ConfigError, match="3 attention heads can't share a width of 4"):
+        find(checkpoint(tmp_path / "model", **changes))
+
+
+def test_a_config_that_names_no_number_of_labels_means_two(tmp_path: Path):
+    folder = checkpoint(tmp_path / "model")
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace("{", '{"num_labels": null, ', 1))
+    assert checkpoints.find(ModelConfig(path=str(folder))).labels == ("LABEL_0", "LABEL_1")
 
 
 def weights(folder: Path, **changes: Any) -> None:

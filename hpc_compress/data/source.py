@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from hpc_compress import identity
-from hpc_compress.config import ConfigError, DatasetConfig, resource
+from hpc_compress.config import MOST_CLASSES, ConfigError, DatasetConfig, resource
 from hpc_compress.data import metrics, overlap
 from hpc_compress.types import Dataset, Rows, Split
 
@@ -199,7 +199,7 @@ def _labels(train: pd.DataFrame, config: DatasetConfig) -> tuple[str, ...]:
         values.sort(key=int)
     if len(values) < 2:
         raise ConfigError(f"{config.name} has {len(values)} class in its train rows; at least 2 are needed")
-    if len(values) > 1000:
+    if len(values) > MOST_CLASSES:
         raise ConfigError(
             f"{config.name} has {len(values)} classes; if {config.label!r} is a number to predict, "
             "set dataset.problem=regression"

@@ -42,7 +42,7 @@ class Checkpoint:
     @property
     def labels(self) -> tuple[str, ...]:
         """Class names in the order of the head's outputs; two nameless ones when the config says nothing."""
-        names = self.config.get("id2label") or {str(n): f"LABEL_{n}" for n in range(self.config.get("num_labels", 2))}
+        names = self.config.get("id2label") or {str(n): f"LABEL_{n}" for n in range(self.config.get("num_labels") or 2)}
         return tuple(str(names[key]) for key in sorted(names, key=int))
 
     @property

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from hpc_compress import door
-from hpc_compress.config import ConfigError, shortened
+from hpc_compress.config import MOST_CLASSES, ConfigError, shortened
 
 LAYERS = {  # where each family keeps its layers; the same families as in modeling_hpc_compress
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "deberta-v2", "mpnet"), "encoder.layer"),
@@ -22,13 +22,12 @@ NORMLESS = ("modernbert", "attn_norm.")  # its first layer has no such weights
 EMBEDDING = re.compile(r"(?:.*\.)?embeddings\.(?:word|tok)_embeddings\.weight")
 KINDS: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 CHUNK_BYTES = 2**22
+HEADS, WIDTH = ("num_attention_heads", "n_heads"), ("hidden_size", "dim")  # in config.json, by family
 COUNTS = (  # in config.json
     "num_hidden_layers",
     "n_layers",
-    "num_attention_heads",
-    "n_heads",
-    "hidden_size",
-    "dim",
+    *HEADS,
+    *WIDTH,
     "intermediate_size",
     "hidden_dim",
     "embedding_size",
@@ -96,7 +95,9 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
         value = config.get(key)
         if value is not None and (type(value) is not int or not 0 < value < 2**31):
             raise ConfigError(f"{path}: {key} must be a whole number above 0; got {shortened(repr(value))}")
-    heads, width = (config.get(one, config.get(other)) for one, other in (COUNTS[2:4], COUNTS[4:6]))
+    if (config.get("num_labels") or 0) > MOST_CLASSES:
+        raise ConfigError(f"{path}: num_labels is {config['num_labels']}, and a model of at most {MOST_CLASSES} classes is needed")
+    heads, width = (config.get(one, config.get(other)) for one, other in (HEADS, WIDTH))
     if heads and width and width % heads:
         raise ConfigError(f"{path}: {heads} attention heads can't share a width of {width}; the config does not fit a model")
     names = config.get("id2label")
