@@ -1,5 +1,8 @@
 """Splits that share nothing, tables that are refused, and what a constant answer scores."""
 
+import contextlib
+import csv
+import io
 import random
 from pathlib import Path
 from typing import Any
@@ -7,6 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from searches import Setup, Silent
 
 from hpc_compress import analysis, driver, export, identity
@@ -142,6 +147,46 @@ def test_a_folder_and_nested_columns_are_refused(tmp_path: Path):
         pd.DataFrame({"text": [odd] * 4, "label": [0, 1] * 2}).to_parquet(tmp_path / "rows.parquet")
         with pytest.raises(ConfigError, match=r"column 'text' of mine holds values of kind"):
             load(tmp_path / "rows.parquet")
+
+
+QUICK = settings(max_examples=100, derandomize=True, database=None, deadline=None)
+CELL = st.text(max_size=4) | st.text("ab01-.,;\t\"'\n\r\0é", max_size=6) | st.sampled_from(["", "nan", "1e999", "9" * 5000])
+LABEL = st.sampled_from(["0", "1"])
+ROWS = [st.lists(row, max_size=30) for row in (st.tuples(CELL, LABEL), st.tuples(CELL, CELL), st.tuples(CELL, LABEL, CELL))]
+DATASETS: list[dict[str, Any]] = [
+    {},
+    {"text2": "text2"},
+    {"problem": "regression", "metrics": ["pearson"]},
+    {"metrics": ["f1"], "search_rows": 2, "report_rows": 2},
+    {"where": "label != 1", "encoding": "utf-16"},
+]
+
+
+def answered(folder: Path, name: str, content: bytes, config: dict[str, Any]) -> None:
+    (folder / name).write_bytes(content)
+    with contextlib.suppress(ConfigError):
+        load(folder / name, **config)
+
+
+@QUICK
+@given(content=st.binary(), name=st.sampled_from(["rows.csv", "rows.tsv", "rows.parquet"]), config=st.sampled_from(DATASETS))
+def test_any_bytes_are_answered(tmp_path_factory: pytest.TempPathFactory, content: bytes, name: str, config: dict[str, Any]):
+    answered(tmp_path_factory.getbasetemp(), name, content, config)
+
+
+@QUICK
+@given(rows=st.one_of(ROWS), more=st.lists(CELL, max_size=1), quoted=st.booleans(), config=st.sampled_from(DATASETS))
+@example(rows=[("a text", "9" * 5000), ("another", "٣")] * 20, more=[], quoted=True, config={})
+def test_any_cells_are_answered(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[Any], more: list[str], quoted: bool, config: dict[str, Any]
+):
+    lines = [[*("text", "label", "text2")[: len(rows[0]) if rows else 2], *more], *rows]
+    content = io.StringIO()
+    if quoted:
+        csv.writer(content).writerows(lines)
+    else:
+        content.write("\n".join(",".join(line) for line in lines))
+    answered(tmp_path_factory.getbasetemp(), "rows.csv", content.getvalue().encode(config.get("encoding", "utf-8")), config)
 
 
 def test_categories_and_long_fields_are_texts(tmp_path: Path):
