@@ -447,7 +447,9 @@ def _require_own_run(root: Path) -> None:
         raise ConfigError(f"{root} is not a run folder: it has no run.json")
     for path in (root, root / "jobs"):
         if path.exists() and path.stat().st_uid != os.getuid():
-            raise ConfigError(f"{path} is not yours, so it can't say which of your jobs to cancel; ask its owner to cancel the run")
+            raise ConfigError(
+                f"{path} is not yours, so it can't say which of your jobs to cancel; ask its owner to cancel the run"
+            )
 
 
 def _report(arguments: list[str]) -> None:

@@ -23,6 +23,7 @@ class Record(BaseModel):
 Split = Literal["search", "report"]
 Problem = Literal["classification", "regression"]
 Fingerprint = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16,64}$")]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Step(Record):
@@ -88,10 +89,10 @@ class Overlap(Record):
 
     split: Split
     of: Literal["train", "search"]
-    rows: int  # of `split`
-    equal: int  # the same text, or pair of texts, is in the other split
-    inside: int = 0  # single texts: not equal to a text of the other split, but a run of words of one
-    shared: int | None = None  # pairs: one of the two texts stands in a pair of the other split; None: no pairs
+    rows: Count  # of `split`
+    equal: Count  # the same text, or pair of texts, is in the other split
+    inside: Count = 0  # single texts: not equal to a text of the other split, but a run of words of one
+    shared: Count | None = None  # pairs: one of the two texts stands in a pair of the other split; None: no pairs
 
     def __str__(self) -> str:
         more = f"{self.inside} more lie inside one" if self.shared is None else f"{self.shared} more share a text with one"
@@ -101,8 +102,8 @@ class Overlap(Record):
 class Rows(Record):
     """What became of a dataset's rows. A record for readers: tasks don't depend on it."""
 
-    empty: dict[str, int]  # by split as read: rows left out since they have no text or no label
-    unused: int  # rows of train in no split: their text lies in held-out texts only
+    empty: dict[str, Count]  # by split as read: rows left out since they have no text or no label
+    unused: Count  # rows of train in no split: their text lies in held-out texts only
     overlaps: tuple[Overlap, ...]
     trivial: dict[Split, dict[str, float]]  # what the best constant answer scores on each metric
 
@@ -160,7 +161,6 @@ class Task(Record):
 
 
 Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Timing(Record):

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from hpc_compress import analysis, cli, door, identity, runs
 from hpc_compress.config import ConfigError
 from hpc_compress.driver import Generation
 from hpc_compress.launch.local import Debug
+from hpc_compress.launch.slurm import End, Ends, Submission
 from hpc_compress.store import Store
 from hpc_compress.types import Outcome, Task
 
@@ -271,18 +272,59 @@ def test_figures_that_nobody_can_have_measured_are_damage(root: Path, figures: d
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
 )
+RECORDS = ["run.json", "result.json", "driver.json", "generations/0001.json", "outcome", "seen.json"]
+JOB = {
+    "submission.json": Submission(name="a", packs=((("b",),),), mem_mb=1),
+    "ends.json": Ends(ends={0: End(state="X")}, gpus=1),
+}
+
+
+def numbers(values: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where the whole numbers of JSON data are."""
+    if isinstance(values, dict | list):
+        for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+            yield from numbers(value, (*path, key))
+    elif type(values) is int:
+        yield path
+
+
+def answered(root: Path) -> None:
+    for reader in (analysis.status, hpc_compress.load_runs, lambda root: analysis.write_report([root], root / "out")):
+        with contextlib.suppress(ConfigError, door.DamageError):
+            reader(root)
+
+
+@pytest.mark.parametrize("name", [*RECORDS[:-1], *(f"jobs/a/{name}" for name in JOB)])
+def test_a_number_of_any_size_is_answered(root: Path, name: str, monkeypatch: pytest.MonkeyPatch):
+    for job, record in JOB.items():
+        Store(root).write(f"jobs/a/{job}", record)
+    if name == "run.json":  # which has many numbers, and no figures
+        monkeypatch.setattr(analysis, "plot", lambda candidates, path: None)
+    path = root / name if name != "outcome" else sorted(root.glob("tasks/*/outcome.json"))[0]
+    whole = path.read_text()
+    for place in numbers(json.loads(whole)):
+        values = inner = json.loads(whole)
+        for key in place[:-1]:
+            inner = inner[key]
+        inner[place[-1]] = 10**400
+        path.write_text(json.dumps(values))
+        answered(root)
+        (root / "result.json").rename(root / "later.json")
+        with contextlib.suppress(door.DamageError):
+            analysis.status(root)  # how long the rest will take is told before there is a result
+        (root / "later.json").rename(root / "result.json")
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_change_of_a_record_is_answered(finished: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject):
     root = Path(shutil.copytree(finished, tmp_path_factory.mktemp("fuzz") / "run"))
-    name = data.draw(
-        st.sampled_from(["run.json", "result.json", "driver.json", "generations/0001.json", "outcome", "seen.json"])
-    )
+    for job, record in JOB.items():
+        Store(root).write(f"jobs/a/{job}", record)
+    name = data.draw(st.sampled_from([*RECORDS, *(f"jobs/a/{name}" for name in JOB)]))
     path = root / name if name != "outcome" else sorted(root.glob("tasks/*/outcome.json"))[0]
     values: Any = json.loads(path.read_text()) if path.exists() else {"seen": {"0" * 16: {}}}
     inner = values
@@ -295,9 +337,7 @@ def test_any_change_of_a_record_is_answered(finished: Path, tmp_path_factory: py
         inner = inner[key]
     inner[key] = data.draw(JSON)
     path.write_text(json.dumps(values))
-    for reader in (analysis.status, hpc_compress.load_runs, lambda root: analysis.report([root])):
-        with contextlib.suppress(ConfigError, door.DamageError):
-            reader(root)
+    answered(root)
     shutil.rmtree(root)
 
 

@@ -168,7 +168,7 @@ class Commands:
         out = _accounting("--duplicates", f"--jobs={','.join(job_ids)}", columns)
         rows = []
         for job_id, of_array, state, exit_code, node, elapsed, name in self._read("sacct", out, SACCT_LINE):
-            seconds = int(elapsed) if re.fullmatch("[0-9]{1,18}", elapsed) else 0
+            seconds = int(elapsed) if re.fullmatch("[0-9]{1,9}", elapsed) else 0
             rows += [Row(job_id, index, name, state, node, "", exit_code, seconds) for index in _indices(of_array)]
         return rows
 

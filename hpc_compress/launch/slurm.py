@@ -31,7 +31,7 @@ from hpc_compress.config import ConfigError
 from hpc_compress.launch import WORKER, Bundle, Ended, Jobs, Report, Work, packed
 from hpc_compress.launch.commands import CommandError, Commands, Limits, RefusedError, Row, batch_lines, element_id
 from hpc_compress.store import Store
-from hpc_compress.types import Record
+from hpc_compress.types import Count, Record
 
 T = TypeVar("T")
 Pack = tuple[Bundle, ...]  # what one element of an array works off
@@ -52,7 +52,7 @@ class Cluster(Record):
     account: str | None = None
     qos: str | None = None
     timeout_min: int = Field(default=240, ge=1, description="time limit of a job, minutes")
-    gpus_per_node: int = Field(default=1, ge=0, description="GPUs of a job, one process each; 0 for CPU nodes")
+    gpus_per_node: int = Field(default=1, ge=0, lt=1000, description="GPUs of a job, one process each; 0 for CPU nodes")
     gpu_type: str | None = Field(default=None, description="as the site's gres names it, such as a100")
     require_cuda: bool = Field(default=True, description="a process that was given a GPU and sees none ends at once")
     cpus_per_task: int = Field(default=8, ge=1, description="of each process")
@@ -129,7 +129,7 @@ class End(Record):
     state: str
     exit_code: str = ""
     node: str = ""
-    seconds: int = 0  # of all its lives
+    seconds: Count = 0  # of all its lives
 
     def __str__(self) -> str:
         return f"{self.state}" + (f" {self.exit_code}" if self.exit_code else "") + (f" on {self.node}" if self.node else "")
@@ -137,7 +137,7 @@ class End(Record):
 
 class Ends(Record):
     ends: dict[int, End] = Field(default={})  # by array index
-    gpus: int = 0  # of each element
+    gpus: Count = 0  # of each element
 
 
 class Slurm(Record):

@@ -96,7 +96,9 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
         if value is not None and (type(value) is not int or not 0 < value < 2**31):
             raise ConfigError(f"{path}: {key} must be a whole number above 0; got {shortened(repr(value))}")
     if (config.get("num_labels") or 0) > MOST_CLASSES:
-        raise ConfigError(f"{path}: num_labels is {config['num_labels']}, and a model of at most {MOST_CLASSES} classes is needed")
+        raise ConfigError(
+            f"{path}: num_labels is {config['num_labels']}, and a model of at most {MOST_CLASSES} classes is needed"
+        )
     heads, width = (config.get(one, config.get(other)) for one, other in (HEADS, WIDTH))
     if heads and width and width % heads:
         raise ConfigError(f"{path}: {heads} attention heads can't share a width of {width}; the config does not fit a model")
