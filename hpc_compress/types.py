@@ -107,6 +107,12 @@ class Rows(Record):
     overlaps: tuple[Overlap, ...]
     trivial: dict[Split, dict[str, float]]  # what the best constant answer scores on each metric
 
+    @model_validator(mode="after")
+    def _complete(self) -> "Rows":
+        if missing := {found.split for found in self.overlaps} - self.trivial.keys():
+            raise ValueError(f"trivial has no scores for the {min(missing)} split")
+        return self
+
     def lines(self) -> list[str]:
         """For a log, a report and a model card."""
         lines = [f"{count} rows of {split} without a text or a label are left out" for split, count in self.empty.items()]

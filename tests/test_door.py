@@ -318,6 +318,13 @@ def test_a_number_of_any_size_is_answered(root: Path, name: str, monkeypatch: py
         (root / "later.json").rename(root / "result.json")
 
 
+def test_a_split_without_the_scores_of_a_constant_answer_is_damage(root: Path):
+    rows = json.loads((root / "run.json").read_text())["rows"]
+    change(root / "run.json", rows={**rows, "trivial": {}})
+    with pytest.raises(door.DamageError, match=r"run\.json .* trivial has no scores for the report split"):
+        analysis.write_report([root], root / "out")
+
+
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_change_of_a_record_is_answered(finished: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject):
