@@ -48,6 +48,8 @@ from hpc_compress.types import (
     Task,
 )
 
+# Settings that a resumed run may change; conf/config.yaml leaves them out of the folder names of a sweep too.
+FREE = {"name", "generations", "required_quality", "report_candidates", "probe", "teacher_gb", "force"}
 CERTAIN_ROWS = 100  # below, a base model that scores as a constant answer may still have learnt something
 Objective = Callable[[Measurement, Measurement], float]
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -82,13 +84,12 @@ class Plan(Record):
 
     def differences(self, config: RunConfig, strategy: Mapping[str, Any], objective: Mapping[str, Any]) -> list[str]:
         """Settings that a resumed run may not change, where they changed. A run may be prolonged and reported anew."""
-        free = {"name", "generations", "required_quality", "report_candidates", "probe", "teacher_gb", "force"}
         old = {
-            **self.config.model_dump(mode="json", exclude=free),
+            **self.config.model_dump(mode="json", exclude=FREE),
             "strategy": self.strategy,
             "objective": self.objective,
         }
-        new = {**config.model_dump(mode="json", exclude=free), "strategy": dict(strategy), "objective": dict(objective)}
+        new = {**config.model_dump(mode="json", exclude=FREE), "strategy": dict(strategy), "objective": dict(objective)}
         if self.base.preparation:  # it is taken from run.json, and its operators are imported
             old["preparation"] = [step.model_dump(mode="json") for step in self.base.preparation]
             new["preparation"] = [step.model_dump(mode="json") for step in checkpoint.preparation(config.model)]

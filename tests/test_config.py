@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from safetensors.numpy import save_file
 
 import hpc_compress
@@ -43,6 +44,11 @@ def overrides(option: str) -> list[str]:
 
 
 # --- conf/ ---
+
+
+def test_a_sweep_goes_on_in_the_same_folders_with_what_a_resumed_run_may_change():
+    sweep = yaml.safe_load((CONF / "config.yaml").read_text())["hydra"]["job"]["config"]["override_dirname"]
+    assert {key for key in sweep["exclude_keys"] if key in RunConfig.model_fields} == driver.FREE
 
 
 def test_every_group_is_there():
