@@ -1,6 +1,7 @@
 """What can be wrong with a cluster, found before a long run: check after check, and a sentence of advice for each failure."""
 
 import contextlib
+import fcntl
 import os
 import platform
 import secrets
@@ -64,25 +65,34 @@ class Look:
         from hpc_compress.store import Store
 
         store, refusal = Store(self.folder), ""
-        with store.lock("node", wait=False) as locks:
-            if not torch.cuda.is_available():
-                try:
-                    torch.cuda.init()
-                except Exception as error:  # whatever it is, it is the answer
-                    refusal = one_line(str(error))
-            node = Node(
-                host=platform.node(),
-                time=time.time(),
-                python=sys.version.split()[0],
-                seen=(store.root / "hello").is_file(),
-                locks=locks,
-                driver=driver_version(),
-                cuda=torch.version.cuda or "",
-                device=torch.cuda.get_device_name() if torch.cuda.is_available() else "",
-                refusal=refusal,
-                bitsandbytes=precisions_that_fail(),
-            )
+        if not torch.cuda.is_available():
+            try:
+                torch.cuda.init()
+            except Exception as error:  # whatever it is, it is the answer
+                refusal = one_line(str(error))
+        node = Node(
+            host=platform.node(),
+            time=time.time(),
+            python=sys.version.split()[0],
+            seen=(store.root / "hello").is_file(),
+            locks=_has_locks(store.root),
+            driver=driver_version(),
+            cuda=torch.version.cuda or "",
+            device=torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+            refusal=refusal,
+            bitsandbytes=precisions_that_fail(),
+        )
         store.write("node.json", node)
+
+
+def _has_locks(folder: Path) -> bool:
+    """Whether the filesystem has locks. `Store.lock` goes on without them where it has none, and does not say so."""
+    with (folder / "lock").open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
 
 
 def precisions_that_fail() -> str:
@@ -213,7 +223,7 @@ def _node(settings: Slurm, folder: Path, commands: Commands) -> Iterator[Check]:
         state = _wait_for(commands, job_id, room / "node.json")
         if not (room / "node.json").exists():
             logs = [path for path in sorted(room.iterdir()) if path.suffix in (".log", ".err", ".out") and path.stat().st_size]
-            tail = one_line(" | ".join(line for path in logs for line in path.read_text(errors="replace").splitlines()[-3:]))
+            tail = one_line(" | ".join(line for path in logs for line in door.tail(path).splitlines()[-3:]))
             advice = (
                 "the cluster is full or the request can't be met: try again later, or see `squeue --start`"
                 if state == "PENDING"
@@ -224,7 +234,8 @@ def _node(settings: Slurm, folder: Path, commands: Commands) -> Iterator[Check]:
             return
         seen = time.time()
         node = door.record(room / "node.json", Node)
-        assert node is not None
+        if node is None:
+            raise door.DamageError(f"{room / 'node.json'} was there and is gone; run the doctor again")
         yield Check("job", True, f"ran on {node.host} with Python {node.python}, {seen - begin:.0f} s after sbatch")
         yield Check(
             "shared folder", node.seen, f"{folder} seen and written from {node.host}", "keep results/ on a shared filesystem"

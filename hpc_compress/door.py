@@ -68,6 +68,19 @@ def _read(path: Path, most: int) -> bytes:
     return content
 
 
+def tail(path: Path, most: int = 2**14) -> str:
+    """The end of a regular file as text, such as of a log that may have any size.
+
+    Raises: OSError; DamageError for a file that is no regular one.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
+        status = os.fstat(stream.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise DamageError(f"{path} is not a regular file")
+        stream.seek(max(0, status.st_size - most))
+        return stream.read(most).decode(errors="replace")
+
+
 def record(path: Path, kind: type[B]) -> B | None:
     """The record in a JSON file; None where there is no such file.
 

@@ -1,14 +1,17 @@
 """What the doctor makes of what it finds on a node; no cluster is needed."""
 
+import errno
+import fcntl
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hpc_compress import doctor
+from hpc_compress import doctor, door
 from hpc_compress.doctor import Node
 from hpc_compress.launch import local
+from hpc_compress.launch.slurm import Slurm
 
 FINE = Node(
     host="n1",
@@ -65,6 +68,57 @@ def test_the_drivers_version_is_read_from_nvidia_smi_or_the_kernel(
     for module in ("Kernel Module  580.65.06  Sun Jul 27", "Open Kernel Module for x86_64  580.65.06  Release Build"):
         kernel.write_text(f"NVRM version: NVIDIA UNIX x86_64 {module} (dvs-builder)\nGCC version:  gcc version 12.2.0\n")
         assert local.driver_version() == "580.65.06"
+
+
+@pytest.mark.parametrize("number", [None, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_filesystem_without_locks_is_told_from_one_with_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int | None
+):
+    def refuse(*arguments: Any) -> None:
+        raise OSError(number, "no locks")
+
+    monkeypatch.setattr(doctor, "precisions_that_fail", lambda: "")
+    if number is not None:
+        monkeypatch.setattr(fcntl, "flock", refuse)
+    doctor.Look(str(tmp_path))()
+    assert Node.model_validate_json((tmp_path / "node.json").read_text()).locks == (number is None)
+
+
+class OneJob:
+    """A cluster whose only job leaves some files and is gone."""
+
+    def __init__(self, left: dict[str, str]) -> None:
+        self.left = left
+
+    def submit(self, folder: Path, works: Any, options: Any) -> str:
+        for name, text in self.left.items():
+            (folder / name).write_text(text)
+        return "17"
+
+    def squeue(self) -> list[Any]:
+        return []
+
+    def sacct(self, job_ids: Any) -> list[Any]:
+        return []
+
+    def cancel(self, ids: Any) -> None: ...
+
+
+def test_the_end_of_a_log_of_any_size_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(Path, "read_text", lambda *arguments, **options: pytest.fail("a whole log was read"))
+    jobs: Any = OneJob({"a.log": "a line\n" * 2**17 + "module: command not found\n"})
+    (check,) = doctor._node(Slurm(), tmp_path, jobs)
+    assert not check.ok
+    assert "left nothing; " in check.found
+    assert check.found.endswith("module: command not found")
+
+
+def test_what_a_node_left_and_is_gone_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(door, "record", lambda path, kind: None)
+    jobs: Any = OneJob({"node.json": FINE.model_dump_json()})
+    with pytest.raises(door.DamageError, match=r"node\.json was there and is gone"):
+        list(doctor._node(Slurm(), tmp_path, jobs))
 
 
 @pytest.mark.slow
