@@ -78,6 +78,11 @@ def test_equal_pairs_stay_together_in_either_order_and_shared_texts_are_counted(
     assert sum(map(len, tables.values())) == 120
 
 
+def test_pairs_whose_second_text_is_empty_share_no_text_for_that(tmp_path: Path):
+    path = write(tmp_path / "rows.csv", [f"question {i}" for i in range(60)], text2=[""] * 60)
+    assert [found.shared for found in load(path, text2="text2")[2].overlaps] == [0, 0, 0]
+
+
 def test_the_overlap_of_official_rows_is_counted_and_they_stay(tmp_path: Path):
     train = write(tmp_path / "train.csv", [f"a long text of number {i}" for i in range(40)])
     official = write(tmp_path / "dev.csv", ["A long text of number 3.", "number 5", "new", "newer"])

@@ -162,7 +162,7 @@ def _overlap(normals: Mapping[str, np.ndarray], split: Split, of: str, pair: boo
     equal = np.isin(mine, others)
     akin = np.zeros(len(mine), dtype=bool)
     if pair:
-        known = {text for key in others for text in key.split("\n")}
+        known = {text for key in others for text in key.split("\n")} - {""}  # a pair may have one text only
         akin[:] = [not known.isdisjoint(key.split("\n")) for key in mine]
     else:
         akin[runs(mine, others)[:, 0]] = True
