@@ -109,15 +109,15 @@ def _require_replaceable(target: Path) -> None:
     advice = "choose another folder"
     if target.is_symlink() or not target.is_dir():
         raise ConfigError(f"{target} is no folder; {advice}")
-    found = {str(path.relative_to(target)): path for path in target.rglob("*") if path.is_symlink() or not path.is_dir()}
-    if not found and not any(target.iterdir()):
+    if not any(target.iterdir()):
         return
     try:
         config = door.json_object(target / "config.json")
     except (FileNotFoundError, DamageError):
         config = {}
-    if config.get("model_type") != MODEL_TYPE or CODE not in found:
+    if config.get("model_type") != MODEL_TYPE or not (target / CODE).is_file():
         raise ConfigError(f"{target} is not empty and not an earlier export; {advice}")
+    found = {str(path.relative_to(target)): path for path in target.rglob("*") if path.is_symlink() or not path.is_dir()}
     extras = config.get(EXTRAS) if isinstance(config.get(EXTRAS), list) else []
     others = found.keys() - {*WEIGHTS, *TOKENIZER, *map(str, extras or []), "config.json", "README.md", CODE}
     others |= {name for name, path in found.items() if path.is_symlink() or not path.is_file()}

@@ -199,6 +199,13 @@ def test_only_an_export_is_replaced(foreign: Path, tmp_path: Path, change: Calla
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
 
 
+def test_a_folder_that_is_no_export_is_not_walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "mine.txt").touch()
+    monkeypatch.setattr(Path, "rglob", lambda *arguments: pytest.fail("it may be a home folder"))
+    with pytest.raises(ConfigError, match="not an earlier export"):
+        export._require_replaceable(tmp_path)
+
+
 def test_an_export_replaces_no_file_and_no_link(foreign: Path, tmp_path: Path):
     (tmp_path / "file").write_text("precious")
     (tmp_path / "link").symlink_to(tmp_path / "gone")
