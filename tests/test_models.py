@@ -441,6 +441,21 @@ def _run_folder(root: Path, checkpoint: Path) -> tuple[Store, Task]:
     return store, task
 
 
+@pytest.mark.parametrize(("positive", "f1"), [("duplicate", 0.4), ("not_duplicate", 0.0)])
+def test_the_worker_takes_f1_of_the_positive_class(
+    positive: str, f1: float, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+):
+    store, task = _run_folder(tmp_path / "run", tiny_checkpoint("bert"))
+    classes = {"labels": ("duplicate", "not_duplicate"), "metrics": ("f1",), "positive": positive}
+    task = task.model_copy(update={"dataset": task.dataset.model_copy(update=classes)})
+    model = load(tiny_checkpoint("bert"))
+    with torch.no_grad():  # it calls everything a duplicate; of the rows, a quarter are
+        model.classifier.weight.zero_()
+        model.classifier.bias.copy_(torch.tensor([1.0, 0.0]))
+    found = worker.Job(store, lambda what, done, total: None).quality(task, model, tmp_path, CPU)
+    assert found == {"f1": pytest.approx(f1)}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("died_after", "goes_on_with"),
