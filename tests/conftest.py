@@ -3,7 +3,6 @@
 import copy
 import functools
 import os
-import re
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub; subp
 os.environ["OMP_NUM_THREADS"] = "1"  # before any import of torch: for tiny models, more threads only get in each other's way
 
 import pytest
+from _pytest.mark.expression import Expression
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -22,8 +22,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def wants_gpu(markexpr: str) -> bool:
-    """Whether the option -m selects the tests that are marked gpu."""
-    return "gpu" in re.sub(r"not\s+gpu", "", markexpr)
+    """Whether the option -m asks for tests that are marked gpu: it selects a test with this mark, and not without it."""
+    try:
+        expression = Expression.compile(markexpr)
+    except SyntaxError:  # pytest is about to say so
+        return False
+
+    def selects(marks: set[str]) -> bool:
+        return expression.evaluate(lambda name, **arguments: name in marks)
+
+    return any(selects({"gpu", *others}) and not selects(set(others)) for others in ((), ("slow",), ("slurm",)))
 
 
 SPECIAL = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"]  # [PAD] is not 0, so that a padding with zeros shows

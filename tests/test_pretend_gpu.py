@@ -230,6 +230,12 @@ def test_gates_of_a_quantized_model_are_thresholded_on_a_gpu(gpu: Memory, tiny_c
         ("slurm", False),
         ("gpu", True),
         ("gpu and not slow", True),
+        ("not (slow or gpu)", False),
+        ("not slow", False),
+        ("gpu or slow", True),
+        ("gpu and slow", True),
+        ("not (not gpu)", True),
+        ("gpu and (", False),
     ],
 )
 def test_a_gpu_is_used_only_where_it_is_asked_for(markexpr: str, wants: bool):
