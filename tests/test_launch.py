@@ -954,6 +954,7 @@ def test_the_processes_of_a_job_share_its_bundles_and_gpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, visible: str | None, expected: list[str]
 ):
     work = Work(str(tmp_path), (("a", "b"), ("c",), ("d",), ("e",)), worker="test_launch.record", shared=True)
+    monkeypatch.delenv("SLURM_LOCALID", raising=False)  # of the job that the tests may run in
     for rank in range(processes):
         monkeypatch.setenv("SLURM_PROCID", str(rank))
         monkeypatch.setenv("SLURM_NTASKS", str(processes))
@@ -962,6 +963,20 @@ def test_the_processes_of_a_job_share_its_bundles_and_gpus(
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
         work()
     assert [(tmp_path / str(rank)).read_text() for rank in range(processes)] == expected
+
+
+@pytest.mark.parametrize(("visible", "gpu"), [("4,5,6,7", "5"), (None, "1")])
+def test_a_process_takes_the_gpu_of_its_place_on_its_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, gpu: str
+):
+    """The fourth process of a job may be the second one of its node."""
+    for name, value in {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    Work(str(tmp_path), (("a",), ("b",), ("c",), ("d",)), worker="test_launch.record", shared=True)()
+    assert (tmp_path / "3").read_text() == f"{gpu}: d"
 
 
 def test_a_local_process_takes_the_gpu_and_threads_that_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
