@@ -4,9 +4,11 @@ import contextlib
 import csv
 import io
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import light
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,6 +19,9 @@ from searches import Setup, Silent
 from hpc_compress import analysis, driver, export, identity
 from hpc_compress.config import ConfigError, DatasetConfig, validate
 from hpc_compress.data import metrics, overlap, source
+from hpc_compress.dispatch import SearchError
+from hpc_compress.launch.local import Debug
+from hpc_compress.store import Store
 from hpc_compress.types import Dataset, Genome, Measurement, Outcome, Protocol, Rows, Task
 
 
@@ -234,6 +239,31 @@ def test_a_base_model_that_has_learnt_nothing_is_told(compose: Any, score: float
     if answer:
         assert answer[1] == certain
         assert "against 0.500 on 400 search rows" in answer[0]
+
+
+def half_right(root: str, task_ids: list[str], **ignored: Any) -> Iterator[str]:
+    """A worker whose models are right on every other row."""
+    store = Store(root)
+    for task_id in task_ids:
+        outcome = light.answer(store.task(task_id))
+        assert outcome.measurement
+        measurement = outcome.measurement.model_copy(update={"metrics": {"accuracy": 0.5}})
+        store.settle(outcome.model_copy(update={"measurement": measurement}))
+        yield task_id
+
+
+def test_a_search_from_a_base_model_that_has_learnt_nothing_ends_unless_it_is_forced(setup: Setup, tmp_path: Path):
+    path, root = write(tmp_path / "rows.csv", [f"text {i}" for i in range(600)]), tmp_path / "run"
+    words = ["probe=false", "generations=1", f"dataset.train={path}", "dataset.search_rows=100", "dataset.report_rows=100"]
+    launcher = Debug(worker="test_splits.half_right")
+    with pytest.raises(SearchError, match=r"the base model is no better than .* on 100 search rows, .*force=true"):
+        setup.run(root, *words, launcher=launcher)
+    assert not (root / "generations").exists()
+    progress = Silent()
+    assert setup.run(root, *words, "force=true", launcher=launcher, progress=progress) is not None
+    assert any(line.startswith("warning: the base model is no better") for line in progress.lines)
+    analysis.write_report([root], root)
+    assert "- warning: the base model is no better" in (root / "report.md").read_text()
 
 
 def test_the_overlap_is_in_the_log_the_run_the_report_and_the_card(setup: Setup, tmp_path: Path):
