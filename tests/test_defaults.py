@@ -114,7 +114,16 @@ def test_the_published_setting_has_precisions_of_its_own(machine: Callable[..., 
 def test_a_setting_without_a_value_for_the_device_is_named(machine: Callable[..., None]):
     machine()
     with pytest.raises(ConfigError, match=r"objective\.a={'cuda': 3} has no value for cpu; add cpu"):
-        resolved("objective.a={cuda: 3}", "~objective.b")
+        resolved("objective.a={cuda: 3}")
+
+
+def test_a_child_can_return_to_full_precision_and_to_the_whole_vocabulary(machine: Callable[..., None]):
+    for gpus in (0, 1):
+        machine(gpus=gpus)
+        strategy = resolved()[2]
+        for choice in (strategy.quantizations["none"], strategy.vocabularies["none"]):
+            assert choice.step is None
+            assert choice.weight > 0
 
 
 def refuse(root: str, task_ids: list[str], **ignored: Any) -> Iterator[str]:
