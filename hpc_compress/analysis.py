@@ -50,7 +50,7 @@ REPORT_COLUMNS = {  # of a report, with their units
     "mb": "size, MB",
     "latency_ms": "inference, ms",
     "speed_up": "speed-up",
-    "speed_up_best": "speed-up over 16 bits",  # of the base model, where it was timed so
+    "speed_up_best": "speed-up over 16-bit base",  # of the base model, where it was timed so
 }
 
 

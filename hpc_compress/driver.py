@@ -80,7 +80,7 @@ class Plan(Record):
     base: Base
     dataset: Dataset
     shape: Shape
-    rows: Rows | None = None  # None in runs of before
+    rows: Rows | None = None  # None in runs of earlier versions
 
     def differences(self, config: RunConfig, strategy: Mapping[str, Any], objective: Mapping[str, Any]) -> list[str]:
         """Settings that a resumed run may not change, where they changed. A run may be prolonged and reported anew."""
@@ -390,7 +390,7 @@ def learnt(plan: Plan, outcome: Outcome) -> tuple[str, bool] | None:
         return None
     better = "is no better" if score <= constant else "is hardly better"
     figures = f"{name} {score:.3f} against {constant:.3f} on {count} {split} rows"
-    line = f"the base model {better} than one answer to everything: {figures}"
+    line = f"the base model {better} than always giving the same answer: {figures}"
     return line, score <= constant and count >= CERTAIN_ROWS
 
 

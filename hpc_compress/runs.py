@@ -190,7 +190,7 @@ class Reader:
             name = f"generations/{number:04d}.json"
             generation = self._record(name, Generation, damage)
             if generation is not None and generation.number != number:
-                damage.append(f"{name} speaks of generation {generation.number}")
+                damage.append(f"{name} describes generation {generation.number}")
             elif generation is not None:
                 generations.append(generation)
         last = max(numbers, default=0)
@@ -347,7 +347,7 @@ def _outcome(root: Path, task_id: str) -> Outcome | None:
     path = door.inside(root, "tasks", task_id, "outcome.json")
     outcome = door.record(path, Outcome)
     if outcome is not None and not identity.is_id_of(task_id, outcome.task):
-        raise door.DamageError(f"{path} speaks of another task")
+        raise door.DamageError(f"{path} describes another task")
     return outcome
 
 

@@ -75,7 +75,7 @@ class Dataset(Record):
     labels: tuple[str, ...]  # class names in the order of their ids; empty for regression
     pair: bool = False  # two texts an example
     metrics: tuple[str, ...] = Field(min_length=1)  # the first one is the quality that the search sees
-    positive: str | None = None  # the class that f1 is of; None: no f1 (the second class in runs of before)
+    positive: str | None = None  # the class that f1 is of; None: no f1 (the second class in runs of earlier versions)
     max_length: int = Field(default=128, ge=4)  # tokens; longer examples are cut
 
     @model_serializer(mode="wrap")
@@ -103,7 +103,7 @@ class Rows(Record):
     """What became of a dataset's rows. A record for readers: tasks don't depend on it."""
 
     empty: dict[str, Count]  # by split as read: rows left out since they have no text or no label
-    unused: Count  # rows of train in no split: their text lies in held-out texts only
+    unused: Count  # rows of train in no split: their text occurs only inside held-out texts
     overlaps: tuple[Overlap, ...]
     trivial: dict[Split, dict[str, float]]  # what the best constant answer scores on each metric
 
@@ -117,7 +117,7 @@ class Rows(Record):
         """For a log, a report and a model card."""
         lines = [f"{count} rows of {split} without a text or a label are left out" for split, count in self.empty.items()]
         if self.unused:
-            lines.append(f"{self.unused} rows of train are in no split, since their texts lie inside held-out ones only")
+            lines.append(f"{self.unused} rows of train are in no split, since their texts occur only inside held-out texts")
         return [*lines, *map(str, self.overlaps)]
 
 

@@ -232,7 +232,7 @@ def test_what_is_missing_is_named(root: Path, caplog: pytest.LogCaptureFixture):
 def test_an_outcome_of_another_task_is_named(root: Path):
     one, other = analysis.open_run(root).generations[0].told[:2]
     shutil.copy(root / "tasks" / one / "outcome.json", root / "tasks" / other / "outcome.json")
-    assert f"tasks/{other}/outcome.json speaks of another task" in analysis.status(root)
+    assert f"tasks/{other}/outcome.json describes another task" in analysis.status(root)
 
 
 def test_a_result_that_names_nobody(root: Path, caplog: pytest.LogCaptureFixture):

@@ -100,7 +100,7 @@ def test_whatever_happens_to_jobs_the_outcomes_are_the_same(tmp_path: Path, faul
     slurm = SimulatedSlurm(faults=first_time({0: fault, 2: fault}), seconds=lambda id: 100)
     run = Run(tmp_path, slurm, tasks_per_job=tasks_per_job)
     assert run.settle(tasks) == answers(tasks)
-    sent_again = fault in LOSSES or fault == "linger"  # whose process has more left to do than an end must last
+    sent_again = fault in LOSSES or fault == "linger"  # whose process needs longer than a final state must persist
     assert run.said("2 tries left") == sent_again
     assert (len(run.submissions) > 1) == sent_again
     if fault in LOSSES:
@@ -110,7 +110,7 @@ def test_whatever_happens_to_jobs_the_outcomes_are_the_same(tmp_path: Path, faul
 
 
 def test_a_process_that_outlives_its_job_is_waited_for(tmp_path: Path):
-    """A cancelled process may still write its outcome, within the seconds for which an end must last."""
+    """A cancelled process may still write its outcome, within the seconds that a final state must persist."""
     run = Run(tmp_path, SimulatedSlurm(faults=first_time({0: "linger"}), seconds=lambda id: 16), settle_seconds=15)
     assert run.settle(made_up(2)) == answers(made_up(2))
     assert not run.said("lost")

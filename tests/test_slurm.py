@@ -245,7 +245,7 @@ def test_suspended(start: Any, wanted: Any):
     running = start("hang")
     element = running.hanging()["element"]
     call("scontrol", "suspend", element)
-    time.sleep(4)  # longer than an end must last to be believed
+    time.sleep(4)  # longer than a final state must persist
     (running.root / "go-on").touch()
     assert running.is_alive()
     call("scontrol", "resume", element)

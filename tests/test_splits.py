@@ -132,7 +132,7 @@ def test_f1_is_of_the_positive_class_whatever_the_order(tmp_path: Path):
     assert metrics.compute(["f1"], labels, outputs, 0)["f1"] == pytest.approx(0.8)
     with pytest.raises(ConfigError, match=r"dataset\.positive is 'yes'; set dataset\.positive to one of duplicate, not"):
         load(path, metrics=["f1"], positive="yes")
-    assert "positive" not in load(path)[0].model_dump()  # the identity of before
+    assert "positive" not in load(path)[0].model_dump()  # the identity of earlier versions
 
 
 @pytest.mark.parametrize(

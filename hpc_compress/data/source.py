@@ -244,7 +244,7 @@ def _hold_out(groups: overlap.Groups, rows: np.ndarray, amount: float, what: str
     stay, out = groups.hold_out(rows, count) if 0 < count < able else (rows[:0], rows)
     if not len(stay):
         raise ConfigError(
-            f"dataset.{what}_rows={amount} takes {count} of {able} rows (of {len(rows)}, those that lie in no longer text); "
+            f"dataset.{what}_rows={amount} takes {count} of {able} rows (of {len(rows)}, those not part of a longer text); "
             "leave some on both sides"
         )
     return stay, out

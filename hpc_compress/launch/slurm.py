@@ -129,7 +129,7 @@ class End(Record):
     state: str
     exit_code: str = ""
     node: str = ""
-    seconds: Count = 0  # of all its lives
+    seconds: Count = 0  # summed over all requeues
 
     def __str__(self) -> str:
         return f"{self.state}" + (f" {self.exit_code}" if self.exit_code else "") + (f" on {self.node}" if self.node else "")
@@ -148,7 +148,9 @@ class Slurm(Record):
     worker: str = Field(default=WORKER, description="dotted path of what brings tasks to outcomes")
     checkpoint_minutes: float = Field(default=5.0, gt=0, description="a longer training is saved this often, to go on from")
     poll_seconds: float = Field(default=5.0, gt=0, description="between two looks at the jobs")
-    settle_seconds: float = Field(default=10.0, ge=0, description="for which an end must last to be believed")
+    settle_seconds: float = Field(
+        default=10.0, ge=0, description="seconds that a final state must persist before it is accepted"
+    )
     lost_seconds: float = Field(default=120.0, ge=0, description="after which a job that Slurm does not know is lost")
     accounting_seconds: float = Field(
         default=1800.0, ge=0, description="without an answer of sacct, until squeue alone decides"
@@ -461,7 +463,7 @@ class _Nodes:
                 self.places[task_id].add(node)
 
     def bad(self) -> list[str]:
-        """The worst last."""
+        """Nodes to avoid, most certain last."""
         return [*(node for node in self.ended if node not in self.gone and self._deadly(node)), *self.gone]
 
     def _deadly(self, node: str) -> bool:

@@ -82,9 +82,9 @@ def apoz(model: PreTrainedModel, batches: Iterable[Batch], units: Sequence[str])
 
 
 def similarity(model: PreTrainedModel, batches: Iterable[Batch], units: Sequence[str]) -> PerUnit:
-    """1 - the largest absolute cosine with the output of another unit of the layer that is still there when the unit goes: of
-    two equal units one goes first, and the other one is as dear as any (after Srinivas & Babu 2015, on outputs in place of
-    weights). The weights of the unit that goes are taken over by those that stay, which is the repair's work."""
+    """1 - the largest absolute cosine with the output of another unit of the layer that is still there when the unit is
+    removed: of two equal units one is removed first, and the other one then counts as unique (after Srinivas & Babu 2015, on
+    outputs instead of weights). The repair lets the units that stay take over the weights of those that are removed."""
     written = magnitude(model, [], units)
     scores: PerUnit = {}
     for unit, products in _products_of_inputs(model, batches, units).items():
@@ -98,7 +98,7 @@ def similarity(model: PreTrainedModel, batches: Iterable[Batch], units: Sequence
 
 
 def _doubles(products: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-    """Of the two units that are most alike the one that says less goes, and so on. Scores never fall on the way.
+    """Of the two most similar units, the one with the smaller output is removed, and the search goes on. Scores never fall.
 
     products: (units, units) of the units' outputs. norms: (units,) of the weights by which they write.
     """

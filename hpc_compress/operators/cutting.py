@@ -161,7 +161,7 @@ class _Site:
 
 
 def _cheapest(model: PreTrainedModel, scores: UnitArrays, price: Price, budget: float, multiple: int) -> UnitArrays:
-    """What loses least, by the sum of the scores, while what is left costs no more than the budget."""
+    """Choose the cut with the smallest total score whose remaining cost fits the budget."""
     if "layers" in scores:
         heads, ffn = (np.array(counts(model, unit)) for unit in ("heads", "ffn"))
         whole = price.heads(heads) + price.ffn(ffn) + price.layer

@@ -238,8 +238,8 @@ def moments(before: Walk, at: Site, after: Walk, now: Site) -> Moments:
 def refit(
     weight: torch.Tensor, bias: torch.Tensor | None, seen: Moments, kept: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The weights on the kept input features, and the bias, that come nearest to what the linear said before the cut, and to
-    what the stream has lost since: `argmin ||W X + b + D - W' Y - b'||^2 + ridge ||W' - W_kept||^2` (Kwon et al. 2022,
+    """The weights on the kept input features, and the bias, that best reproduce the output of the linear before the cut, and
+    add what the stream has lost since: `argmin ||W X + b + D - W' Y - b'||^2 + ridge ||W' - W_kept||^2` (Kwon et al. 2022,
     section 4.3, with the ridge towards the old weights in place of one towards 0). Weights that are 0 stay 0.
 
     weight: (out, before). kept: (after,) positions of the features that are left.
