@@ -179,7 +179,7 @@ def _failed_runs(notes: Path) -> int:
 
 
 def _refuse_unknown_keys(arguments: list[str]) -> None:
-    """Name the allowed keys where Hydra would only say that one is unknown. Groups and +additions are Hydra's to judge."""
+    """Name the allowed keys where Hydra would only say that one is unknown. Hydra itself checks groups and +additions."""
     from hydra import compose, initialize_config_dir
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import OverrideType
@@ -246,7 +246,7 @@ def _names(overrides: list[Any]) -> list[Any]:
 
 
 def _run(cfg: Any) -> None:
-    """One Hydra job: one search. In a sweep, one that can't go on does not end the others."""
+    """One Hydra job: one search. In a sweep, a search that fails does not end the others."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
     from omegaconf import OmegaConf

@@ -89,10 +89,12 @@ class RunConfig(Record):
         default=1.0,
         gt=0,
         le=1,
-        description="share of a generation that must be in before selection; below 1 the late ones join the next",
+        description="share of a generation that must be finished before selection; below 1, late candidates join the next",
     )
     timings: int = Field(
-        default=3, ge=1, description="a survivor is timed once more in each generation, up to so many times; the median counts"
+        default=3,
+        ge=1,
+        description="a survivor is timed again in each generation until it has so many timings; the median counts",
     )
     required_quality: float | None = Field(
         default=None, description="stop once a candidate smaller than the base model reaches this quality on the search split"
@@ -103,7 +105,7 @@ class RunConfig(Record):
     teacher_gb: float = Field(
         default=8.0,
         ge=0,
-        description="the teacher's outputs are kept in the run folder if they take no more; else it is asked anew",
+        description="the most that the teacher's stored outputs may take; if they need more, each training asks the teacher",
     )
     model: ModelConfig
     dataset: DatasetConfig
@@ -166,7 +168,7 @@ def _require_finite(value: Any, where: str) -> None:
 
 
 def _numbers(value: Any) -> Any:
-    """A parameter with a text such as `nan` as the number that it would become."""
+    """A parameter in which texts such as `nan` are the numbers that they would become."""
     if isinstance(value, str) and value.strip().lower().lstrip("+-") in ("nan", "inf", "infinity"):
         return float(value)
     if isinstance(value, Mapping):

@@ -31,7 +31,7 @@ class Progress(Protocol):
 
 
 class Heartbeat(Record):
-    """What the driver is at; RUN/driver.json, whose time of writing is its last sign of life."""
+    """What the driver is doing; RUN/driver.json, whose time of writing is its last sign of life."""
 
     host: str
     pid: int
@@ -93,7 +93,7 @@ class Dispatch:
         return task_ids
 
     def wait(self, task_ids: Sequence[str], enough: int | None = None) -> None:
-        """Until so many of them, or all, are settled.
+        """Wait until `enough` of them, or all, have an outcome.
 
         Raises: SearchError when somebody cancels the run.
         """
@@ -153,7 +153,7 @@ class Dispatch:
 
     def _lost(self, task_id: str, reason: str, blamed: bool) -> bool:
         """Whether to send a task again whose job ended without an outcome of it. blamed: this costs the task a try."""
-        # A network filesystem believes for a while that a file is not there; a look at the folder teaches it better.
+        # A network filesystem may not show a new file for a while; listing the folder refreshes it.
         door.patiently(lambda: os.listdir(self.store.root / "tasks" / task_id))
         outcome = self.store.outcome(task_id)
         if outcome is None:
@@ -171,7 +171,7 @@ class Dispatch:
         return False
 
     def _beat(self) -> None:
-        """Say in the run folder that the driver lives, and what it is at."""
+        """Record in the run folder that the driver is alive, and what it is doing."""
         jobs = dict(sorted(self.jobs.counts().items()))
         news = self.heartbeat.model_copy(update={"done": self._arrived(), "total": len(self.wanted), "jobs": jobs})
         if news != self.heartbeat or time.monotonic() - self.beaten > HEARTBEAT_SECONDS:

@@ -68,7 +68,7 @@ class Look:
         if not torch.cuda.is_available():
             try:
                 torch.cuda.init()
-            except Exception as error:  # whatever it is, it is the answer
+            except Exception as error:  # every error is a result here
                 refusal = one_line(str(error))
         node = Node(
             host=platform.node(),
@@ -102,7 +102,7 @@ def precisions_that_fail() -> str:
         for rest in RESTS:
             try:
                 _try_precision(scheme, rest)
-            except Exception as error:  # whatever it is, it is the answer
+            except Exception as error:  # every error is a result here
                 failures.setdefault(one_line(f"{type(error).__name__}: {error}", 200), []).append(f"{scheme} with {rest}")
     return "; ".join(f"{', '.join(names)}: {message}" for message, names in failures.items())
 
@@ -311,7 +311,7 @@ def _canary(canary: Callable[[], None]) -> Check:
     begin = time.monotonic()
     try:
         canary()
-    except Exception as error:  # whatever it is, it is the answer
+    except Exception as error:  # every error is a result here
         return Check("canary", False, str(error), "mend it and run the doctor again")
     return Check("canary", True, f"a task of every kind of step, {time.monotonic() - begin:.0f} s")
 

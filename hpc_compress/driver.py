@@ -1,7 +1,7 @@
 """The loop: asks the strategy for genomes, sends tasks, reads outcomes, lets the strategy select. Imports no torch.
 
-Resuming is not a case of its own: a driver always starts from the base model and asks again, and what the store can
-answer is not sent. Since every choice follows from the seed and the outcomes, it comes to where it was.
+Resuming needs no code of its own. A driver always starts from the base model and asks the strategy again; tasks that have an
+outcome already are not sent. Every choice follows from the seed and the outcomes, so the driver arrives where it was.
 """
 
 import errno
@@ -50,7 +50,7 @@ from hpc_compress.types import (
 
 # Settings that a resumed run may change; conf/config.yaml leaves them out of the folder names of a sweep too.
 FREE = {"name", "generations", "required_quality", "report_candidates", "probe", "teacher_gb", "force"}
-CERTAIN_ROWS = 100  # below, a base model that scores as a constant answer may still have learnt something
+CERTAIN_ROWS = 100  # with fewer, a base model that scores like a constant answer may still have learnt something
 Objective = Callable[[Measurement, Measurement], float]
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 SYSTEM = (0, 65534)  # root, and how a container without privileges shows it
@@ -59,7 +59,7 @@ log = logging.getLogger(__name__)
 
 
 class Strategy(Protocol):
-    """What decides. `steps` and `deploys` are every step that it may use, so that they can be checked and probed alone."""
+    """Decides what is tried and what survives. `steps` and `deploys`: every step that it may use, to be checked and probed."""
 
     @property
     def steps(self) -> Sequence[Step]: ...
@@ -102,8 +102,8 @@ class Generation(Record):
     number: int
     born_ids: tuple[str, ...]
     parents: tuple[str | None, ...]  # in the order of `born_ids`
-    told: tuple[str, ...]  # candidates judged in this generation: late ones of earlier generations too, unfinished ones not
-    timed: tuple[str, ...] = ()  # tasks that timed a survivor again, and that this selection was the first to look at
+    told: tuple[str, ...]  # candidates judged now: late arrivals of earlier generations included, unfinished ones excluded
+    timed: tuple[str, ...] = ()  # tasks that timed a survivor again, and that this selection is the first to use
     population: tuple[str, ...]  # survivors, fittest first
 
     @model_validator(mode="before")
@@ -178,7 +178,7 @@ def search(
 
 @contextmanager
 def _alone(store: Store) -> Iterator[None]:
-    """Hold a run folder that nobody else may write to, as its only driver.
+    """Be the only driver of a run folder, to which nobody else may write.
 
     Raises: ConfigError when others may write there, SearchError when another driver is at work.
     """
@@ -379,7 +379,7 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 def learnt(plan: Plan, outcome: Outcome) -> tuple[str, bool] | None:
-    """What to say of a base model that is hardly better than the best constant answer, and whether it is certainly not."""
+    """A warning about a base model that is hardly better than the best constant answer, and whether that is certain."""
     rows, measurement, split = plan.rows, outcome.measurement, outcome.task.split
     count = next((found.rows for found in rows.overlaps if found.split == split), 0) if rows else 0
     if rows is None or measurement is None or not count:
@@ -607,7 +607,7 @@ class _Search:
         return f"\nthe base model was measured on {device}; delete what was not, and go on: {files}" if odd else ""
 
     def _stop_if_all_fail_alike(self, what: str, outcomes: Sequence[Outcome]) -> None:
-        """A generation that dies of one cause has met something that its user must mend."""
+        """When all tasks of a generation fail for the same reason, the user must correct something."""
         reasons = [describe(outcome.failure) for outcome in outcomes if outcome.failure]
         causes = {
             re.sub(r"\b0x[0-9a-f]+\b|\b[0-9a-f]*\d[0-9a-f]*\b", "#", reason.partition(", at last")[0]) for reason in reasons

@@ -86,7 +86,7 @@ class Store:
         return task
 
     def outcome(self, task_id: str) -> Outcome | None:
-        """The outcome of a task, believed only when it is whole and speaks of this very task."""
+        """The outcome of a task; None unless the file is whole and describes this very task."""
         outcome = self.read(f"tasks/{task_id}/outcome.json", Outcome)
         return outcome if outcome is not None and identity.is_id_of(task_id, outcome.task) else None
 

@@ -31,7 +31,7 @@ class Step(Record):
 
     operator: str = Field(min_length=1)
     params: dict[str, Any] = {}
-    # Above 0: an equal step that draws other random numbers, and so does all that follows it. Left out of the JSON when 0.
+    # Above 0: the same step with other random numbers, and so are those of all later steps. Left out of the JSON when 0.
     replicate: int = Field(default=0, ge=0, exclude_if=lambda number: number == 0)
 
     @field_validator("params")
@@ -91,7 +91,7 @@ class Overlap(Record):
     of: Literal["train", "search"]
     rows: Count  # of `split`
     equal: Count  # the same text, or pair of texts, is in the other split
-    inside: Count = 0  # single texts: not equal to a text of the other split, but a run of words of one
+    inside: Count = 0  # single texts: not equal to a text of the other split, but part of one
     shared: Count | None = None  # pairs: one of the two texts stands in a pair of the other split; None: no pairs
 
     def __str__(self) -> str:
@@ -170,7 +170,7 @@ Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Timing(Record):
-    """Milliseconds of passes over the protocol's sample, in one job. The models take turns: equal places are one turn."""
+    """Milliseconds of passes over the protocol's sample, in one job. The models take turns; n-th numbers are of one turn."""
 
     latency_ms: tuple[Milliseconds, ...] = Field(min_length=1)  # of the deployed model
     base_latency_ms: tuple[Milliseconds, ...] = Field(min_length=1)  # of the base model in fp32

@@ -45,12 +45,12 @@ def compute(names: Sequence[str], labels: np.ndarray, outputs: np.ndarray, posit
 
 
 def positive(dataset: Dataset) -> int:
-    """The id of the class that f1 is of."""
+    """The id of the class that f1 is computed for."""
     return 1 if dataset.positive is None else dataset.labels.index(dataset.positive)
 
 
 def trivial(dataset: Dataset, labels: np.ndarray) -> dict[str, float]:
-    """The best that one answer to everything scores on each metric."""
+    """The best score on each metric of a model that always gives the same answer."""
     if dataset.problem == "regression":
         return dict.fromkeys(dataset.metrics, 0.0)
     classes = len(dataset.labels)

@@ -18,7 +18,7 @@ from hpc_compress.types import Overlap, Split
 
 WORD = re.compile(r"[^\W_]+")
 NEGATION = re.compile(r"(?<=\w)n['\u2019]t\b| n['\u2019]t\b")  # "don't" is "do n't" to the tokenizer that made SST-2
-LARGEST = 0.01  # of the rows held out: a group of equal rows that is larger stays in train where it can
+LARGEST = 0.01  # share of the rows held out; a group of equal rows that is larger stays in train if possible
 CHUNK = 2**22  # candidate places that are compared at a time: about 100 MB
 
 
@@ -39,12 +39,12 @@ def keys(rows: pd.DataFrame) -> np.ndarray:
 
 
 def runs(needles: Sequence[str] | np.ndarray, texts: Sequence[str] | np.ndarray) -> np.ndarray:
-    """Every text that a needle is a run of words of: (n, 2) rising pairs of a needle's and a text's index, none twice.
+    """Which needles are runs of words of which texts: (n, 2) pairs of a needle's and a text's index, sorted, none twice.
 
     All strings are as `normal` gives them. A needle also lies in a text that equals it.
 
     The hash of every run of 2^k words follows from those of 2^(k-1) (Karp, Miller and Rosenberg 1972, Rapid identification of
-    repeated patterns). A needle of n words is where its first and its last 2^k words are, 2^k being the largest power up to n.
+    repeated patterns). A needle of n words is where both its first and its last 2^k words are, 2^k the largest power up to n.
     """
     numbers: dict[str, int] = {}
     split = [[numbers.setdefault(word, len(numbers) + 1) for word in text.split()] for text in (*texts, *needles)]
@@ -109,9 +109,9 @@ def _chunks(counts: np.ndarray) -> list[np.ndarray]:
 class Groups:
     """Rows in groups that stay on one side of a split.
 
-    Equal rows are one group. A text that lies in others is never held out. It stays in train as long as one of the longest
-    texts around it does; else it is in neither split. So no held-out text lies in train, and a short text that lies in
-    everything ("good") binds nothing together.
+    Equal rows are one group. A text that is part of longer ones is never held out. It stays in train if one of the longest
+    texts that contain it stays there; otherwise it is in neither split. So no held-out text is part of a train text, and a
+    short text that is part of many ("good") does not tie them together.
     """
 
     def __init__(self, rows: pd.DataFrame) -> None:
@@ -121,14 +121,14 @@ class Groups:
         around = around[around[:, 0] != around[:, 1]]
         self.whole = np.ones(len(unique), dtype=bool)  # lies in no other text
         self.whole[around[:, 0]] = False
-        self.around = around[self.whole[around[:, 1]]]  # a text that lies in others, and a whole text around it
+        self.around = around[self.whole[around[:, 1]]]  # a text that is part of others, and a whole text that contains it
 
     def hold_out(self, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Those of `rows` that stay in train, and `count` rows held out; the others belong to neither.
 
         rows: row numbers in random order, which decides. Groups are taken from the end as long as they fit; if none does,
-        the smallest one is taken whole. A text that stands there very often, such as a retweet, is not to decide a split's
-        figures: groups of over `LARGEST` of the rows held out are taken only where the others are too few.
+        the smallest one is taken whole. A text that occurs very often, such as a retweet, must not decide a split's results:
+        groups larger than `LARGEST` of the rows held out are taken only if the others are too few.
         """
         groups = self.group[rows]
         order = list(dict.fromkeys(groups[::-1][self.whole[groups[::-1]]]))

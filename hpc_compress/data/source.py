@@ -1,7 +1,7 @@
 """From a dataset's configuration to three tables of rows: train, search and report. Knows pandas and `datasets`, no torch.
 
-The search split is held out of train, so that the official validation rows are touched for the report only. Rows that are
-equal, and texts that lie in one another, stay on one side (`data.overlap`).
+The search split is held out of train, so that the official validation rows are touched for the report only. Equal rows, and
+texts of which one contains the other, stay on the same side (`data.overlap`).
 """
 
 import csv
@@ -152,7 +152,7 @@ def _read_hub(config: DatasetConfig, split: str) -> pd.DataFrame:
 
 
 def _clean(table: pd.DataFrame, config: DatasetConfig, split: str) -> tuple[pd.DataFrame, int]:
-    """The rows with the columns text, text2 and label, and how many were left out for want of a text or a label."""
+    """The rows with the columns text, text2 and label, and how many were left out because they have no text or no label."""
     wanted = {"text": config.text, "text2": config.text2, "label": config.label}
     columns = {name: column for name, column in wanted.items() if column is not None}
     for name, column in columns.items():
@@ -251,7 +251,7 @@ def _hold_out(groups: overlap.Groups, rows: np.ndarray, amount: float, what: str
 
 
 def _positive(labels: tuple[str, ...], config: DatasetConfig) -> str:
-    """The class that F1 is of: as GLUE has it, class 1, or a name that says yes."""
+    """The class that F1 is computed for: class 1, as in GLUE, or a class whose name means yes."""
     if config.positive is not None:
         found = [label for label in labels if label == config.positive]
     else:

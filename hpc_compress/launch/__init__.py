@@ -154,7 +154,7 @@ def _end_with(process: Process) -> None:
 
 
 def packed(bundles: Sequence[Bundle], size: int) -> list[tuple[Bundle, ...]]:
-    """Join bundles to packs of `size` tasks or a little more, in their order; a bundle is never torn."""
+    """Join bundles to packs of `size` tasks or a little more, in their order; a bundle is never split."""
     packs: list[tuple[Bundle, ...]] = []
     for bundle in bundles:
         if packs and sum(map(len, packs[-1])) < size:

@@ -30,7 +30,7 @@ SECONDS = 60.0  # that a command may take: a busy controller answers late, a dea
 # Variables by which a user's profile, or the job that the driver runs in, changes what a command asks for or shows: they
 # hide jobs from squeue, and override the lines of a submitted script.
 OPTIONS = ("SLURM_", "SBATCH_", "SQUEUE_", "SACCT_", "SCANCEL_", "SINFO_")
-REACH = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT"}  # but these are how a command finds the cluster and is let in
+REACH = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT"}  # but by these a command finds the cluster and proves who the user is
 
 # One number has at most 18 digits: Python refuses to read very long ones.
 SQUEUE_LINE = re.compile(r"([0-9]{1,18})\|([0-9]{1,18}|N/A)\|([A-Z_]+)\|([^|]*)\|([^|]*)\|(.*)")
@@ -39,7 +39,7 @@ JOB_ID_LINE = re.compile(r"([0-9]{1,18})(?:_.*)?")
 INDICES = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9})(?::([0-9]{1,9}))?)?")  # 3, 3-9 or 3-9:2
 MOST_INDICES = 4_000_001  # Slurm's own limit of an array
 
-# What a controller says that has too much to do, or is away: it may have taken the job or not.
+# What a busy or unreachable controller says: it may have accepted the job or not.
 BUSY = (
     "standby mode",
     "authentication error",
@@ -53,7 +53,7 @@ BUSY = (
     "zero bytes",
     "try again",
 )
-# What it says when the user has enough jobs for now. It says the same of a job that is larger than it will ever admit.
+# What it says when the user has too many jobs for now. It says the same about a job that it will never admit.
 FULL = (
     "qos policy",
     "submit limit",
@@ -189,7 +189,7 @@ class Commands:
                 )
 
     def cancel(self, ids: Sequence[str]) -> None:
-        """Cancel jobs (`17`) or elements (`17_3`); those that have ended are no matter.
+        """Cancel jobs (`17`) or elements (`17_3`); those that have ended are ignored.
 
         Raises: CommandError when scancel failed for some of them; the others were tried too.
         """

@@ -95,7 +95,7 @@ class Processes:
 
         self.root, self.settings, self.gpus = root, settings, gpus
         self.workers = settings.workers or len(gpus) or 2
-        # Threads that wait for each other on a core that is taken slow a small model down threefold and more.
+        # Threads that wait for each other on a busy core make a small model three or more times slower.
         self.threads = settings.threads or max(1, len(os.sched_getaffinity(0)) // self.workers)
         folder = root / "jobs" / f"local-{time.time_ns():x}"  # never an old one: submitit believes the results that it finds
         self.executor = submitit.LocalExecutor(folder=str(folder))

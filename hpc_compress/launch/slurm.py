@@ -1,4 +1,4 @@
-"""Tasks as Slurm arrays that this module watches with its own eyes. Knows sbatch's options and states; no task's content.
+"""Runs tasks as Slurm arrays and follows every element. Knows sbatch's options and states; nothing of what a task is.
 
 RUN/jobs/<name>/submission.json   what is about to be submitted under this job name, written before sbatch is called
 RUN/jobs/<name>/sent.json         the job id that sbatch gave
@@ -6,7 +6,7 @@ RUN/jobs/<name>/ends.json         how its elements ended
 RUN/jobs/<name>/...               Submitit's files and the logs
 
 A driver that was killed at any instruction reads these and finds its jobs again, by their names where it has no id. An id
-alone is never believed: a controller that lost its state gives old ones again.
+alone is not enough: a controller that lost its state gives out old ids again.
 
 What squeue lists has not ended, whatever the accounting says of it: a preempted job, or one whose node failed, is waiting
 there to run again. What squeue does not list has ended when the accounting has a final state of it and says so for
@@ -40,7 +40,7 @@ UNFINISHED = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "R
 NODE_STATES = {"NODE_FAIL", "BOOT_FAIL"}
 KILLED = {"9:0", "0:9", "137:0", "0:125"}  # how a job out of memory ends, where its state doesn't say so
 BACK_OFF_SECONDS = (5.0, 300.0)  # after a refusal; doubled up to the second
-HELD = ("launch failed requeued held", "JobHoldMaxRequeue")  # Slurm gave up: it waits until somebody lets it go
+HELD = ("launch failed requeued held", "JobHoldMaxRequeue")  # Slurm gave up: the job waits until somebody releases it
 BAD_DEATHS, LAST_JOBS = 3, 10  # a node is bad when most of its last jobs died, of at least so many different tasks
 LEAVING = {"COMPLETING", "CANCELLED"}  # how squeue shows a job that was cancelled, until its processes have ended
 
@@ -151,9 +151,9 @@ class Slurm(Record):
     settle_seconds: float = Field(
         default=10.0, ge=0, description="seconds that a final state must persist before it is accepted"
     )
-    lost_seconds: float = Field(default=120.0, ge=0, description="after which a job that Slurm does not know is lost")
+    lost_seconds: float = Field(default=120.0, ge=0, description="seconds after which a job that Slurm does not know is lost")
     accounting_seconds: float = Field(
-        default=1800.0, ge=0, description="without an answer of sacct, until squeue alone decides"
+        default=1800.0, ge=0, description="seconds without an answer from sacct, after which squeue alone decides"
     )
     _commands: Commands = PrivateAttr(default_factory=Commands)
 
@@ -244,7 +244,7 @@ class Arrays:
             while self.waiting and len(packs) < room and self._memory(self.waiting[0]) == mem_mb:
                 packs.append(self.waiting.popleft())
             name = f"{_slug(self.store.root.name)}-{secrets.token_hex(4)}"
-            # Never most of them: when what is left is down, Slurm would not say so, and let the jobs wait.
+            # Never most of the nodes: if the others are down, Slurm lets the jobs wait and does not say why.
             most = (self.limits.nodes or 2) // 2
             bad_nodes = tuple(self.nodes.bad())[-most:] if most else ()
             array = _Array.new(
@@ -261,7 +261,7 @@ class Arrays:
                 self.chunk, self.delay_seconds = min(2 * self.chunk, self.limits.array_size), BACK_OFF_SECONDS[0]
 
     def _refused(self, array: "_Array", error: RefusedError) -> None:
-        """Later, fewer or not at all."""
+        """Try again later, try fewer elements, or give up."""
         if error.kind == "busy":
             # It may have taken them all the same: they are looked for by name, and sent again when nobody knows them.
             self.flying[array.submission.name] = array
@@ -272,7 +272,7 @@ class Arrays:
                 raise ConfigError(
                     f"sbatch refused the jobs: {error}; mend the keys of cluster (hpc-compress doctor checks them)"
                 )
-            if error.kind == "never":  # perhaps for what was learnt here: no node may be left, or none with so much memory
+            if error.kind == "never":  # perhaps since too many nodes are excluded, or no node has so much memory
                 self.nodes = _Nodes()
                 self.mem_mb.clear()
                 return
@@ -351,7 +351,7 @@ class Arrays:
             return None
         pack = array.open.pop(index)
         if final is None and array.job_id is None:
-            # It never came to Slurm; or it did, and what came of it tells.
+            # It never reached Slurm; or it did, and then its outcomes show it.
             open_bundles = tuple(ids for ids in pack if any(self.store.outcome(task_id) is None for task_id in ids))
             self.waiting.extend([open_bundles] if open_bundles else [])
             array.ends[index] = End(state="NEVER_SUBMITTED")

@@ -1,7 +1,7 @@
 """A gate on every unit of a model: at 1 the unit works, at 0 the model equals one from which the unit was cut.
 
-So gates are what criteria differentiate by, what learnt masks multiply, and what cuts are tested against. (A cut of the hidden
-size is the one exception: there the LayerNorms go over fewer features afterwards.)
+Criteria differentiate the loss by gates, learnt masks are gates, and tests compare cuts with gates at 0. (A cut of the hidden
+size is the one exception: the LayerNorms then go over fewer features.)
 
     layers   encoder layers: the layer's output, interpolated with its input
     blocks   the attention and the FFN of each layer: their contribution, but for the output's bias
@@ -24,7 +24,7 @@ from hpc_compress.models import surgery
 from hpc_compress.models.modeling_hpc_compress import linear_of
 
 Unit = Literal["layers", "blocks", "heads", "ffn", "hidden"]
-# Of each unit, one tensor a layer (layers and hidden: one for the model): what is said of its units, one number each.
+# For each kind of unit one tensor a layer (layers and hidden: one for the model), with one number for each unit.
 PerUnit = dict[str, list[torch.Tensor]]
 
 

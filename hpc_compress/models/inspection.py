@@ -51,7 +51,7 @@ class Tensor:
 def inspect(folder: Path, files: list[Path], config: Mapping[str, Any]) -> None:
     """Compare weights, config and tokenizer.
 
-    Raises: ConfigError for what does not belong together or is none of ours; DamageError for a damaged file.
+    Raises: ConfigError for files that do not fit together or a model that is not supported; DamageError for a damaged file.
     """
     _check_config(folder, config)
     if not (folder / "model.safetensors").is_file():
@@ -89,8 +89,8 @@ def header(path: Path) -> dict[str, Tensor]:
 def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
     path, family = folder / "config.json", config.get("model_type")
     if not isinstance(family, str) or family not in LAYERS:
-        what = "has no model_type" if family is None else f"says model_type {shortened(family)!r}"
-        raise ConfigError(f"{path} {what}, which is none of ours; choose a checkpoint of {', '.join(LAYERS)}")
+        what = "has no model_type" if family is None else f"says model_type {shortened(family)!r}, which is not supported"
+        raise ConfigError(f"{path} {what}; choose a checkpoint of {', '.join(LAYERS)}")
     for key in COUNTS:
         value = config.get(key)
         if value is not None and (type(value) is not int or not 0 < value < 2**31):

@@ -181,7 +181,7 @@ class HpcCompressForSequenceClassification(PreTrainedModel):
     def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """Load on the CPU, or on `device_map` when it names one device; weights keep the precision they were saved in.
 
-        The generic loader would re-initialise layers of unusual shape without a word, so this one is strict.
+        The generic loader would silently re-initialise layers of unusual shape, so this one is strict.
         """
         config, weights, device = _saved(path, WEIGHTS, config, kwargs)
         with no_init_weights():
@@ -256,7 +256,7 @@ def _saved(path: Any, name: str, config: Any, options: dict[str, Any]) -> tuple[
 
 
 def skeleton(config: HpcCompressConfig) -> PreTrainedModel:
-    """A stock model whose layers have the config's shape; its weights mean nothing yet."""
+    """A stock model whose layers have the config's shape; its weights are not set yet."""
     family = family_of(config.stock["model_type"])
     model = AutoModelForSequenceClassification.from_config(config.stock_config())
     size = head_size(model, family)
@@ -318,7 +318,7 @@ class ThresholdedActivation(nn.Module):
 
 
 def set_thresholds(model: nn.Module, family: Family, values: Sequence[float]) -> None:
-    """One threshold a layer, in place of those that are there; none at all leaves everything as it is."""
+    """Set one threshold a layer, in place of earlier ones; with no values nothing changes."""
     for layer, value in zip(layers_of(model, family), values, strict=False):
         activation = layer.get_submodule(cast(str, family.gate))
         activation = activation.activation if isinstance(activation, ThresholdedActivation) else activation
@@ -333,11 +333,11 @@ def thresholds(model: nn.Module, family: Family) -> list[float]:
 
 
 class NoHeads(nn.Module):
-    """Stands where an attention was that lost all its heads: nothing is computed, and no token hears of another. What stays is
-    the bias of the linear that leads out, as anywhere where a linear has no inputs."""
+    """Takes the place of an attention that lost all its heads: it computes nothing and passes nothing between tokens. The
+    bias of its output linear stays, as for every linear without inputs."""
 
     def __init__(self, attention: nn.Module, out: str | None) -> None:
-        """out: the name of the linear that leads out, where that is a part of the attention."""
+        """out: the name of the output linear, where that is a part of the attention."""
         super().__init__()
         self.out = out
         for name, child in attention.named_children():
@@ -363,7 +363,7 @@ def keep_layers(model: nn.Module, family: Family, kept: Sequence[int]) -> None:
 
 
 def keep_heads(layer: nn.Module, family: Family, features: Kept, head_size: int) -> None:
-    """Leave the attention of a layer only some features, whole heads of them; without any it is bypassed."""
+    """Keep only these features of a layer's attention, whole heads of them; with none left it is bypassed."""
     for linear in into_attention(layer, family):
         for name in ("weight", "bias"):
             take(linear, name, 0, features, family.attention_blocks)
@@ -384,7 +384,7 @@ def keep_heads(layer: nn.Module, family: Family, features: Kept, head_size: int)
 
 
 def keep_ffn(layer: nn.Module, family: Family, neurons: Kept) -> None:
-    """Leave the FFN of a layer only some neurons; without any its output is a bias."""
+    """Keep only these neurons of a layer's FFN; with none left its output is a bias."""
     for name in ("weight", "bias"):
         take(linear_of(layer, family.ffn_in), name, 0, neurons, family.ffn_blocks)
     out = linear_of(layer, family.ffn_out)
@@ -394,7 +394,7 @@ def keep_ffn(layer: nn.Module, family: Family, neurons: Kept) -> None:
 
 
 def fit_shared_bias(model: PreTrainedModel, family: Family) -> None:
-    """Leave a position bias that all layers share as many columns as the layers have heads, those of them that have any."""
+    """Cut a position bias that all layers share to as many columns as layers have heads; layers without heads don't count."""
     if family.shared_bias is not None:
         widest = max(linear_of(layer, family.attention_out).in_features for layer in layers_of(model, family))
         take(shared_bias(model, family), "weight", 1, slice(widest // head_size(model, family)))
@@ -405,7 +405,7 @@ def shared_bias(model: nn.Module, family: Family) -> nn.Module:
 
 
 def keep_hidden(model: PreTrainedModel, family: Family, features: Kept) -> None:
-    """Leave the residual stream only some dimensions, in every parameter that shares them.
+    """Keep only these dimensions of the residual stream, in every parameter that shares them.
 
     Raises: ValueError, before anything is cut, when a parameter is grouped in a way that does not allow it.
     """
@@ -460,7 +460,7 @@ def _shapes(config: PreTrainedConfig, family: Family, factor: int) -> dict[str, 
 
 
 def take(module: nn.Module, name: str, dim: int, kept: Kept, blocks: int = 1) -> None:
-    """Leave a parameter only some positions along a dimension, the same in each of its blocks; tell the module its widths."""
+    """Keep only these positions of a parameter along a dimension, the same in each block, and update the module's widths."""
     old = getattr(module, name)
     if old is None:  # a linear without bias
         return
@@ -565,7 +565,7 @@ class DynamicInt8Linear(nn.Linear):
         if self._packed is None:
             scale = cast(torch.Tensor, self.scale).double()
             with warnings.catch_warnings():
-                # torch announces the end of these tensors; the version that is pinned has them.
+                # torch warns that it will remove these tensors; the pinned version still has them.
                 warnings.simplefilter("ignore", UserWarning)
                 whole = torch._make_per_channel_quantized_tensor(self.weight.data, scale, scale.new_zeros(len(scale)).long(), 0)
             self._packed = torch.ops.quantized.linear_prepack(whole, self.bias)

@@ -10,7 +10,7 @@ from torch import nn
 
 
 def sparse_scheme(linear: nn.Linear) -> str | None:
-    """What a linear's zeros make of it: `2:4`, else `sparse`, or None where it is no smaller without them."""
+    """How a linear with zeros is saved: `2:4`, else `sparse`; None if it would not be smaller without its zeros."""
     # The state and not the parameter: on a GPU a 2:4 weight is one that computes, and can't be looked at.
     weight = linear.state_dict()["weight"]
     nonzero = weight != 0
@@ -20,7 +20,7 @@ def sparse_scheme(linear: nn.Linear) -> str | None:
 
 
 def zeros(weight: torch.Tensor) -> torch.Tensor | None:
-    """Where a linear's weights are 0, as a mask; None where none is. Weights that are all 0 are yet to be learnt: None too."""
+    """Where a linear's weights are 0, as a mask; None if none is, or if all are, since such weights are not trained yet."""
     mask = weight.detach() == 0
     return mask if mask.any() and not mask.all() else None
 

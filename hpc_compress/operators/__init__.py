@@ -26,7 +26,7 @@ class Operator(Protocol):
 
 @runtime_checkable
 class Particular(Protocol):
-    """An operator that not every device or base model suits: it is asked before any job is submitted."""
+    """An operator that works only on some devices or base models; it is checked before any job is submitted."""
 
     def check(self, device: str, depth: int, inputs: tuple[int, ...]) -> None:
         """device: as in the protocol. depth: encoder layers of the base model. inputs: widths of what leads into its linears.

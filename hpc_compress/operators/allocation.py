@@ -1,4 +1,4 @@
-"""How much to take from where: the cut that loses least within a budget. Plain numpy; knows no models."""
+"""Where to cut how much: the choice with the smallest loss within a budget. Plain numpy; knows no models."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ BINS = 4000  # a budget is kept to within this part of it
 
 @dataclass(frozen=True)
 class Place:
-    """Where units can go from, such as the heads of one layer, and its levels: level 0 is uncut."""
+    """Something that can be cut in levels, such as the heads of one layer; level 0 is uncut."""
 
     loss: np.ndarray  # (levels,) what is lost at each level
-    cost: np.ndarray  # (levels,) what is left to pay at each level: parameters, or time
+    cost: np.ndarray  # (levels,) what remains at each level: parameters, or time
 
 
 def levels(scores: np.ndarray, kept: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -26,7 +26,7 @@ def levels(scores: np.ndarray, kept: Sequence[int] | np.ndarray) -> np.ndarray:
 
 
 def allocate(places: Sequence[Place], budget: float) -> list[int]:
-    """The level of each place that together lose least while what is left costs no more than `budget`.
+    """The level of each place such that the sum of losses is smallest and the remaining cost is at most `budget`.
 
     The multiple-choice knapsack problem by dynamic programming over a grid of costs, as Frantar & Alistarh 2022 (SPDY,
     section 3.1). Costs are rounded up on the grid, so the budget is kept, and of equal losses the cheaper is taken.

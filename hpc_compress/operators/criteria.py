@@ -118,8 +118,8 @@ def _doubles(products: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
 
 
 def obs_error(model: PreTrainedModel, batches: Iterable[Batch], units: Sequence[str]) -> PerUnit:
-    """What a layer's output loses, as a share of it, when units go one after another, the least missed one first, and the
-    weights that are left make up for each (Optimal Brain Surgeon on structures: Kurtic et al. 2023, ZipLM, eq. 3-4)."""
+    """The share of a layer's output that is lost when units are removed one by one, the least important first, while the
+    remaining weights compensate for each (Optimal Brain Surgeon on structures: Kurtic et al. 2023, ZipLM, eq. 3-4)."""
     scores: PerUnit = {}
     for unit, products in _products_of_inputs(model, batches, units).items():
         linears, features = _outputs(model, unit)

@@ -28,7 +28,7 @@ UnitArrays = dict[str, list[np.ndarray]]  # of each kind of unit, layer by layer
 
 @dataclasses.dataclass(frozen=True)
 class Price:
-    """What a layer costs by what is left of it: parameters, or time."""
+    """The cost of a layer, in parameters or time, by what is left of it."""
 
     heads: Callable[[np.ndarray], np.ndarray]  # of the attention with so many heads; 0 for none
     ffn: Callable[[np.ndarray], np.ndarray]  # of the FFN with so many neurons; 0 for none
@@ -54,11 +54,11 @@ def prune_heads(model: PreTrainedModel, how: "PruneHeads", context: Context) -> 
     batches = context.batches(how.sentences)
     scores = _score(model, how.criterion, batches, ["heads"])["heads"]
     if surgery.family(model).shared_bias:
-        raise ValueError("the layers of this encoder share one position bias, so heads go alike in all layers: use prune")
+        raise ValueError("the layers of this encoder share one position bias, so all must lose the same heads: use prune")
     layers = range(len(scores))[-1:] if how.where == "last" else range(len(scores))
     order = sorted((float(score), layer, head) for layer in layers for head, score in enumerate(scores[layer]))
     if how.count > len(order):
-        raise ValueError(f"count={how.count} heads can't go: there are {len(order)} in {how.where} layer")
+        raise ValueError(f"count={how.count} heads can't be removed: there are {len(order)} in {how.where} layer")
     going = {(layer, head) for _, layer, head in order[: how.count]}
     kept = [np.array([head for head in range(len(s)) if (at, head) not in going], dtype=int) for at, s in enumerate(scores)]
     return _cut_once(model, {"heads": kept}, batches, how)
@@ -103,7 +103,7 @@ def prune(model: PreTrainedModel, how: "Prune", context: Context) -> PreTrainedM
 
 
 def _score(model: PreTrainedModel, criterion: str, batches: Sequence[Batch], units: Sequence[str]) -> UnitArrays:
-    """Raises: ValueError for scores that say nothing: the wrong number, or not finite."""
+    """Raises: ValueError for scores of the wrong number, or that are not finite."""
     found = (criteria.CRITERIA.get(criterion) or locate(criterion))(model, batches, units)
     scores = {unit: [np.asarray(score.detach().cpu().double()) for score in found[unit]] for unit in units}
     for unit in units:
@@ -127,12 +127,12 @@ def _times(context: Context) -> Price:
     return Price(
         lambda count: np.interp(count, times.heads, times.attention_ms),
         lambda count: np.interp(count, times.widths, times.ffn_ms),
-        layer=0.0,  # of what can't be cut the table knows nothing, so that every share can be met
+        layer=0.0,  # the table has no times for what can't be cut, so that every share can be reached
     )
 
 
 def _alike(model: PreTrainedModel, scores: UnitArrays, first: dict[str, list[int]], left: float, multiple: int) -> UnitArrays:
-    """The same share everywhere; something stays in every block.
+    """Keep the same share everywhere, and something in every block.
 
     first: how many there were before the first round.
     """
@@ -147,7 +147,7 @@ def _alike(model: PreTrainedModel, scores: UnitArrays, first: dict[str, list[int
 
 @dataclasses.dataclass(frozen=True)
 class _Site:
-    """Where heads or neurons can go from: one layer's, or those of all layers that share the choice."""
+    """Heads or neurons that can be removed: those of one layer, or of all layers that share the choice."""
 
     unit: str
     layers: tuple[int, ...]
@@ -192,7 +192,7 @@ def _sites(model: PreTrainedModel, scores: UnitArrays, multiple: int) -> list[_S
     for unit, per_layer in scores.items():
         stays = [_levels(len(score), multiple if unit == "ffn" else 1) for score in per_layer]
         if unit == "heads" and surgery.family(model).shared_bias:
-            # Heads go alike in all layers that have any; their scores are sums over those layers.
+            # All layers that have heads lose the same ones; their scores are sums over those layers.
             having = tuple(layer for layer, score in enumerate(per_layer) if len(score))
             total = np.sum([per_layer[layer] for layer in having], axis=0)
             sites += [_Site(unit, having, total, stays[having[0]], levels(total, stays[having[0]]))] if having else []
@@ -225,9 +225,9 @@ def _cut_once(
 
 
 def _before(model: PreTrainedModel, how: "DropLayers | Prune | PruneHeads") -> PreTrainedModel | None:
-    """A copy for the repair to aim at; None where there is no repair.
+    """A copy whose outputs the repair reproduces; None where there is no repair.
 
-    A unit that goes because it has a double leaves its work to it, and the repair is what hands the work over.
+    A unit that is removed because it is similar to another one leaves its work to that one, and the repair hands it over.
     """
     return copy.deepcopy(model) if how.repair or how.criterion == "similarity" else None
 
@@ -252,8 +252,8 @@ def _cut(model: PreTrainedModel, kept: UnitArrays) -> None:
 
 @torch.no_grad()
 def _repair(model: PreTrainedModel, dense: PreTrainedModel, kept: UnitArrays, batches: Sequence[Batch]) -> None:
-    """Refit every output linear, first layer first, so that it says what it said in `dense`, given what it hears now. Where
-    whole layers went, what follows takes over what they said too.
+    """Refit every output linear, first layer first, so that it reproduces its output in `dense` from its present inputs.
+    Where whole layers were removed, the linears that follow add what those layers contributed.
 
     kept: what is left of `dense`.
     """
@@ -262,7 +262,7 @@ def _repair(model: PreTrainedModel, dense: PreTrainedModel, kept: UnitArrays, ba
     for index, origin, name, stays in _outputs(model, dense, kept):
         linear, whole = linear_of(surgery.layers(model)[index], name), linear_of(surgery.layers(dense)[origin], name)
         changed = changed or linear.in_features < whole.in_features or index != origin
-        if changed:  # without any input left, the bias still takes over what the inputs said on average
+        if changed:  # with no input left, the bias still takes over what the inputs contributed on average
             at, now = _site(dense, origin, name, kept), _site(model, index, name, kept)
             seen = obs.moments(before, at, after, now)
             weight, bias = obs.refit(whole.weight, whole.bias, seen, torch.from_numpy(stays).to(whole.weight.device))

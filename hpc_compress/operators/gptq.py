@@ -1,4 +1,4 @@
-"""GPTQ (Frantar et al. 2022): rounding column by column, in which the columns still to come make up for each error.
+"""GPTQ (Frantar et al. 2022): rounding column by column, where later columns compensate for the error of each.
 
 Knows one weight matrix and the grid that it must end on; nothing of models or storage.
 
@@ -14,7 +14,7 @@ BLOCK = 128  # columns after which the rest is brought up to date at once (secti
 
 
 def round_weights(weight: torch.Tensor, hessian: torch.Tensor, levels: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Codes such that `levels[codes] * scales` is near the weight in what it says to its inputs.
+    """Codes such that a linear with the weights `levels[codes] * scales` gives nearly the same outputs.
 
     The inputs with the most energy are rounded first, since later ones have fewer columns left to make up for their errors.
     Scales are fixed beforehand, so the order is free.

@@ -1,8 +1,8 @@
 """Movement pruning of structures: scores of heads and FFN neurons that are learnt along with the weights, and the cut that they
 lead to (Sanh et al. 2020, arXiv 2005.07683; on structures as Lagunas et al. 2021). Knows models and training; no genomes.
 
-A unit's gate is 1 or 0 by its score, and the score is given the gate's gradient as it is (straight-through), also while
-the unit is off: scores rise where training would make a unit's contribution larger, and fall where smaller.
+A unit's score makes its gate 1 or 0. The score gets the gradient of the gate unchanged (straight-through), also while the unit
+is off: it rises if training would make the unit's contribution larger, and falls if smaller.
 """
 
 import math
@@ -19,8 +19,8 @@ from hpc_compress.operators import losses, training
 from hpc_compress.operators.context import Context
 from hpc_compress.operators.pruning import MovementPrune
 
-THRESHOLD = 0.1  # of the sigmoid of a score, soft mode: below it a unit goes (as published)
-SPAN = 20.0  # how far a score can come in a whole training, whatever the learning rate; the threshold is at -2.2
+THRESHOLD = 0.1  # soft mode: a unit is removed if the sigmoid of its score is below (as published)
+SPAN = 20.0  # how far a score can move in a whole training, whatever the learning rate; the threshold is at -2.2
 
 
 class Masks(nn.Module):
@@ -33,7 +33,8 @@ class Masks(nn.Module):
         self.step, self.updates = step, updates
         self.sizes: dict[str, list[int]] = {unit: counts(model, unit) for unit in step.units}
         self.scores = nn.ParameterDict({unit: nn.Parameter(torch.zeros(sum(sizes))) for unit, sizes in self.sizes.items()})
-        # Soft scores have a unit of measure. AdamW moves a parameter by its learning rate at most, on average half of that.
+        # Soft scores are compared with a fixed threshold, so their scale matters. AdamW moves a parameter by its learning rate
+        # at most, on average half of that.
         self.scale = 2 * SPAN / (step.learning_rate * updates)
         self.register_buffer("done", torch.zeros(()))  # updates; a buffer, so that it comes back with a checkpoint
         for unit, sizes in self.sizes.items():
@@ -41,7 +42,7 @@ class Masks(nn.Module):
             self.register_buffer(f"sizes_of_{unit}", torch.tensor(sizes))
 
     def progress(self) -> torch.Tensor:
-        """What part of the goal is asked for: `1 - (1 - t)^3`, t from 0 at the end of the warm-up to 1 where the cool-down
+        """The part of the goal that is due by now: `1 - (1 - t)^3`, t from 0 at the end of the warm-up to 1 where the cool-down
         begins (Zhu & Gupta 2017, eq. 1; Sanh et al. 2020, section 4)."""
         begin, end = self.step.warmup * self.updates, (1 - self.step.cooldown) * self.updates
         return 1 - (1 - ((self.done - begin) / max(end - begin, 1)).clamp(0, 1)) ** 3
@@ -51,7 +52,7 @@ class Masks(nn.Module):
         gates: PerUnit = {}
         penalty = torch.zeros((), device=self.done.device)
         for unit, kept in self.kept().items():
-            # Scaled, but for the gradient, which would be clipped: AdamW does not mind its scale.
+            # The gradient is not scaled, since it would be clipped; to AdamW its scale makes no difference.
             scores = self.scores[unit] + ((self.scale - 1) * self.scores[unit]).detach()
             through = (scores - scores.detach()).split(self.sizes[unit])
             gates[unit] = [mask + zero for mask, zero in zip(kept, through, strict=True)]
@@ -87,7 +88,7 @@ def _rank(scores: torch.Tensor) -> torch.Tensor:
 def rounded(wanted: torch.Tensor, sizes: torch.Tensor, multiple: int) -> torch.Tensor:
     """Widths in multiples, with about the same sum: all are rounded down, then those that lost most are rounded up.
 
-    A layer that is to stay whole does. wanted, sizes: (layers,) units.
+    A layer that should stay whole is not rounded. wanted, sizes: (layers,) units.
     """
     blocks = wanted // multiple
     more = (wanted.sum() / multiple).round() - blocks.sum()

@@ -1,5 +1,5 @@
-"""Optimal Brain Surgeon, layer by layer: what a linear's outputs lose when inputs are taken from it or its weights are rounded,
-and how what is left makes up for it. The Hessian of `||W X - W' X||^2` is `H = X X^T` (Frantar & Alistarh 2022, Optimal
+"""Optimal Brain Surgeon, layer by layer: what a linear's outputs lose when inputs are removed or weights are rounded, and how
+the remaining weights compensate. The Hessian of `||W X - W' X||^2` is `H = X X^T` (Frantar & Alistarh 2022, Optimal
 Brain Compression, section 3). Knows linears, layers and batches; nothing of units, budgets or training.
 """
 
@@ -16,7 +16,7 @@ from hpc_compress.data.batches import Batch
 from hpc_compress.models import packing, surgery
 
 DAMPING = 0.01  # of the mean diagonal: a few hundred sentences leave H near singular (as Frantar et al. 2022, GPTQ)
-STEPS = 10  # of conjugate gradients; on MiniLM's linears as good as solved
+STEPS = 10  # of conjugate gradients; on MiniLM's linears as good as the exact solution
 
 
 @torch.no_grad()
@@ -94,7 +94,7 @@ def solve_sparse(start: torch.Tensor, hessian: torch.Tensor, wanted: torch.Tenso
 
 def elimination(weight: torch.Tensor, hessian: torch.Tensor, features: int = 1, rounds: int = 64) -> torch.Tensor:
     """Greedy removal of groups of input features, with the update of the rest after each (Kurtic et al. 2023, ZipLM, eq. 3-4):
-    group S costs `tr(W_S ([H^-1]_SS)^-1 W_S^T)`. Of more than `rounds` groups several go at once.
+    group S costs `tr(W_S ([H^-1]_SS)^-1 W_S^T)`. With more than `rounds` groups, several are removed at once.
 
     weight: (out, groups * features). hessian: (in, in).
 
@@ -136,8 +136,8 @@ class Site:
 
 @dataclass(frozen=True)
 class Moments:
-    """Of the inputs X of a linear before a cut and Y after it, over the same tokens; float64. They are about the means where
-    the linear has a bias, which takes these up."""
+    """Of the inputs X of a linear before a cut and Y after it, over the same tokens; float64. The means are subtracted where
+    the linear has a bias, which takes them up."""
 
     cross: torch.Tensor  # (before, after): X Y^T
     own: torch.Tensor  # (after, after): Y Y^T
@@ -148,8 +148,8 @@ class Moments:
 
 
 class Walk:
-    """A model's way through some batches, layer by layer: no layer that was left behind is computed again. So the weights of
-    a layer may change until the walk goes on to the next one."""
+    """Runs a model over some batches layer by layer, and computes no earlier layer again. So the weights of a layer may
+    change until the walk goes on to the next one."""
 
     def __init__(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
         self.model, self.batches = model.eval(), batches

@@ -25,7 +25,7 @@ LARGEST = 2**31 - 2**24  # bytes of one protobuf message, and room for the graph
 
 def quantize(model: PreTrainedModel) -> HpcCompressOnnxForSequenceClassification:
     """The encoder's linears in int8, one scale an output, their inputs rounded as they come; the word embedding in int8, one
-    scale a token; the rest, and with it the task head, in fp32. `model` is used up.
+    scale a token; the rest, and with it the task head, in fp32. `model` can't be used afterwards.
 
     Raises: ValueError for weights that are not fp32, or that don't fit into one file.
     """
@@ -113,7 +113,7 @@ def _rounded(program: Any, linears: set[str]) -> bytes:
 
 @contextmanager
 def _without_small_talk() -> Iterator[None]:
-    """ONNX Runtime tells the root logger of each tensor that it finds no range for, which is as it should be."""
+    """ONNX Runtime reports to the root logger each tensor for which it finds no range. None is needed here."""
     before = logging.root.manager.disable
     logging.disable(logging.INFO)
     try:

@@ -80,7 +80,7 @@ class PruneHeads(Record):
 
 
 class Prune(Record):
-    """Remove a share of the encoder, from wherever it is missed least."""
+    """Remove a share of the encoder, wherever the scores are lowest."""
 
     share: float = Field(gt=0, lt=1, description="of the encoder's parameters, or of its blocks' time, that goes")
     units: tuple[Literal["heads", "ffn", "blocks", "layers"], ...] = Field(
@@ -151,15 +151,18 @@ class PruneHidden(Record):
 
 
 class MovementPrune(Training):
-    """Train while heads and FFN neurons go whose scores, learnt along with the weights, are lowest (movement pruning, Sanh et
-    al. 2020). More goes step by step from the end of the warm-up to the cool-down, in which what is left is trained on."""
+    """Train, and remove the heads and FFN neurons with the lowest scores; the scores are learnt along with the weights
+    (movement pruning, Sanh et al. 2020). The share removed grows from the end of the warm-up to the start of the cool-down, in
+    which the rest is trained further."""
 
-    share: float | None = Field(default=None, gt=0, lt=1, description="hard: of the heads, and of the neurons, that goes")
+    share: float | None = Field(default=None, gt=0, lt=1, description="hard: of the heads, and of the neurons, to remove")
     regularisation: float | None = Field(
-        default=None, gt=0, description="soft, in place of share: what keeping a unit costs; of MiniLM, 1 cut a third"
+        default=None, gt=0, description="soft, in place of share: the cost of keeping a unit; 1 removed a third of MiniLM"
     )
     units: tuple[Literal["heads", "ffn"], ...] = Field(default=("heads", "ffn"), min_length=1)
-    cooldown: float = Field(default=0.3, ge=0, lt=1, description="share of the updates, at the end, in which nothing more goes")
+    cooldown: float = Field(
+        default=0.3, ge=0, lt=1, description="share of the updates, at the end, in which nothing more is removed"
+    )
     ffn_multiple: int = Field(default=64, ge=1, description="FFN widths are cut to multiples of this, which kernels like")
 
     @model_validator(mode="after")

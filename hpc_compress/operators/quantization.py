@@ -45,7 +45,7 @@ def quantize(
     """
     plain = DTYPES[scheme if scheme in DTYPES else rest]
     schemes = schemes_of(model, scheme, layers or {})
-    # What is rounded is what the rest's precision leaves of a weight, by either method.
+    # Both methods round the weights as they are in the rest's precision.
     if batches is None:
         quantized = {path: _build(model, path, name, plain) for path, name in schemes.items()}
     else:
@@ -94,7 +94,7 @@ def schemes_of(model: PreTrainedModel, scheme: str, layers: Mapping[Any, Sequenc
 def _calibrated(
     model: PreTrainedModel, schemes: Mapping[str, str], plain: torch.dtype, batches: Sequence[Batch]
 ) -> dict[str, nn.Module]:
-    """GPTQ, layer by layer: each sees inputs that come through quantized weights, and makes up for what went wrong before."""
+    """GPTQ, layer by layer: each sees inputs that come through quantized weights, and compensates for earlier errors."""
     quantized: dict[str, nn.Module] = {}
     walk = obs.Walk(model, batches)
     for index in range(len(surgery.layers(model))):
@@ -134,7 +134,7 @@ def _four_bit(linear: nn.Linear, scheme: str) -> nn.Module:
         quant_type=scheme,
         device="meta",
     )
-    # A block that goes on into the next row is decoded with wrong scales by bitsandbytes' kernels for AVX-512, without a word.
+    # A block that goes on into the next row is silently decoded with wrong scales by bitsandbytes' kernels for AVX-512.
     block = math.gcd(linear.in_features, 64)
     layer.weight = Params4bit(linear.weight.detach(), requires_grad=False, quant_type=scheme, blocksize=block, module=layer)
     # With this path on, a forward repacks the weights, and the next state_dict() is silently wrong.
@@ -173,7 +173,7 @@ def _pack(codes: torch.Tensor) -> torch.Tensor:
 
 
 def _grid(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a quantized linear can say: a weight is `levels[code] * scale`.
+    """The values that weights of a quantized linear can have: `levels[code] * scale`.
 
     Returns: (codes,) levels and (out, in) scales.
     """

@@ -1,5 +1,5 @@
-"""Zeros in the encoder's linears: which weights go, and how those that stay make up for them. Knows linears and what flows
-into them; nothing of how zeros are saved or run.
+"""Zeros in the encoder's linears: which weights become 0, and how the others compensate. Knows linears and what flows into
+them; nothing of how zeros are saved or run.
 
 Weights are (out_features, in_features), as a linear holds them.
 """
@@ -34,7 +34,7 @@ def sparsify(
     """Set weights of all linears in the encoder to 0, in place. Where 2:4 does not fit (inputs no multiple of 4), none.
 
     share: of the weights of each linear; 2:4 is always a half.
-    batches: what flows through the model while Optimal Brain Surgeon looks; None: the smallest weights go.
+    batches: what Optimal Brain Surgeon measures the outputs on; None: the smallest weights become 0.
     seed: of the search for an order of inputs that keeps more in 2:4; None: they stay in their order.
     """
     if seed is not None:
@@ -146,8 +146,11 @@ def _reorder(model: PreTrainedModel, generator: np.random.Generator) -> None:
 
 
 def _permute(maker: nn.Linear, reader: nn.Linear, order: torch.Tensor, last: bool = False) -> None:
-    """Rows of what makes features, columns of what reads them. The maker may hold several blocks of rows, such as an FFN's
-    inputs and gates; last: only the last of them makes these features, as values do beside queries and keys."""
+    """Reorder the rows of the linear that makes features, and the columns of the one that reads them.
+
+    The maker may hold several blocks of rows, such as an FFN's inputs and gates; last: only the last of them makes these
+    features, as values do beside queries and keys.
+    """
     rows = torch.arange(maker.out_features, device=order.device).view(-1, len(order))
     moved = rows[:, order]
     rows = torch.cat([rows[:-1], moved[-1:]]).flatten() if last else moved.flatten()

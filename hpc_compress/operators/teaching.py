@@ -1,4 +1,4 @@
-"""What a teacher says of a batch: asked live, or looked up in files that hold its outputs on all training examples.
+"""A teacher's outputs for a batch: computed live, or read from files that hold its outputs on all training examples.
 
 Knows models, batches and numpy files. Knows nothing of losses and their weights, nor where in a run the files lie.
 """
@@ -25,7 +25,7 @@ FITTED = 256  # examples that a projection is fitted to before the training
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a model says of a batch."""
+    """A model's outputs for a batch."""
 
     logits: torch.Tensor  # (batch, classes); (batch, 1) for regression
     hidden: tuple[torch.Tensor, ...]  # (batch, tokens, hidden) each: of all layers, of the last one alone, or none at all
@@ -190,8 +190,8 @@ def _part(examples: Encoded, begin: int, end: int) -> Encoded:
 def projection(student: nn.Module, teacher: Teacher, examples: Encoded, device: torch.device) -> nn.Linear:
     """A linear from the student's hidden size to the teacher's, to be trained along with the student.
 
-    It starts as the least-squares fit on the first examples: from random weights, an epoch would be spent on bending the
-    student to the projection.
+    It starts as the least-squares fit on the first examples: with random weights, the student would spend an epoch on adapting
+    to the projection.
     """
     student.eval()
     gram, cross = torch.zeros((), device=device), torch.zeros((), device=device)
@@ -201,6 +201,6 @@ def projection(student: nn.Module, teacher: Teacher, examples: Encoded, device: 
         own, wanted = (lesson.hidden[-1][real].double() for lesson in pair)  # (real tokens, hidden) each
         gram, cross = gram + own.T @ own, cross + own.T @ wanted
     gram = obs.damped(gram, 1e-6)  # a few short examples span no space
-    linear = nn.Linear(len(gram), cross.shape[1], bias=False, device="meta")  # its own start would use up random numbers
+    linear = nn.Linear(len(gram), cross.shape[1], bias=False, device="meta")  # its own initialisation would draw random numbers
     linear.weight = nn.Parameter(torch.linalg.solve(gram, cross).T.float().contiguous())
     return linear

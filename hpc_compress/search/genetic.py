@@ -34,8 +34,8 @@ class Choice(Record):
 class Genetic(Record):
     """Vary every member of the population by mutation and/or crossover, keep the fittest. Elitist: the best is never lost.
 
-    A genome stands in the population once. While the population is smaller than `population`, its members take turns as
-    parents, as the copies of the base model do at the start.
+    A genome is in the population once. While there are fewer than `population` members, they take turns as parents; at the
+    start, the base model is the parent of all.
     """
 
     shape: Shape  # of the base model
@@ -46,7 +46,7 @@ class Genetic(Record):
     crossover_probability: float = Field(default=0.4, ge=0, le=1)
     mutations: dict[str, Choice] = Field(description="one of them is drawn by weight; `fine_tune` follows")
     quantizations: dict[str, Choice] = Field(
-        default={}, description="weights are probabilities; what they leave of 1 keeps the precision as it is"
+        default={}, description="weights are probabilities; the rest up to 1 keeps the parent's precision"
     )
     vocabularies: dict[str, Choice] = Field(
         default={}, description="the same for the step that trims the vocabulary, which comes before the quantization"
@@ -60,7 +60,7 @@ class Genetic(Record):
     redraw: int = Field(
         default=20,
         ge=0,
-        description="more draws when a child is known already or no child at all; 0, as published: it is trained all the same, "
+        description="more draws when a child is known already or equals its parent; 0, as published: it is trained anyway, "
         "with random numbers of its own",
     )
     _seen: set[str] = PrivateAttr(default_factory=set)

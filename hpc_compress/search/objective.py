@@ -19,8 +19,8 @@ class Product(Record):
     This unit makes no difference among equal nodes, and cancels what a slow or busy node adds. M: bytes of the saved deployed
     model.
 
-    Edges: a Q of zero or below earns F = 0 whenever a > 0, since no power of it may look good; with a = 0 quality has no
-    part in F, as the user asked. A candidate without a measurement has no F and never survives.
+    Edges: if a > 0, a Q of zero or below gives F = 0, since no power of it may look good; with a = 0, quality does not count.
+    A candidate without a measurement has no F and never survives.
     """
 
     a: float = Field(default=5.0, ge=0, description="weight of quality")

@@ -31,7 +31,7 @@ class Shape(Record):
     def after(self, step: Step) -> "Shape | None":
         """The shape after one step; None when the step would leave no layer, or no head in one.
 
-        A step of which this module can't tell, such as a cut by scores, is taken to keep the shape: its operator checks on the
+        A step whose effect is not known here, such as a cut by scores, is assumed to keep the shape: its operator checks on the
         node.
         """
         count = step.params.get("count", 1)
