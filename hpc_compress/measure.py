@@ -30,8 +30,8 @@ def device(wanted: str = "any") -> torch.device:
     """
     if wanted == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(
-            f"protocol.device=cuda, but torch {torch.__version__} (CUDA {torch.version.cuda}) sees no GPU; run where nvidia-smi "
-            "shows one with a driver for this CUDA, or set protocol.device=cpu"
+            f"protocol.device=cuda, but torch {torch.__version__} (CUDA {torch.version.cuda}) sees no GPU; run where "
+            "nvidia-smi shows one with a driver for this CUDA, or set protocol.device=cpu"
         )
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 

@@ -106,5 +106,5 @@ def diary(root: str, task_ids: Sequence[str], **ignored: Any) -> Iterator[str]:
 
 
 def _note(root: Path, what: str, task_id: str) -> None:
-    with (root.parent / "diary").open("ab", buffering=0) as lines:  # one write at the end of the file: whole, whoever else writes
+    with (root.parent / "diary").open("ab", buffering=0) as lines:  # one write is whole, whoever else writes
         lines.write(f"{what} {task_id}\n".encode())

@@ -78,9 +78,7 @@ def test_torch_pruning_leaves_the_wanted_size(bench: Any, model: nn.Module, impo
     torch.testing.assert_close(logits(again), logits(small))
 
 
-def test_layers_are_dropped_one_by_one_with_a_training_between(
-    bench: Any, model: nn.Module, monkeypatch: pytest.MonkeyPatch
-):
+def test_layers_are_dropped_one_by_one_with_a_training_between(bench: Any, model: nn.Module, monkeypatch: pytest.MonkeyPatch):
     depths = []
 
     def trained(self: Any, student: nn.Module, around: Any) -> nn.Module:

@@ -116,7 +116,9 @@ FORMS = {
     "prune heads, repaired": Step(
         operator="prune_heads", params={"count": 2, "where": "any", "criterion": "taylor", "repair": True}
     ),
-    "prune hidden by magnitude": Step(operator="prune_hidden", params={"share": 0.25, "multiple": 16, "criterion": "magnitude"}),
+    "prune hidden by magnitude": Step(
+        operator="prune_hidden", params={"share": 0.25, "multiple": 16, "criterion": "magnitude"}
+    ),
     "soft movement": Step(operator="movement_prune", params={"regularisation": 1.0, "units": ["ffn"], **TRAINING}),
     "distill as published": Step(operator="distill", params=TRAINING),
     "distill from files": Step(operator="distill", params=TRAINING),
@@ -131,7 +133,8 @@ FORMS = {
 }
 CASES = STEPS | FORMS
 TRAINS = {"movement_prune", "fine_tune", "distill"}  # in bf16 on this GPU, and perhaps in fp32 on the CPU
-QUICK = {"drop_layers", "prune blocks", "movement_prune", "fine_tune", "distill from files", "int8", "nf4", "mixed", "2:4 in fp16"}
+QUICK = {"drop_layers", "prune blocks", "movement_prune", "fine_tune", "distill from files"}
+QUICK |= {"int8", "nf4", "mixed", "2:4 in fp16"}
 QUICK_FAMILY = "bert"
 slow = pytest.mark.slow
 
@@ -318,16 +321,12 @@ def test_a_quantized_model_leaves_nothing_behind(scheme: str, folder: Path, gpu:
     ("cost", "scheme", "precision"),
     [("parameters", "nf4", "best"), pytest.param("time", "int8", "fp32", marks=slow)],
 )
-def test_the_worker_does_a_task_on_a_gpu(
-    cost: str, scheme: str, precision: str, folder: Path, gpu: Memory, tmp_path: Path
-):
+def test_the_worker_does_a_task_on_a_gpu(cost: str, scheme: str, precision: str, folder: Path, gpu: Memory, tmp_path: Path):
     """From task.json to outcome.json: preparation, cut, distillation from files, quantization, measuring."""
     store, task = _run_folder(tmp_path / "run", folder)
     prune = Step(operator="prune", params={"share": 0.3, "cost": cost, "ffn_multiple": 8, "criterion": "magnitude"})
     distill = Step(operator="distill", params={**TRAINING, "epochs": 0.5})
-    genome = Genome(
-        steps=(prune, distill), deploy=(Step(operator="quantize", params={"scheme": scheme, "rest": "bf16"}),)
-    )
+    genome = Genome(steps=(prune, distill), deploy=(Step(operator="quantize", params={"scheme": scheme, "rest": "bf16"}),))
     protocol = task.protocol.model_copy(update={"device": "cuda", "base_precision": precision})
     task = task.model_copy(update={"protocol": protocol})
     preparation = (Step(operator="fine_tune", params={**TRAINING, "epochs": 0.5}),)
@@ -406,9 +405,7 @@ def test_a_model_that_was_computed_again_is_measured_again(
     assert [record.levelname for record in caplog.records if "computed again" in record.message] == ["WARNING"] * bool(change)
 
 
-def test_a_model_of_a_gpu_can_be_computed_again_without_one(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+def test_a_model_of_a_gpu_can_be_computed_again_without_one(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     store, task = _run_folder(tmp_path / "run", folder)
     task = task.model_copy(update={"genome": Genome(), "base": task.base.model_copy(update={"preparation": ()})})
     task = task.model_copy(update={"protocol": task.protocol.model_copy(update={"device": "cuda"})})
