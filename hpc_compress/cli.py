@@ -479,7 +479,8 @@ def _export(arguments: list[str]) -> None:
     parser.add_argument(
         "--trust",
         action="store_true",
-        help="import and run your own operators that the run names, and ship their files; for runs of people whom you trust",
+        help="run your own operators and criteria that the run names, read its corpus files, and ship their files; "
+        "for runs of people whom you trust",
     )
     options = parser.parse_args(arguments)
     from hpc_compress import export

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from hpc_compress.types import Protocol, Record
+from hpc_compress.types import Params, Protocol, Record
 
 B = TypeVar("B", bound=BaseModel)
 NAME_BYTES = 255  # of a part of a path, on every common filesystem
@@ -33,7 +33,7 @@ class ModelConfig(Record):
         description="trained: use the checkpoint's; new: fine-tune first, with a fresh head where that does not fit; "
         "auto: trained where it fits",
     )
-    fine_tune: dict[str, Any] = Field(default={}, description="parameters of the step `fine_tune` that trains a new head")
+    fine_tune: Params = Field(default={}, description="parameters of the step `fine_tune` that trains a new head")
 
 
 class DatasetConfig(Record):

@@ -12,6 +12,7 @@ from typing import Any
 from hpc_compress import analysis, door, identity
 from hpc_compress.config import ConfigError
 from hpc_compress.door import DamageError
+from hpc_compress.operators import foreign
 from hpc_compress.search.objective import speed_up
 from hpc_compress.store import Store
 from hpc_compress.types import Task
@@ -56,7 +57,8 @@ logits = model(**tokenizer({text}, return_tensors="pt")).logits"""
 def export(root: Path, target: Path, candidate: str | None = None, trust: bool = False) -> Path:
     """Export a candidate of a finished run, by default the best one. The run folder is taken as a stranger's.
 
-    trust: import and run operators of a user's own that the run names, and ship the files that they wrote.
+    trust: use what the run names that is no part of this program (operators, criteria, the file of a corpus), and ship the
+    files that such operators wrote.
 
     Raises: ConfigError for an unknown candidate, a target that holds something else, or a run that needs trust;
     DamageError for a run with damaged files.
@@ -172,11 +174,11 @@ def _artifacts(store: Store, task: Task, trust: bool) -> tuple[Path, Path]:
     weights, tokenizer = store.artifact(identity.deployed_key(task)), store.artifact("tokenizer")
     if weights is None or tokenizer is None:
         steps = (*task.base.preparation, *task.genome.steps, *task.genome.deploy)
-        own = sorted({step.operator for step in steps if "." in step.operator})
+        own = sorted({path for step in steps for path in foreign(step)})
         if own and not trust:
             raise ConfigError(
-                f"this model must be computed again, and {door.one_line(', '.join(own))} is no operator of this program: "
-                "add --trust if you trust that code and this run folder, or export a candidate that is alive"
+                f"this model must be computed again, and for that {door.one_line(', '.join(own))} is needed, which is no part "
+                "of this program: add --trust if you trust it and this run folder, or export a candidate that is alive"
             )
         from hpc_compress import worker
 

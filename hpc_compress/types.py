@@ -3,6 +3,7 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -26,11 +27,29 @@ Fingerprint = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16,64}$")]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
+def _says_no_code(params: Any) -> Any:
+    if isinstance(params, dict):
+        for key, value in params.items():
+            if str(key).startswith("_") and str(key).endswith("_"):
+                raise ValueError(
+                    f"the key {str(key)[:100]!r} is not allowed here: a name that begins and ends with an underscore, such as "
+                    "_target_, says what code to run; name your own code as the operator"
+                )
+            _says_no_code(value)
+    elif isinstance(params, (list, tuple)):
+        for value in params:
+            _says_no_code(value)
+    return params
+
+
+Params = Annotated[dict[str, Any], AfterValidator(_says_no_code)]  # of an operator: data, and never what code to run
+
+
 class Step(Record):
     """An operator with its parameters: a short name of ours (`drop_layers`) or a dotted path (`my.module.MyOperator`)."""
 
     operator: str = Field(min_length=1)
-    params: dict[str, Any] = {}
+    params: Params = {}
     # Above 0: the same step with other random numbers, and so are those of all later steps. Left out of the JSON when 0.
     replicate: int = Field(default=0, ge=0, exclude_if=lambda number: number == 0)
 

@@ -308,6 +308,8 @@ BAD_SETTINGS = [
     "model.path=a\udcff",
     "model.path=a\x00b",
     "dataset.train=a\x00b",
+    "model.fine_tune={_target_: os.system}",
+    "strategy.distill={_target_: os.system}",
 ]
 
 

@@ -6,7 +6,6 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import light
 import numpy as np
@@ -118,44 +117,63 @@ Path("imported").touch()
 
 def own(model, context):
     return model
+
+def last_one_goes(model, batches, units):
+    import torch
+    return {unit: [torch.arange(3.0).flip(0)] for unit in units}
 """
+FOREIGN = {
+    "operator": Step(operator="stranger.own"),
+    "criterion": Step(operator="drop_layers", params={"criterion": "stranger.last_one_goes"}),
+    "target": Step.model_construct(operator="prune", params={"share": 0.5, "_target_": "stranger.own"}),
+}
 
 
-def test_a_run_imports_nothing_without_trust(
-    foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    (tmp_path / "stranger.py").write_text(OWN)
-    store, run = Store(foreign), analysis.open_run(foreign)
-    task = run.outcomes[run.result.best].task
-    genome = Genome(steps=(*task.genome.steps, Step(operator="stranger.own")))
-    task = task.model_copy(update={"genome": genome})
+def with_candidate(root: Path, genome: Genome) -> str:
+    """Add a measured candidate to a run, without an artifact; returns its id."""
+    store, run = Store(root), analysis.open_run(root)
+    task = run.outcomes[run.base_id].task.model_copy(update={"genome": genome})
     task_id = store.add_task(task)
     store.settle(light.answer(task))
     last = run.generations[-1]
     changed = {"born_ids": (*last.born_ids, task_id), "parents": (*last.parents, None), "told": (*last.told, task_id)}
     store.write(f"generations/{last.number:04d}.json", last.model_copy(update=changed))
-    monkeypatch.setattr(sys, "argv", ["hpc-compress", "export", "run", "model", "--candidate", task_id])
+    return task_id
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_run_imports_nothing_without_trust(
+    kind: str, foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "stranger.py").write_text(OWN)
+    task_id = with_candidate(foreign, Genome(steps=(FOREIGN[kind],)))
+    command = ["hpc-compress", "export", "run", "model", "--candidate", task_id]
+    monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
-    assert "add --trust" in capsys.readouterr().err
+    assert "add --trust" in capsys.readouterr().err or kind == "target"
     assert not (tmp_path / "imported").exists()
 
-    def restore(root: Path, task: Any) -> None:
-        from hpc_compress.operators import operator
-
-        operator(task.genome.steps[-1])
-        raise ConfigError("as far as this")
-
-    monkeypatch.setattr("hpc_compress.worker.restore", restore)
-    sys.argv.append("--trust")
-    with pytest.raises(SystemExit):
+    monkeypatch.setattr(sys, "argv", [*command, "--trust"])
+    if kind == "target":  # no trust makes a parameter say what runs
+        with pytest.raises(SystemExit):
+            cli.main()
+    else:
         cli.main()
-    assert "as far as this" in capsys.readouterr().err
-    assert (tmp_path / "imported").exists()
+        assert (tmp_path / "model" / "model.safetensors").is_file()
+    assert (tmp_path / "imported").exists() == (kind != "target")
     sys.modules.pop("stranger", None)
+
+
+def test_a_corpus_of_another_folder_is_not_read_without_trust(foreign: Path, tmp_path: Path):
+    (tmp_path / "letters.txt").write_text("dear diary")
+    step = Step(operator="trim_vocabulary", params={"corpus": str(tmp_path / "letters.txt")})
+    task_id = with_candidate(foreign, Genome(deploy=(step,)))
+    with pytest.raises(ConfigError, match=r"letters\.txt is needed.*add --trust"):
+        export.export(foreign, tmp_path / "model", task_id)
 
 
 def test_status_imports_nothing_from_where_it_is_given(foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

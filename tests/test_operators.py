@@ -16,7 +16,8 @@ from transformers import AutoTokenizer
 from hpc_compress.data.batches import Encoded, eval_batches
 from hpc_compress.models import artifact, surgery
 from hpc_compress.models.modeling_hpc_compress import FAMILIES
-from hpc_compress.operators import OPERATORS, Context, losses, operator
+from hpc_compress.operators import OPERATORS, Context, foreign, losses, operator
+from hpc_compress.operators.pruning import Prune
 from hpc_compress.types import Step
 
 TRAINING = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3}
@@ -52,6 +53,22 @@ slow = pytest.mark.slow
 
 def test_no_operator_is_left_out():
     assert {step.operator for step in STEPS.values()} == set(OPERATORS)
+
+
+def test_no_parameter_says_what_code_to_run():
+    for params in ({"_target_": "os.system"}, {"training": {"_partial_": True}}, {"units": [{"_args_": []}]}):
+        with pytest.raises(ValueError, match="says what code to run"):
+            Step(operator="prune", params=params)
+    assert type(operator(Step.model_construct(operator="prune", params={"share": 0.5, "_target_": "os.system"}))) is Prune
+
+
+def test_what_a_step_takes_from_elsewhere_is_named():
+    texts = {name for kind in OPERATORS.values() for name, field in kind.model_fields.items() if field.annotation is str}
+    assert texts == {"criterion", "corpus"}, "let `foreign` know of a new parameter that names a file or code"
+    assert foreign(Step(operator="my.own")) == ["my.own"]
+    assert foreign(Step(operator="prune", params={"share": 0.5, "criterion": "my.scores"})) == ["my.scores"]
+    assert foreign(Step(operator="trim_vocabulary", params={"corpus": "words.txt"})) == ["words.txt"]
+    assert [path for step in STEPS.values() for path in foreign(step)] == []
 
 
 @pytest.fixture(params=[name if name == QUICK else pytest.param(name, marks=slow) for name in FAMILIES])

@@ -17,7 +17,7 @@ from hpc_compress.types import Record, Step
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["OPERATORS", "Checkpoint", "Context", "Operator", "Particular", "Training", "operator"]
+__all__ = ["OPERATORS", "Checkpoint", "Context", "Operator", "Particular", "Training", "foreign", "operator"]
 
 
 class Operator(Protocol):
@@ -62,4 +62,11 @@ def operator(step: Step) -> Any:
         )
     own = OPERATORS.get(step.operator)
     path = target or f"{own.__module__}.{own.__qualname__}"  # type: ignore[union-attr]
-    return build({"_target_": path, **step.params}, f"operator {step.operator}")
+    return build({**step.params, "_target_": path}, f"operator {step.operator}")
+
+
+def foreign(step: Step) -> list[str]:
+    """What a step would use that is neither of this program nor of the run: code by its dotted path, a corpus by its path."""
+    named = [step.operator, str(step.params.get("criterion", ""))]
+    corpus = str(step.params.get("corpus", "train"))
+    return [*(path for path in named if "." in path), *([corpus] if corpus != "train" else [])]

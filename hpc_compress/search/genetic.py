@@ -10,7 +10,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from hpc_compress.identity import canonical
 from hpc_compress.search.objective import quality_of
 from hpc_compress.search.space import Shape
-from hpc_compress.types import Candidate, Genome, Measurement, Proposal, Record, Step
+from hpc_compress.types import Candidate, Genome, Measurement, Params, Proposal, Record, Step
 
 
 class Choice(Record):
@@ -51,8 +51,8 @@ class Genetic(Record):
     vocabularies: dict[str, Choice] = Field(
         default={}, description="the same for the step that trims the vocabulary, which comes before the quantization"
     )
-    fine_tune: dict[str, Any] = Field(default={}, description="parameters of the training after a mutation")
-    distill: dict[str, Any] = Field(default={}, description="parameters of the crossover")
+    fine_tune: Params = Field(default={}, description="parameters of the training after a mutation")
+    distill: Params = Field(default={}, description="parameters of the crossover")
     inherit: bool = Field(
         default=True,
         description="a child starts with its parent's vocabulary and precision; false, as published: with those of the base",
