@@ -132,6 +132,17 @@ def inside(root: Path, *parts: str) -> Path:
     return path
 
 
+def all_inside(root: Path, name: str) -> None:
+    """Look at everything in the folder `name` below `root`, for code that opens files there without this module.
+
+    Raises: DamageError for a symbolic link that leads out of `root`, and for what is neither a file nor a folder.
+    """
+    for folder, folders, files in os.walk(inside(root, name)):
+        for path in (inside(root, folder, found) for found in (*folders, *files)):
+            if path.exists() and not path.is_file() and not path.is_dir():
+                raise DamageError(f"{path} is not a regular file")
+
+
 def one_line(text: str, most: int = 500) -> str:
     """A stranger's text on one line that can be printed: terminal escapes and other control characters are shown as `?`."""
     line = "".join(sign if sign.isprintable() else "?" for sign in re.sub(r"\s+", " ", text))

@@ -33,6 +33,7 @@ TOKENIZER = (
     "spm.model",
     "sentencepiece.bpe.model",
 )
+USED = ("artifacts", "base", "data", "teacher", "checkpoints", "block_times", "locks")  # folders of a run
 EXTRAS = "files_of_operators"  # in an export's config.json: what operators of a user's own wrote
 LEAD_TO_CODE = (
     "auto_map",
@@ -169,7 +170,7 @@ def _without(values: Any) -> Any:
 
 def _artifacts(store: Store, task: Task, trust: bool) -> tuple[Path, Path]:
     """The deployed model and the base model's tokenizer. A dead candidate's model was deleted and is computed again."""
-    for name in ("artifacts", "base", "data", "teacher", "checkpoints", "locks"):
+    for name in USED:
         door.inside(store.root, name)
     weights, tokenizer = store.artifact(identity.deployed_key(task)), store.artifact("tokenizer")
     if weights is None or tokenizer is None:
@@ -180,6 +181,8 @@ def _artifacts(store: Store, task: Task, trust: bool) -> tuple[Path, Path]:
                 f"this model must be computed again, and for that {door.one_line(', '.join(own))} is needed, which is no part "
                 "of this program: add --trust if you trust it and this run folder, or export a candidate that is alive"
             )
+        for name in USED:  # the libraries that read models and tables follow links
+            door.all_inside(store.root, name)
         from hpc_compress import worker
 
         worker.restore(store.root, task)

@@ -103,6 +103,21 @@ def test_no_link_leads_out_of_the_run(foreign: Path, tmp_path: Path, name: str):
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.parametrize("name", ["base/tokenizer.json", "base/vocab.txt", "data/train.parquet", "artifacts/a/config.json"])
+def test_no_link_is_followed_to_compute_a_model_again(searched: Path, tmp_path: Path, name: str):
+    root = Path(shutil.copytree(searched, tmp_path / "run"))
+    (tmp_path / "secret").write_text("dear diary")
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).unlink(missing_ok=True)
+    (root / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(DamageError, match=f"{name} leads out"):
+        export.export(root, tmp_path / "model")
+    (root / name).unlink()
+    os.mkfifo(root / name)  # to open it would wait for a writer
+    with pytest.raises(DamageError, match=f"{name} is not a regular file"):
+        export.export(root, tmp_path / "model")
+
+
 def test_a_pipe_is_no_file(foreign: Path, tmp_path: Path):
     path = artifacts(foreign)[0] / "model.safetensors"
     path.unlink()
