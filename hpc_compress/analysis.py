@@ -257,7 +257,8 @@ def _on_the_data(runs: Sequence[Run]) -> list[str]:
     lines = []
     for run in runs:
         said = [] if run.plan.rows is None else run.plan.rows.lines()
-        outcome = run.report_of(run.base_id)
+        base = next((seen for seen in run.seen.values() if seen.is_base), None)
+        outcome = run.outcomes.get(base.report_id) if base else None
         if outcome is not None and (hardly := learnt(run.plan, outcome)):
             said.append(f"warning: {hardly[0]}")
         if said:

@@ -185,7 +185,7 @@ class Task(Record):
     repeat: int = Field(default=0, ge=0, exclude_if=lambda number: number == 0)
 
 
-Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Milliseconds = Annotated[float, Field(ge=1e-6, le=1e12)]  # from a nanosecond to 30 years, so that ratios are finite
 
 
 class Timing(Record):

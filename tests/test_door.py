@@ -254,15 +254,20 @@ def test_a_run_without_its_base_model_is_shown(root: Path):
 @pytest.mark.parametrize(
     "figures",
     [
-        {"latency_ms": [0.0]},
-        {"base_latency_ms": [-1.0]},
-        {"metrics": {}},
-        {"model_bytes": 10**400},
-        {"latency_ms": [float("inf")]},
+        {"latency_ms": [1e-300], "base_latency_ms": [1e300]},
+        *(
+            pytest.param(figures, marks=pytest.mark.slow)
+            for figures in (
+                {"latency_ms": [0.0]},
+                {"base_latency_ms": [-1.0]},
+                {"metrics": {}},
+                {"model_bytes": 10**400},
+                {"latency_ms": [float("inf")]},
+            )
+        ),
     ],
     ids=str,
 )
-@pytest.mark.slow
 def test_figures_that_nobody_can_have_measured_are_damage(root: Path, figures: dict[str, Any]):
     id = analysis.open_run(root).generations[0].told[0]
     path = root / "tasks" / id / "outcome.json"
@@ -271,8 +276,23 @@ def test_figures_that_nobody_can_have_measured_are_damage(root: Path, figures: d
     READERS["report"](root)
 
 
+def test_a_report_does_without_the_base_model(root: Path, caplog: pytest.LogCaptureFixture):
+    rows = json.loads((root / "run.json").read_text())["rows"]
+    huge = [{**overlap, "rows": 10**400} for overlap in rows["overlaps"]]
+    change(root / "run.json", rows={**rows, "overlaps": huge})
+    with pytest.raises(door.DamageError, match=r"run\.json is no plan"):
+        READERS["report"](root)
+    change(root / "run.json", rows=rows)
+    whole = READERS["report"](root)
+    name = f"tasks/{analysis.open_run(root).base_id}/outcome.json"
+    cut(root / name)
+    assert len(READERS["report"](root)) == len(whole) - 1
+    assert f"{name} is cut short" in caplog.text
+
+
+ODD = st.sampled_from([0, -1, 1e-300, 1e300, 10**400, "", {}, [], [1e-300], [1e300]])
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(),
+    ODD | st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
 )
 RECORDS = ["run.json", "result.json", "driver.json", "generations/0001.json", "outcome", "seen.json"]
@@ -332,7 +352,7 @@ def test_any_change_of_a_record_is_answered(finished: Path, tmp_path_factory: py
     for job, record in JOB.items():
         Store(root).write(f"jobs/a/{job}", record)
     name = data.draw(st.sampled_from([*RECORDS, *(f"jobs/a/{name}" for name in JOB)]))
-    path = root / name if name != "outcome" else sorted(root.glob("tasks/*/outcome.json"))[0]
+    path = root / name if name != "outcome" else data.draw(st.sampled_from(sorted(root.glob("tasks/*/outcome.json"))))
     values: Any = json.loads(path.read_text()) if path.exists() else {"seen": {"0" * 16: {}}}
     inner = values
     while (
@@ -344,7 +364,9 @@ def test_any_change_of_a_record_is_answered(finished: Path, tmp_path_factory: py
         inner = inner[key]
     inner[key] = data.draw(JSON)
     path.write_text(json.dumps(values))
-    answered(root)
+    for reader in READERS.values():
+        with contextlib.suppress(ConfigError, door.DamageError):
+            reader(root)
     shutil.rmtree(root)
 
 
