@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from hpc_compress import analysis, door, identity
+from hpc_compress import door, identity, runs
 from hpc_compress.config import ConfigError
 from hpc_compress.door import DamageError
 from hpc_compress.operators import foreign
@@ -64,22 +64,25 @@ def export(root: Path, target: Path, candidate: str | None = None, trust: bool =
     Raises: ConfigError for an unknown candidate, a target that holds something else, or a run that needs trust;
     DamageError for a run with damaged files.
     """
-    run = analysis.open_run(root)
+    [run] = runs.open_runs([root])
     if candidate is None:
         if run.result is None:
             raise ConfigError(f"{root} has not come to its end, so it has no best model yet; name one with --candidate")
         candidate = run.result.best
-    known = {generation_id for generation in run.generations for generation_id in generation.born_ids}
-    found = [id for id in (run.base_id, *sorted(known)) if id.startswith(candidate) and id in run.outcomes]
-    if len(found) != 1 or run.outcomes[found[0]].measurement is None:
+    candidates = [task_id for task_id, seen in run.seen.items() if seen.split == "search" and not seen.repeats]
+    found = [task_id for task_id in candidates if task_id.startswith(candidate)]
+    outcome = run.outcomes.get(found[0]) if len(found) == 1 else None
+    if outcome is None or outcome.measurement is None:
+        damaged = [line for line in run.damage if line.startswith(f"tasks/{candidate}")]
+        if damaged and not found:
+            raise DamageError(f"{run.root}/{damaged[0]}; name another candidate with --candidate")
         raise ConfigError(
             f"--candidate {candidate!r} names {len(found)} measured candidates of {root}; "
             "see the column `candidate` of candidates.csv"
         )
     place = Path(os.path.abspath(target))
     _require_replaceable(place)
-    task = run.outcomes[found[0]].task
-    weights, tokenizer = _artifacts(Store(root), task, trust)
+    weights, tokenizer = _artifacts(Store(root), outcome.task, trust)
     draft = place.with_name(f".export-{secrets.token_hex(4)}")
     try:
         draft.mkdir(parents=True)
@@ -198,7 +201,7 @@ def _code() -> Path:
     return Path(spec.submodule_search_locations[0]) / CODE
 
 
-def card(run: analysis.Run, candidate: str, target: Path) -> str:
+def card(run: runs.Run, candidate: str, target: Path) -> str:
     """A model card: where the model comes from, what was done to it, what was measured, how to load it."""
     outcome = run.report_of(candidate) or run.outcomes[candidate]
     measurement, task, dataset = outcome.measurement, outcome.task, run.plan.dataset

@@ -132,7 +132,7 @@ class Run:
     def damage_lines(self, most: int = 10) -> list[str]:
         """For people: what is missing or damaged, and what becomes of the rest."""
         more = [f"{len(self.damage) - most} more files are missing or damaged"] if len(self.damage) > most else []
-        return [f"{line}; the rest is shown" for line in [*self.damage[:most], *more]]
+        return [f"{line}; the rest is used" for line in [*self.damage[:most], *more]]
 
 
 class Reader:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pandas as pd
 
-from hpc_compress import analysis, config, driver
+from hpc_compress import analysis, config, driver, identity
 from hpc_compress.launch.local import Debug
+from hpc_compress.store import Store
 
 
 class Silent:
@@ -69,6 +70,12 @@ def tiny(folder: Path, model: Path) -> list[str]:
         "objective.b=0",  # what was timed must not decide, so that runs can be compared
         "name=test",
     ]
+
+
+def artifacts(root: Path) -> tuple[Path, Path]:
+    """Where a run keeps its best model and its tokenizer, or would."""
+    run, store = analysis.open_run(root), Store(root)
+    return store.path(identity.deployed_key(run.outcomes[run.result.best].task)), store.path("tokenizer")
 
 
 def story(root: Path) -> Any:

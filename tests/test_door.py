@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import light
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from searches import Setup
+from safetensors.numpy import save_file
+from searches import Setup, artifacts
 
 import hpc_compress
-from hpc_compress import analysis, cli, door, identity, runs
+from hpc_compress import analysis, cli, door, export, identity, runs
 from hpc_compress.config import ConfigError
 from hpc_compress.driver import Generation
 from hpc_compress.launch.local import Debug
@@ -31,6 +33,10 @@ from hpc_compress.types import Outcome, Task
 def finished(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("finished")
     setup.run(root, "probe=false", "generations=3", launcher=Debug(worker="light.run"))
+    for folder in artifacts(root):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"model_type": export.MODEL_TYPE}))
+        save_file({"x": np.zeros(2, np.float32)}, folder / "model.safetensors")
     return root
 
 
@@ -47,6 +53,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "report": lambda root: analysis.write_report([root], root.parent / "out"),
     "load_runs": hpc_compress.load_runs,
     "status": analysis.status,
+    "export": lambda root: export.export(root, root.parent / "model"),
 }
 
 
@@ -147,13 +154,28 @@ def test_a_damaged_file_is_named_and_the_rest_is_shown(
     table = hpc_compress.load_runs(root)
     assert 0 < len(table) <= before
     assert name in caplog.text
-    assert "the rest is shown" in caplog.text
+    assert "the rest is used" in caplog.text
     assert name in analysis.status(root)
+    caplog.clear()
     if name == "result.json":
-        with pytest.raises(ConfigError, match="come to its end"):
-            analysis.report([root])
+        for reader in (READERS["report"], READERS["export"]):
+            with pytest.raises(ConfigError, match="come to its end"):
+                reader(root)
     else:
         assert len(analysis.report([root])) > 0
+        caplog.clear()
+        assert (READERS["export"](root) / "README.md").is_file()
+    assert name in caplog.text
+
+
+def test_an_export_names_the_damaged_outcome(root: Path):
+    run = analysis.open_run(root)
+    cut(root / "tasks" / run.base_id / "outcome.json")
+    READERS["export"](root)  # of the best one
+    name = f"tasks/{run.result.best}/outcome.json"
+    cut(root / name)
+    with pytest.raises(door.DamageError, match=f"{name} is cut short; name another candidate"):
+        READERS["export"](root)
 
 
 @pytest.mark.parametrize("damage", DAMAGES[:-1], ids=lambda damage: damage.__name__)
@@ -225,7 +247,7 @@ def test_what_is_missing_is_named(root: Path, caplog: pytest.LogCaptureFixture):
     gone = analysis.open_run(root).generations[0].told[0]
     (root / "tasks" / gone / "outcome.json").unlink()
     hpc_compress.load_runs(root)
-    assert "generations/0002.json is missing; the rest is shown" in caplog.text
+    assert "generations/0002.json is missing; the rest is used" in caplog.text
     assert f"no usable outcome, such as tasks/{gone}/outcome.json" in caplog.text
 
 

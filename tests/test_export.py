@@ -11,9 +11,9 @@ import light
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from searches import Setup
+from searches import Setup, artifacts
 
-from hpc_compress import analysis, cli, export, identity
+from hpc_compress import analysis, cli, export
 from hpc_compress.config import ConfigError
 from hpc_compress.door import DamageError
 from hpc_compress.launch.local import Debug
@@ -55,12 +55,6 @@ def foreign(searched: Path, tmp_path: Path) -> Path:
     (tokenizer / "tokenizer.json").write_text("{}")
     (tokenizer / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": "evil.T"}, "model_max_length": 9}')
     return root
-
-
-def artifacts(root: Path) -> tuple[Path, Path]:
-    run = analysis.open_run(root)
-    store = Store(root)
-    return store.path(identity.deployed_key(run.outcomes[run.result.best].task)), store.path("tokenizer")
 
 
 def test_nothing_foreign_is_shipped_but_data(foreign: Path, tmp_path: Path):
@@ -150,9 +144,6 @@ def with_candidate(root: Path, genome: Genome) -> str:
     task = run.outcomes[run.base_id].task.model_copy(update={"genome": genome})
     task_id = store.add_task(task)
     store.settle(light.answer(task))
-    last = run.generations[-1]
-    changed = {"born_ids": (*last.born_ids, task_id), "parents": (*last.parents, None), "told": (*last.told, task_id)}
-    store.write(f"generations/{last.number:04d}.json", last.model_copy(update=changed))
     return task_id
 
 
