@@ -167,15 +167,6 @@ def _require_finite(value: Any, where: str) -> None:
         _require_finite(item, f"{where}.{key}".lstrip("."))
 
 
-def _numbers(value: Any) -> Any:
-    """A parameter in which texts such as `nan` are the numbers that they would become."""
-    if isinstance(value, str) and value.strip().lower().lstrip("+-") in ("nan", "inf", "infinity"):
-        return float(value)
-    if isinstance(value, Mapping):
-        return {key: _numbers(item) for key, item in value.items()}
-    return [_numbers(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
 def _explain(kind: type[BaseModel], where: str, item: Any) -> str:
     path = [str(part) for part in item["loc"]]
     key = ".".join([*filter(None, [where]), *path])
@@ -248,10 +239,13 @@ def build(values: Mapping[str, Any], where: str) -> Any:
     target = locate(str(values["_target_"]))
     if isinstance(target, type) and issubclass(target, BaseModel):
         return validate(target, params, where)
-    _require_finite(_numbers(params), where)
+    _require_finite(params, where)
     if inspect.isfunction(target):
         return functools.partial(target, **params)
     try:
-        return target(**params)
+        built = target(**params)
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         raise ConfigError(f"{where}: {values['_target_']} refused {params}: {error}") from None
+    # A class may make a number of a text such as `nan`. A text that stays one, as in norm=inf, is no number.
+    _require_finite({key: value for key, value in getattr(built, "__dict__", {}).items() if key in params}, where)
+    return built

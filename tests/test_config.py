@@ -1,6 +1,7 @@
 """The configuration in conf/, the command line's answers to mistakes, and who may import whom."""
 
 import ast
+import math
 import multiprocessing
 import os
 import subprocess
@@ -313,6 +314,34 @@ def test_a_run_with_a_mistake_leaves_no_run_behind(compose: Compose, tmp_path: P
 def test_a_dotted_path_that_leads_nowhere_is_named(path: str):
     with pytest.raises(ConfigError, match=f"'{path}' can't be imported"):
         config.locate(path)
+
+
+@dataclass(frozen=True)
+class Own:
+    """An operator of a user's own."""
+
+    share: float = math.inf
+    norm: str = "fro"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "share", float(self.share))
+
+    def __call__(self, model: Any, context: Any) -> Any:
+        return model
+
+
+def own(model: Any, context: Any, share: float) -> Any:
+    return model
+
+
+@pytest.mark.parametrize(("name", "share"), [("Own", math.nan), ("Own", "nan"), ("Own", "-Infinity"), ("own", math.inf)])
+def test_an_own_operator_gets_finite_numbers(name: str, share: Any):
+    with pytest.raises(ConfigError, match=r"share must be a finite number; got (nan|inf|-inf)"):
+        operator(Step(operator=f"{__name__}.{name}", params={"share": share}))
+
+
+def test_a_text_that_looks_like_a_number_is_left_a_text():
+    assert operator(Step(operator=f"{__name__}.Own", params={"norm": "inf"})) == Own(norm="inf")
 
 
 def test_a_package_that_is_not_installed_is_named():
