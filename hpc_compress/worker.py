@@ -1,7 +1,6 @@
 """The one function that runs on a node: from task ids to outcomes. Knows the store, the models and the device; no Slurm."""
 
 import dataclasses
-import errno
 import logging
 import os
 import platform
@@ -15,7 +14,6 @@ from typing import Any, TypeVar
 
 import pandas as pd
 import torch
-from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -34,7 +32,6 @@ log = logging.getLogger(__name__)
 ASSERTION = "device-side assert triggered"
 # How CUDA, its libraries and torch on a CPU say that there is no memory, each by another error than `OutOfMemoryError`.
 NO_MEMORY = re.compile(r"CUDA error: out of memory|_STATUS_(ALLOC_FAILED|INSUFFICIENT_RESOURCES)|DefaultCPUAllocator")
-MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS)
 SAME_QUALITY = 5e-5  # two figures that are nearer to each other are the same in four digits
 T = TypeVar("T")
 Report = Callable[[str, int, int], None]  # what is being done, units done, units in all
@@ -220,7 +217,7 @@ class Job:
         try:
             with self.store.new_artifact(key) as folder:
                 artifact.save(model, folder)
-        except (OSError, ValueError, SafetensorError) as error:  # the last one is how a full disk shows
+        except (OSError, ValueError) as error:
             log.warning("the task goes on without storing its model so far: %s", error)
 
     def _start(self, task: Task, steps: tuple[Step, ...]) -> tuple[PreTrainedModel, int]:
@@ -384,10 +381,10 @@ def _is_of_the_machine(error: Exception) -> bool:
     text = str(error)
     if _is_of_memory(error) or ASSERTION in text:
         return False
-    if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
+    if isinstance(error, OSError) and error.errno in artifact.DISK_ERRORS:
         return True
-    # safetensors says in words what the system told it in numbers.
-    return any(os.strerror(number) in text for number in MACHINE_ERRORS) or "CUDA error" in text
+    # Some libraries, such as tokenizers, say in words what the system told them in numbers.
+    return any(os.strerror(number) in text for number in artifact.DISK_ERRORS) or "CUDA error" in text
 
 
 def _is_of_memory(error: Exception) -> bool:

@@ -6,10 +6,12 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import light
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from searches import Setup, artifacts
 
@@ -110,6 +112,21 @@ def test_no_link_is_followed_to_compute_a_model_again(searched: Path, tmp_path: 
     os.mkfifo(root / name)  # to open it would wait for a writer
     with pytest.raises(DamageError, match=f"{name} is not a regular file"):
         export.export(root, tmp_path / "model")
+
+
+def test_a_full_disk_ends_an_export_with_a_line(
+    searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def full(*arguments: Any, **more: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    root = Path(shutil.copytree(searched, tmp_path / "run"))
+    monkeypatch.setattr("hpc_compress.models.artifact.save_file", full)
+    monkeypatch.setattr(sys, "argv", ["hpc-compress", "export", str(root), str(tmp_path / "model")])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert "model.safetensors: No space left on device; free some room" in capsys.readouterr().err
 
 
 def test_a_pipe_is_no_file(foreign: Path, tmp_path: Path):

@@ -24,6 +24,7 @@ from torch import nn
 from hpc_compress import identity, worker
 from hpc_compress.config import ConfigError
 from hpc_compress.data.batches import Encoded, eval_batches
+from hpc_compress.dispatch import SearchError
 from hpc_compress.models import artifact, modeling_hpc_compress, surgery
 from hpc_compress.models.modeling_hpc_compress import linear_of
 from hpc_compress.operators import Checkpoint, Context, losses, operator, teaching, training
@@ -528,6 +529,15 @@ def test_what_is_wrong_with_the_machine_is_no_outcome(
         failure = store.outcome(identity.task_id(task)).failure
         assert failure.kind == ("memory" if isinstance(error, torch.OutOfMemoryError) else "error")
         assert str(error) in failure.message
+
+
+def test_a_full_disk_ends_a_search_with_a_line(setup: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*arguments: Any, **more: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(artifact, "save_file", full)
+    with pytest.raises(SearchError, match=r"no room left for .* \(No space left on device\)"):
+        setup.run(tmp_path / "run", "probe=false", "generations=0")
 
 
 # --- steps and artifacts ---

@@ -1,8 +1,11 @@
 """Artifacts: saving and loading models of any shape and precision as safetensors or ONNX, and JSON. Knows no search."""
 
+import errno
+import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
@@ -10,6 +13,7 @@ from hpc_compress.models import modeling_hpc_compress as modeling
 from hpc_compress.models import packing, surgery
 
 WEIGHTS = modeling.WEIGHTS
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS)
 
 
 def load_base(folder: Path, labels: tuple[str, ...], problem: str, new_head: bool, seed: int) -> PreTrainedModel:
@@ -42,7 +46,7 @@ def load_base(folder: Path, labels: tuple[str, ...], problem: str, new_head: boo
 def save(model: PreTrainedModel, folder: Path) -> None:
     """Write weights and config. Everything that `load` needs is in the folder.
 
-    Raises: ValueError for a layer that the format can't hold.
+    Raises: ValueError for a layer that the format can't hold; OSError where the disk is full, or fails.
     """
     if is_program(model):
         model.save_pretrained(folder)
@@ -52,7 +56,14 @@ def save(model: PreTrainedModel, folder: Path) -> None:
     sparse = [f"model.{name}" for name, scheme in config.quantized.items() if scheme in modeling.SPARSE]
     tensors = packing.packed(tensors, sparse)
     config.save_pretrained(folder)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    try:
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # It says in words what the system told it in numbers.
+        said = [number for number in DISK_ERRORS if os.strerror(number) in str(error)]
+        if not said:
+            raise
+        raise OSError(said[0], os.strerror(said[0]), str(folder / WEIGHTS)) from error
 
 
 def describe(
