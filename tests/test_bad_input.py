@@ -360,6 +360,13 @@ def test_a_checkpoint_in_order_is_taken(tmp_path: Path, tiny_checkpoint: Callabl
         find(tiny_checkpoint(kind))
 
 
+@pytest.mark.parametrize(("name", "content"), [("vocab.txt", "a\nb\nc\nd\ne\nf\n\n"), ("vocab.json", '{"a": 5}')])
+def test_a_vocabulary_of_the_right_size_is_taken(tmp_path: Path, name: str, content: str):
+    folder = checkpoint(tmp_path / "model")
+    vocabulary(folder, name, content)
+    find(folder)
+
+
 def test_the_families_are_those_of_the_models():
     from hpc_compress.models import modeling_hpc_compress as modeling
 
@@ -425,6 +432,13 @@ def cut(folder: Path, name: str, share: float) -> None:
     (folder / name).write_bytes(content[: int(share * len(content))])
 
 
+def vocabulary(folder: Path, name: str, content: str) -> None:
+    """A tokenizer as it was saved before there was a tokenizer.json."""
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / name).write_text(content)
+
+
 QUERY = "bert.encoder.layer.1.attention.self.query.weight"
 DAMAGE: dict[str, Callable[[Path], Any]] = {
     "config cut short": lambda folder: cut(folder, "config.json", 0.5),
@@ -450,6 +464,9 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "tokenizer too large": lambda folder: (folder / "tokenizer.json").write_text('{"model": {"vocab": {"a": 6}}}'),
     "pieces too many": lambda folder: (folder / "tokenizer.json").write_text('{"model": {"vocab": [1, 2, 3, 4, 5, 6, 7]}}'),
     "added piece too high": lambda folder: (folder / "tokenizer.json").write_text('{"added_tokens": [{"id": 6}]}'),
+    "lines too many": lambda folder: vocabulary(folder, "vocab.txt", "\n".join("abcdefg")),
+    "piece too high": lambda folder: vocabulary(folder, "vocab.json", '{"a": 6}'),
+    "vocabulary cut short": lambda folder: vocabulary(folder, "vocab.json", '{"a": '),
     "index without files": lambda folder: (
         (folder / "model.safetensors").rename(folder / "model-1.safetensors"),
         (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model-2.safetensors"}}'),

@@ -21,6 +21,7 @@ LAYERS = {  # where each family keeps its layers; the same families as in modeli
 NORMLESS = ("modernbert", "attn_norm.")  # its first layer has no such weights
 EMBEDDING = re.compile(r"(?:.*\.)?embeddings\.(?:word|tok)_embeddings\.weight")
 KINDS: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")  # the first one that is there holds
 CHUNK_BYTES = 2**22
 HEADS, WIDTH = ("num_attention_heads", "n_heads"), ("hidden_size", "dim")  # in config.json, by family
 COUNTS = (  # in config.json
@@ -166,10 +167,18 @@ def _check_embedding(folder: Path, tensors: Mapping[str, Tensor], config: Mappin
 
 
 def _check_tokenizer(folder: Path, rows: int) -> None:
-    path = folder / "tokenizer.json"
-    if not path.is_file():
+    """Raises: ConfigError for a tokenizer with more pieces than the model knows, as far as its files are JSON or text.
+
+    A tokenizer that is saved as a sentencepiece model alone (spm.model, sentencepiece.bpe.model) is not checked.
+    """
+    path = next((path for name in VOCABULARIES if (path := folder / name).is_file()), None)
+    if path is None:
         return
-    last = max(_ids(door.json_object(path)), default=-1)
+    if path.suffix == ".txt":
+        last = len(door.read_bytes(path).rstrip().splitlines()) - 1
+    else:
+        found = door.json_object(path)
+        last = max(_ids(found if path.name == "tokenizer.json" else {"model": {"vocab": found}}), default=-1)
     if last >= rows:
         raise ConfigError(
             f"{path} knows a piece with the number {last}, and the embedding of the model has {rows} rows only; "
