@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_compress.config import ConfigError, check_name
-from hpc_compress.door import PASSING, DamageError
+from hpc_compress.door import PASSING, DamageError, one_line
 from hpc_compress.launch import find_own_modules
 from hpc_compress.store import private_umask, write_atomically
 
@@ -116,6 +116,8 @@ def _said(error: Exception) -> str:
         elif error.errno in PASSING:
             advice = "the filesystem may be away for a while; give the same command again"
         return f"{where}{error.strerror}; {advice}"
+    if isinstance(error, DamageError):
+        return one_line(str(error), most=4096)  # it may quote a stranger's text
     if isinstance(error, UnicodeError):
         return f"this is not valid text ({error}); give names, paths and files in UTF-8"
     cause = error.__cause__  # of a mistake that Hydra found, it says what is wrong

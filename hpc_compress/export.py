@@ -203,7 +203,8 @@ def _code() -> Path:
 
 def card(run: runs.Run, candidate: str, target: Path) -> str:
     """A model card: where the model comes from, what was done to it, what was measured, how to load it."""
-    outcome = run.report_of(candidate) or run.outcomes[candidate]
+    reported = run.report_of(candidate)
+    outcome = reported if reported and reported.measurement else run.outcomes[candidate]
     measurement, task, dataset = outcome.measurement, outcome.task, run.plan.dataset
     assert measurement is not None
     split = "report" if task.split == "report" else "search"
@@ -219,34 +220,31 @@ def card(run: runs.Run, candidate: str, target: Path) -> str:
     program = any(step.params.get("scheme") == "onnx_int8" for step in steps)
     needs = ["It runs in ONNX Runtime, on CPUs: `pip install onnxruntime`.", ""] if program else []
     text = '"a text", "a second text"' if dataset.pair else '"a text"'
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            "pipeline_tag: text-classification",
-            "tags: [hpc_compress]",
-            "---",
-            f"# {run.plan.base.name} compressed for {dataset.name}",
-            "",
-            f"Base model: `{run.plan.base.name}`" + (f", revision {run.plan.base.revision}" if run.plan.base.revision else ""),
-            f"(fingerprint {run.plan.base.fingerprint}). Found by hpc_compress as candidate `{candidate}`.",
-            "",
-            "| measured | |",
-            "| --- | --- |",
-            *(f"| {name} | {value} |" for name, value in {**figures, **peak}.items()),
-            "",
-            f"Latency: one pass over {measurement.protocol.sentences} sentences at most, "
-            f"in batches of {measurement.protocol.batch_size}.",
-            "",
-            *([f"Data: {'; '.join(run.plan.rows.lines())}.", ""] if run.plan.rows else []),
-            "What was done to the base model:",
-            "",
-            *(f"{number}. `{step.operator}` {step.params or ''}".rstrip() for number, step in enumerate(steps, 1)),
-            "",
-            *needs,
-            "```python",
-            LOADING.format(path=target.name, text=text),
-            "```",
-            "",
-        ]
-    )
+    cell = door.markdown_cell
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-classification",
+        "tags: [hpc_compress]",
+        "---",
+        f"# {run.plan.base.name} compressed for {dataset.name}",
+        "",
+        f"Base model: `{run.plan.base.name}`" + (f", revision {run.plan.base.revision}" if run.plan.base.revision else ""),
+        f"(fingerprint {run.plan.base.fingerprint}). Found by hpc_compress as candidate `{candidate}`.",
+        "",
+        "| measured | |",
+        "| --- | --- |",
+        *(f"| {cell(name)} | {cell(value)} |" for name, value in {**figures, **peak}.items()),
+        "",
+        f"Latency: one pass over {measurement.protocol.sentences} sentences at most, "
+        f"in batches of {measurement.protocol.batch_size}.",
+        "",
+        *([f"Data: {'; '.join(run.plan.rows.lines())}.", ""] if run.plan.rows else []),
+        "What was done to the base model:",
+        "",
+        *(f"{number}. `{step.operator}` {step.params or ''}".rstrip() for number, step in enumerate(steps, 1)),
+        "",
+        *needs,
+    ]
+    safe = [door.one_line(line, most=5_000) for line in lines]
+    return "\n".join([*safe, "```python", LOADING.format(path=target.name, text=text), "```", ""])

@@ -80,8 +80,8 @@ def restore(root: Path, task: Task) -> None:
         if abs(found[name] - value) >= SAME_QUALITY:
             log.warning(
                 "the model of %s was computed again, and has %s %.4f now; the search measured %.4f",
-                task.genome,
-                name,
+                door.one_line(str(task.genome)),
+                door.one_line(name),
                 found[name],
                 value,
             )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -15,12 +16,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from searches import Setup, artifacts
 
-from hpc_compress import analysis, cli, export
+from hpc_compress import analysis, cli, export, identity
 from hpc_compress.config import ConfigError
 from hpc_compress.door import DamageError
 from hpc_compress.launch.local import Debug
 from hpc_compress.store import Store
-from hpc_compress.types import Genome, Step
+from hpc_compress.types import Failure, Genome, Outcome, Step
 
 CONFIG = {
     "model_type": "hpc_compress",
@@ -141,7 +142,7 @@ OWN = """
 from pathlib import Path
 Path("imported").touch()
 
-def own(model, context):
+def own(model, context, scheme):
     return model
 
 def last_one_goes(model, batches, units):
@@ -149,7 +150,7 @@ def last_one_goes(model, batches, units):
     return {unit: [torch.arange(3.0).flip(0)] for unit in units}
 """
 FOREIGN = {
-    "operator": Step(operator="stranger.own"),
+    "operator": Step(operator="stranger.own", params={"scheme": "\x1b[2J"}),
     "criterion": Step(operator="drop_layers", params={"criterion": "stranger.last_one_goes"}),
     "target": Step.model_construct(operator="prune", params={"share": 0.5, "_target_": "stranger.own"}),
 }
@@ -166,7 +167,12 @@ def with_candidate(root: Path, genome: Genome) -> str:
 
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_a_run_imports_nothing_without_trust(
-    kind: str, foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kind: str,
+    foreign: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -187,6 +193,8 @@ def test_a_run_imports_nothing_without_trust(
     else:
         cli.main()
         assert (tmp_path / "model" / "model.safetensors").is_file()
+        assert "was computed again" in caplog.text
+        assert "\x1b" not in caplog.text
     assert (tmp_path / "imported").exists() == (kind != "target")
     sys.modules.pop("stranger", None)
 
@@ -206,6 +214,41 @@ def test_status_imports_nothing_from_where_it_is_given(foreign: Path, tmp_path: 
     monkeypatch.setattr(sys, "argv", ["hpc-compress", "status", "run"])
     cli.main()
     assert sys.path == before
+
+
+def test_a_card_holds_no_control_characters(foreign: Path, tmp_path: Path):
+    plan = json.loads((foreign / "run.json").read_text())
+    plan["base"]["name"], plan["dataset"]["name"] = "evil\x1b[2J\n# model", "evil\x1b[2J"
+    (foreign / "run.json").write_text(json.dumps(plan))
+    run = analysis.open_run(foreign)
+    outcome = run.outcomes[run.base_id]
+    measurement = outcome.measurement.model_copy(update={"device": "a\x1b|b\nc", "metrics": {"a\x1b|b\nc": 1.0}})
+    path = foreign / "tasks" / run.base_id / "outcome.json"
+    path.write_text(outcome.model_copy(update={"measurement": measurement}).model_dump_json())
+    (foreign / "tasks" / run.seen[run.base_id].report_id / "outcome.json").unlink()
+    text = export.card(analysis.open_run(foreign), run.base_id, tmp_path / "model")
+    assert "\x1b" not in text
+    assert text.count("\n# ") == 1
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")} == {3}
+
+
+def test_a_strangers_file_name_is_printed_on_one_line(
+    searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    root = Path(shutil.copytree(searched, tmp_path / "run"))
+    (root / "base" / "a\x1b[2J\nb").symlink_to(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["hpc-compress", "export", str(root), str(tmp_path / "model")])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "/base/a?[2J b leads out of" in capsys.readouterr().err
+
+
+def test_a_card_tells_of_the_search_where_the_report_failed(foreign: Path, tmp_path: Path):
+    run = analysis.open_run(foreign)
+    task = run.report_of(run.base_id).task
+    (foreign / "tasks" / identity.task_id(task) / "outcome.json").unlink()
+    Store(foreign).settle(Outcome(task=task, failure=Failure(kind="memory", stage="quality", message="none left")))
+    assert "(search split)" in export.card(analysis.open_run(foreign), run.base_id, tmp_path / "model")
 
 
 # --- targets ---
