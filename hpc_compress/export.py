@@ -1,5 +1,6 @@
 """From a run to a folder that loads anywhere: weights, config, tokenizer, their code and a card of what was measured."""
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -101,11 +102,24 @@ def export(root: Path, target: Path, candidate: str | None = None, trust: bool =
             (draft / "tokenizer_config.json").write_text(json.dumps(safe, indent=2) + "\n", encoding="utf-8")
         shutil.copyfile(_code(), draft / CODE)
         (draft / "README.md").write_text(card(run, found[0], target), encoding="utf-8")
-        shutil.rmtree(place, ignore_errors=True)
-        draft.rename(place)
+        _swap(draft, place)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return target
+
+
+def _swap(draft: Path, place: Path) -> None:
+    """Put a folder in the place of an earlier one, which is there again if that fails."""
+    old = place.with_name(f".export-{secrets.token_hex(4)}")
+    with contextlib.suppress(FileNotFoundError):
+        place.rename(old)
+    try:
+        draft.rename(place)
+    except OSError:
+        with contextlib.suppress(FileNotFoundError):
+            old.rename(place)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _require_replaceable(target: Path) -> None:

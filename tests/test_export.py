@@ -1,5 +1,6 @@
 """Exports: what a stranger's run folder can't do, and what an export never overwrites."""
 
+import errno
 import json
 import os
 import re
@@ -288,6 +289,25 @@ def test_a_folder_that_is_no_export_is_not_walked(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Path, "rglob", lambda *arguments: pytest.fail("it may be a home folder"))
     with pytest.raises(ConfigError, match="not an earlier export"):
         export._require_replaceable(tmp_path)
+
+
+def test_an_export_that_fails_leaves_the_earlier_one(foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    target, rename = export.export(foreign, tmp_path / "model"), Path.rename
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+
+    def fails_for_a_new_one(self: Path, place: Path) -> Path:
+        if place == target and (self / "README.md").read_text() != before["README.md"].decode():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(self, place)
+
+    monkeypatch.setattr(Path, "rename", fails_for_a_new_one)
+    monkeypatch.setattr(export, "card", lambda *arguments: "another card")
+    with pytest.raises(OSError, match="Input/output error"):
+        export.export(foreign, target)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    monkeypatch.undo()
+    export.export(foreign, target)
+    assert not list(tmp_path.glob(".export-*"))
 
 
 def test_an_export_replaces_no_file_and_no_link(foreign: Path, tmp_path: Path):
