@@ -525,8 +525,10 @@ def _prefetch(arguments: list[str]) -> None:
     settings = _settings(_compose(words))[0]
     found = checkpoint.find(settings.model)
     print(f"model    {found.name}: {sum(path.stat().st_size for path in found.files) / 1e6:.1f} MB in {found.folder}")
-    dataset, tables, _ = source.load(settings.dataset, settings.seed)
+    dataset, tables, counts = source.load(settings.dataset, settings.seed)
     print(f"dataset  {dataset.name}: {', '.join(f'{len(table)} {split}' for split, table in tables.items())} rows")
+    for line in counts.lines():
+        print(f"         {line}")
     home = os.environ.get("HF_HOME")
     print("next: " + (f"export HF_HOME={shlex.quote(home)}; " if home else "") + f"hpc-compress search {shlex.join(words)}")
 

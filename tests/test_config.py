@@ -221,12 +221,15 @@ def test_prefetch_fetches_and_says_what_is_next(
     for name in ("HF_HOME", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.setenv(name, "1")  # put back at the end
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    pd.DataFrame({"text": [f"row {i}" for i in range(40)], "label": [0, 1] * 20}).to_csv(tmp_path / "rows.csv", index=False)
+    table = pd.DataFrame({"text": [*(f"row {i}" for i in range(40)), ""], "label": [*[0, 1] * 20, 0]})
+    table.to_csv(tmp_path / "rows.csv", index=False)
     words = ["model=custom", "model.path=some/model", "dataset=file", f"dataset.train={tmp_path / 'rows.csv'}"]
     cli._prefetch([f"--to={tmp_path / 'hub folder'}", *words])
     said = capsys.readouterr().out
     assert "model    some/model" in said
     assert "32 train, 4 search, 4 report rows" in said
+    assert "1 rows of train without a text or a label are left out" in said
+    assert "of 4 search rows, 0 are equal to a train row" in said
     assert f"export HF_HOME='{tmp_path / 'hub folder'}'; hpc-compress search model=custom" in said
 
 
