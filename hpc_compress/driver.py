@@ -385,7 +385,7 @@ def learnt(plan: Plan, outcome: Outcome) -> tuple[str, bool] | None:
     if rows is None or measurement is None or not count:
         return None
     name, score = next(iter(measurement.metrics.items()))
-    constant = rows.trivial.get(split, {}).get(name, 0.0)
+    constant = rows.trivial[split].get(name, 0.0)
     if score > constant + metrics.noise(name, constant, count):
         return None
     better = "is no better" if score <= constant else "is hardly better"
