@@ -40,7 +40,11 @@ MUTANTS = (
     Mutant("measure.py", "for _ in range(protocol.warmup_passes):", "for _ in range(0):", "test_measure.py"),
     Mutant("measure.py", "timed.append(_pass_ms(model.eval(), sample, on))", "timed.insert(0, 1.0)", "test_measure.py"),
     Mutant("measure.py", "* tokens / timed_tokens", "", "test_measure.py"),
+    Mutant("measure.py", "return sent / spent", "return 1.0", "test_measure.py"),
+    Mutant("measure.py", "del cut  # before the next one is made", "pass", "test_pretend_gpu.py"),
     # search
+    Mutant("driver.py", "self._repeats(population[: self.config.report_candidates], base)", "{}", "test_timings.py"),
+    Mutant("data/overlap.py", "stays &= self.whole | in_train", "stays |= in_train", "test_splits.py"),
     Mutant("search/genetic.py", "key=self._rank, reverse=True", "key=self._rank", "test_search.py"),
     Mutant(
         "search/genetic.py", "steps = (*steps, mutation, self._fine_tune())", "steps = (*steps, mutation)", "test_search.py"

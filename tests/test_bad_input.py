@@ -150,6 +150,7 @@ def test_a_sweep_leaves_a_folder_that_holds_something_else_as_it_is(ask: Ask, tm
         assert files(tmp_path / "results") == {"mine/notes.txt": b"precious"}
 
 
+@pytest.mark.slow
 def test_what_an_earlier_sweep_has_left_is_no_reason_to_refuse(ask: Ask, tmp_path: Path, rows: list[str]):
     """Nor is it for a run in the very folder of the sweep, which here is that of the default name."""
     for words in (["name=mine", "seed=1,2"], ["name=my_run,other", "hydra.sweep.subdir=."]):
@@ -595,6 +596,7 @@ def test_a_sweep_whose_driver_was_killed_names_the_other_failed_runs_too(
     assert not list(tmp_path.glob("results/.failed*"))
 
 
+@pytest.mark.slow
 def test_the_drivers_of_a_sweep_ask_for_no_wckey(
     ask: Ask, tmp_path: Path, rows: list[str], printing: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ):

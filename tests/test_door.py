@@ -339,7 +339,13 @@ def answered(root: Path) -> None:
             reader(root)
 
 
-@pytest.mark.parametrize("name", [*RECORDS[:-1], *(f"jobs/a/{name}" for name in JOB)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("run.json", "outcome")),  # they have many numbers
+        *("result.json", "driver.json", "generations/0001.json", "jobs/a/submission.json", "jobs/a/ends.json"),
+    ],
+)
 def test_a_number_of_any_size_is_answered(root: Path, name: str, monkeypatch: pytest.MonkeyPatch):
     for job, record in JOB.items():
         Store(root).write(f"jobs/a/{job}", record)

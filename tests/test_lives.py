@@ -278,6 +278,7 @@ def drive(root: str) -> None:
             jobs.poll()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
 def test_a_killed_driver_takes_its_local_workers_with_it(tmp_path: Path, number: signal.Signals):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}

@@ -467,9 +467,9 @@ def test_a_driver_on_another_node_is_told_by_its_signs_of_life(
     setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alive: bool
 ):
     """Where locks don't reach from node to node."""
-    monkeypatch.setattr(driver, "HEARTBEAT_SECONDS", 0.8)
+    monkeypatch.setattr(driver, "HEARTBEAT_SECONDS", 0.4)
     Store(tmp_path).write("driver.json", Heartbeat(host="elsewhere", pid=1, job_id=None, job_name=None))
-    beat = threading.Timer(0.5, (tmp_path / "driver.json").touch)
+    beat = threading.Timer(0.25, (tmp_path / "driver.json").touch)
     if not alive:
         lightly(setup, tmp_path)
         return
