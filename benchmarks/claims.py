@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-BEGIN, END = "<!-- claims -->", "<!-- /claims -->"  # what stands between them in a text is what `sentences` says
+# What stands between these marks in a text is what `sentences` says of results/NAME.csv.
+BEGIN, END = "<!-- claims: {name} -->", "<!-- /claims -->"
 OURS, BY_TIME, BASE = "ours, by parameters", "ours, by time", "base"
 LEVEL = 0.0005
 NOISE = 0.01
@@ -29,13 +30,14 @@ COLUMNS = ["dataset", "cut", "peer", "seed", "lead"]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("csv", type=Path)
-    print(section(read(parser.parse_args().csv)))
+    path = parser.parse_args().csv
+    print(section(read(path), path.stem))
 
 
-def section(table: pd.DataFrame) -> str:
+def section(table: pd.DataFrame, name: str) -> str:
     return f"""## Ours against the best of the others
 
-{BEGIN}
+{BEGIN.format(name=name)}
 {sentences(table)}
 {END}
 

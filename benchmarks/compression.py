@@ -103,7 +103,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="that make models, one thread each")
     parser.add_argument("--quality-only", type=Path, metavar="CSV", help="time nothing; add a row for each model to this file")
     parser.add_argument("--work", type=Path, default=Path("results/compression"), help="what was made so far")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for compression.csv, .md and .png")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for NAME.csv, .md and .png")
+    parser.add_argument("--name", default="compression", help="of these files")
     args = parser.parse_args()
     begin, anew, bench = time.monotonic(), not args.work.exists(), Bench(args)
     if args.quality_only and BY_TIME in args.methods:
@@ -517,7 +518,7 @@ def report(args: argparse.Namespace, bench: Bench, begin: float | None) -> None:
     smallest = f"\n## As small as possible\n\n{_smallest(bench)}\n" if SMALLEST in args.datasets else ""
     took = "" if begin is None else f"All of it took {(time.monotonic() - begin) / 60:.0f} minutes."
     args.out.mkdir(parents=True, exist_ok=True)
-    table.drop(columns=["metric"]).round(5).to_csv(args.out / "compression.csv", index=False)
+    table.drop(columns=["metric"]).round(5).to_csv(args.out / f"{args.name}.csv", index=False)
     equal = _at_equal_latency(table)
     training_ = f"batch {TRAINING['batch_size']}, learning rate {TRAINING['learning_rate']:g}"
     sections = "\n\n".join(_section(name, group) for name, group in table.groupby("dataset", sort=False))
@@ -530,7 +531,7 @@ counted without embeddings. Latency is the median pass over {PROTOCOL.sentences}
 turns, in fp32 on {measure.device_name(CPU)}. `heads` and `FFN` are what the first seed left in each layer.
 {took}
 
-{claims.section(table)}
+{claims.section(table, args.name)}
 
 {sections}
 
@@ -540,8 +541,8 @@ Of each peer's model for which ours has neighbours on both sides.
 
 {equal.assign(cut=[f"{share:.0%}" if share else "" for share in equal["cut"]]).to_markdown(index=False, floatfmt=EQUAL_FORMAT)}
 {smallest}"""
-    (args.out / "compression.md").write_text(text, encoding="utf-8")
-    _plot(table, args.out / "compression.png")
+    (args.out / f"{args.name}.md").write_text(text, encoding="utf-8")
+    _plot(table, args.out / f"{args.name}.png")
     print(text)
 
 

@@ -200,11 +200,23 @@ def _artifacts(store: Store, task: Task, trust: bool) -> tuple[Path, Path]:
             )
         for name in USED:  # the libraries that read models and tables follow links
             door.all_inside(store.root, name)
-        from hpc_compress import worker
-
-        worker.restore(store.root, task)
+        _restore(store.root, task)
         weights, tokenizer = store.path(identity.deployed_key(task)), store.path("tokenizer")
     return weights, tokenizer
+
+
+def _restore(root: Path, task: Task) -> None:
+    """Raises: DamageError where what lies in the run folder does not make a model."""
+    from hpc_compress import worker
+
+    try:
+        worker.restore(root, task)
+    except (ConfigError, DamageError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno:
+            raise  # of the disk
+        raise DamageError(f"{root}: the model can't be computed again: {door.one_line(str(error))}") from error
 
 
 def _code() -> Path:
@@ -230,6 +242,9 @@ def card(run: runs.Run, candidate: str, target: Path) -> str:
         "of them in the encoder": f"{measurement.encoder_parameters / 1e6:.2f} M",
         "speed-up over the base model": f"{speed_up(measurement):.2f}x on {measurement.device}",
     }
+    if measurement.base_best_latency_ms:
+        best = f"speed-up over the base model in {measurement.base_best_precision}"
+        figures[best] = f"{speed_up(measurement, 'best'):.2f}x"
     peak = {"peak GPU memory": f"{measurement.peak_bytes / 1e6:.1f} MB"} if measurement.peak_bytes else {}
     program = any(step.params.get("scheme") == "onnx_int8" for step in steps)
     needs = ["It runs in ONNX Runtime, on CPUs: `pip install onnxruntime`.", ""] if program else []

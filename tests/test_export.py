@@ -116,6 +116,14 @@ def test_no_link_is_followed_to_compute_a_model_again(searched: Path, tmp_path: 
         export.export(root, tmp_path / "model")
 
 
+@pytest.mark.parametrize("name", ["base/config.json", "base/model.safetensors", "data/train.parquet"])
+def test_a_model_that_can_not_be_computed_again_is_told_with_a_line(searched: Path, tmp_path: Path, name: str):
+    root = Path(shutil.copytree(searched, tmp_path / "run"))
+    (root / name).write_bytes(b"x")
+    with pytest.raises(DamageError, match="the model can't be computed again: "):
+        export.export(root, tmp_path / "model")
+
+
 def test_a_full_disk_ends_an_export_with_a_line(
     searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -593,3 +593,20 @@ def test_exported_models_load_without_the_package(tiny_checkpoint: Callable[...,
     found = outputs_elsewhere(tmp_path, list(expected), {"input_ids": ids})
     assert {scheme: found[scheme] for scheme in expected} == expected
     assert {scheme: found[scheme + "-saved-again"] for scheme in expected} == expected
+
+
+def test_no_config_chooses_the_code_of_attention_and_no_weights_are_unpickled(bert: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(bert, tmp_path / "model"))
+    values = json.loads((folder / "config.json").read_text())
+    kernel = {"attn_implementation": "some/kernel", "_attn_implementation": "some/kernel"}
+    (folder / "config.json").write_text(json.dumps(values | kernel))
+    model = artifact.load_base(folder, ("a", "b"), "classification", new_head=True, seed=0)
+    (tmp_path / "saved").mkdir()
+    artifact.save(model, tmp_path / "saved")
+    values = json.loads((tmp_path / "saved/config.json").read_text())
+    (tmp_path / "saved/config.json").write_text(json.dumps(values | {"stock": values["stock"] | kernel}))
+    artifact.load(tmp_path / "saved")
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        artifact.load_base(folder, ("a", "b"), "classification", new_head=True, seed=0)

@@ -23,6 +23,7 @@ def load_base(folder: Path, labels: tuple[str, ...], problem: str, new_head: boo
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     modeling.family_of(config.model_type)
+    config._attn_implementation = None  # transformers chooses; a config may name a kernel, which is code of the hub
     config.num_labels = len(labels) or 1
     if labels:
         config.id2label = dict(enumerate(labels))
@@ -37,6 +38,7 @@ def load_base(folder: Path, labels: tuple[str, ...], problem: str, new_head: boo
             dtype=torch.float32,
             ignore_mismatched_sizes=new_head,
             trust_remote_code=False,
+            use_safetensors=True,
         )
     if report["missing_keys"] and not new_head:
         raise ValueError(f"{folder} lacks {sorted(report['missing_keys'])[:4]}; set model.head=new to train a new head")

@@ -157,7 +157,8 @@ class HpcCompressConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     def stock_config(self) -> PreTrainedConfig:
-        return AutoConfig.for_model(**self.stock)
+        # Transformers chooses how attention is computed; a config may name a kernel, which is code of the hub.
+        return AutoConfig.for_model(**{key: value for key, value in self.stock.items() if "attn_implementation" not in key})
 
 
 class HpcCompressForSequenceClassification(PreTrainedModel):
