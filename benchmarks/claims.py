@@ -62,24 +62,27 @@ def read(path: Path) -> pd.DataFrame:
 def sentences(table: pd.DataFrame) -> str:
     """How often ours is ahead where half of the encoder goes or more, and where less goes."""
     size, speed, said = at_equal_size(table), at_equal_latency(table), []
+    untrained = at_equal_size(table, "before") if "before" in table else size[:0]
     for most in (True, False):
-        same_size, same_speed = (leads[(leads["cut"] >= 0.5) == most] for leads in (size, speed))
+        same_size, same_speed, before = (leads[(leads["cut"] >= 0.5) == most] for leads in (size, speed, untrained))
         if len(same_size):
             least = float(same_size["cut"].min())
             amount = AMOUNTS.get(least, f"{100 * least:.0f} %")
             place = f"Where {amount} of the encoder goes or more" if most else f"Where {amount} goes"
             said.append(f"{place}, `prune` is ahead of the best peer of equal size {_counted(same_size)}")
+        if len(before):
+            said.append(f"Before the epoch after the cut it is ahead {_counted(before)}")
         if len(same_speed):
             said.append(f"At equal latency it is ahead of the best peer {_counted(same_speed)}")
     return textwrap.fill(" ".join(said), 120, break_on_hyphens=False)
 
 
-def at_equal_size(table: pd.DataFrame) -> pd.DataFrame:
-    """Leads of ours cut by parameters over every peer of the same dataset, cut and seed."""
+def at_equal_size(table: pd.DataFrame, figure: str = "quality") -> pd.DataFrame:
+    """Leads of ours cut by parameters over every peer of the same dataset, cut and seed. figure: quality, or before (training)."""
     cut = table[table["share"] > 0]
     keys = ["dataset", "share", "seed"]
-    both = cut[~cut["method"].str.startswith("ours")].merge(cut.loc[cut["method"] == OURS, [*keys, "quality"]], on=keys)
-    both["lead"] = both["quality_y"] - both["quality_x"]
+    both = cut[~cut["method"].str.startswith("ours")].merge(cut.loc[cut["method"] == OURS, [*keys, figure]], on=keys)
+    both["lead"] = both[f"{figure}_y"] - both[f"{figure}_x"]
     return both.rename(columns={"share": "cut", "method": "peer"})[COLUMNS]
 
 
