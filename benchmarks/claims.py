@@ -78,7 +78,10 @@ def sentences(table: pd.DataFrame) -> str:
 
 
 def at_equal_size(table: pd.DataFrame, figure: str = "quality") -> pd.DataFrame:
-    """Leads of ours cut by parameters over every peer of the same dataset, cut and seed. figure: quality, or before (training)."""
+    """Leads of ours cut by parameters over every peer of the same dataset, cut and seed.
+
+    figure: `quality`, after the epoch of distillation; `before`, the quality before it.
+    """
     cut = table[table["share"] > 0]
     keys = ["dataset", "share", "seed"]
     both = cut[~cut["method"].str.startswith("ours")].merge(cut.loc[cut["method"] == OURS, [*keys, figure]], on=keys)
