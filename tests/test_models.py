@@ -28,7 +28,7 @@ from hpc_compress.dispatch import SearchError
 from hpc_compress.models import artifact, modeling_hpc_compress, surgery
 from hpc_compress.models.modeling_hpc_compress import linear_of
 from hpc_compress.operators import Checkpoint, Context, losses, operator, teaching, training
-from hpc_compress.operators.learning import Distill
+from hpc_compress.operators.learning import Distill, FineTune
 from hpc_compress.operators.quantization import quantize
 from hpc_compress.store import Store
 from hpc_compress.types import Base, Dataset, Genome, Protocol, Step, Task
@@ -610,3 +610,17 @@ def test_no_config_chooses_the_code_of_attention_and_no_weights_are_unpickled(be
     (folder / "model.safetensors").unlink()
     with pytest.raises(OSError, match="safetensors"):
         artifact.load_base(folder, ("a", "b"), "classification", new_head=True, seed=0)
+
+
+def test_the_learning_rate_rises_and_falls_in_straight_lines(bert: Path, monkeypatch: pytest.MonkeyPatch):
+    rates: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def noting(self: Any, *arguments: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noting)
+    how = FineTune(epochs=5, batch_size=8, learning_rate=1.0, warmup=0.4)
+    training.fit(load(bert), examples(16), losses.task_loss, how, 0, CPU)
+    assert rates == pytest.approx([1 / 5, 2 / 5, 3 / 5, 4 / 5, *(n / 6 for n in (6, 5, 4, 3, 2, 1))])

@@ -440,3 +440,11 @@ def test_exported_models_load_without_the_package(model: nn.Module, tmp_path: Pa
     found = outputs_elsewhere(tmp_path, list(expected), {"input_ids": ids})
     for name, outputs in expected.items():
         assert found[name] == found[f"{name}-saved-again"] == outputs
+
+
+def test_weights_for_whole_numbers_are_rounded_to_the_nearest_of_255_levels():
+    linear = nn.Linear(100, 20)
+    layer = quantization._dynamic_int8(linear, "dynamic_int8")
+    values = layer.weight.float() * layer.get_buffer("scale")[:, None]
+    error = (values - linear.weight).abs().amax(1)
+    assert (error <= 1.001 * linear.weight.abs().amax(1) / 254).all()
