@@ -71,7 +71,7 @@ def sentences(table: pd.DataFrame) -> str:
             place = f"Where {amount} of the encoder goes or more" if most else f"Where {amount} goes"
             said.append(f"{place}, `prune` is ahead of the best peer of equal size {_counted(same_size)}")
         if len(before):
-            said.append(f"Before the epoch after the cut it is ahead {_counted(before)}")
+            said.append(f"Before the distillation it is ahead {_counted(before)}")
         if len(same_speed):
             said.append(f"At equal latency it is ahead of the best peer {_counted(same_speed)}")
     return textwrap.fill(" ".join(said), 120, break_on_hyphens=False)

@@ -18,7 +18,7 @@ from typing import Any
 
 from hpc_compress.config import ConfigError, check_name
 from hpc_compress.door import PASSING, DamageError, one_line
-from hpc_compress.launch import find_own_modules
+from hpc_compress.launch import find_own_modules, variable
 from hpc_compress.store import private_umask, write_atomically
 
 USAGE = """hpc-compress COMMAND ...
@@ -155,15 +155,11 @@ def _search(arguments: list[str]) -> None:
     words = [*arguments[:place], f"++hydra.job.env_set.{NOTES}='{told}'", *arguments[place:]]
     sys.argv = ["hpc-compress search", *words]
     # Hydra prints a traceback and exits with 1 for the mistakes of users too, unless it is told to raise what happened.
-    before = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(_run)()
+        with variable("HYDRA_FULL_ERROR", "1"):
+            hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(_run)()
     finally:
         GlobalHydra.instance().clear()
-        os.environ.pop("HYDRA_FULL_ERROR")
-        if before is not None:
-            os.environ["HYDRA_FULL_ERROR"] = before
         code = _failed_runs(notes)
     if code:
         sys.exit(code)

@@ -248,13 +248,12 @@ def _require_own(root: Path) -> None:
             who, mend = "a group", f", or chmod g-w {quoted}"
         else:
             continue
-        if not status.st_mode & stat.S_IWOTH and here not in path.parents:
-            of_others.append(f"{path} ({who.removesuffix(',')})")
-            continue
-        raise ConfigError(
-            f"{who} can write to {path}, and so put another folder in the place of the run's, from which nodes run code in "
-            f"your name; choose another folder{mend}"
-        )
+        if who == "everybody" or here in path.parents:
+            raise ConfigError(
+                f"{who} can write to {path}, and so put another folder in the place of the run's, from which nodes run code "
+                f"in your name; choose another folder{mend}"
+            )
+        of_others.append(f"{path} ({who.removesuffix(',')})")
     if of_others:
         log.warning("others can exchange the run folder, from which nodes run code: they write to %s", ", ".join(of_others))
 

@@ -34,9 +34,8 @@ from hpc_compress.types import Outcome, Record, Task
 
 R = TypeVar("R", bound=Record)
 DRAFT_SECONDS = 6 * 3600  # a younger draft may have a living writer, perhaps one that outlived its driver
-LOCK_SECONDS = (
-    600.0  # without a sign of life of a lock's holder: a network filesystem may keep the lock of a dead node for ever
-)
+# Without a sign of life of a lock's holder: a network filesystem may keep the lock of a dead node for ever.
+LOCK_SECONDS = 600.0
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import Field
 
 from hpc_compress.config import ConfigError
-from hpc_compress.launch import WORKER, Bundle, Ended, Jobs, Process, Report, Work, packed
+from hpc_compress.launch import WORKER, Bundle, Ended, Jobs, Process, Report, Work, packed, variable
 from hpc_compress.types import Record
 
 # --- in this process ---
@@ -120,7 +120,7 @@ class Processes:
                 settings = self.settings
                 seconds = 60 * settings.checkpoint_minutes
                 work = Work(str(self.root), tuple(pack), settings.worker, seconds, self.threads, gpu, driver=Process.here())
-                with _safe_path():
+                with variable("PYTHONSAFEPATH", "1"):  # else it looks into the current folder before the libraries
                     self.running[place] = self.executor.submit(work), pack
         return ended
 
@@ -135,19 +135,6 @@ class Processes:
             job.cancel()
         self.waiting.clear()
         self.running.clear()
-
-
-@contextmanager
-def _safe_path() -> Iterator[None]:
-    """For a worker's Python, which would look into the current folder before the libraries."""
-    before = os.environ.get("PYTHONSAFEPATH")
-    os.environ["PYTHONSAFEPATH"] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop("PYTHONSAFEPATH")
-        if before is not None:
-            os.environ["PYTHONSAFEPATH"] = before
 
 
 NO_GPU = ("", "-1", "NoDevFiles")  # how CUDA_VISIBLE_DEVICES says that there is none
