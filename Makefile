@@ -12,10 +12,11 @@ test: .venv/ready ## all tests that this machine can run
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu"
 
-check: .venv/ready ## formatter, linter, type checker
+check: .venv/ready ## formatter, linter, type checker, who may import whom
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: .venv/ready ## DATA=folder with sst2, trec6, stsb, qqp_sample and cola: train and dev as tsv or parquet; hours on two cores
 	$(if $(wildcard $(DATA)/sst2/train.*),,$(error make bench DATA=folder that holds sst2/train.tsv or .parquet and the others))

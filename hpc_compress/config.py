@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from hpc_compress.types import Params, Protocol, Record
+from hpc_compress.types import MeasurementProtocol, Params, Record
 
 B = TypeVar("B", bound=BaseModel)
 NAME_BYTES = 255  # of a part of a path, on every common filesystem
@@ -47,8 +47,8 @@ class DatasetConfig(Record):
     text: str = Field(default="text", description="column of the text")
     text2: str | None = Field(default=None, description="column of the second text of a pair")
     label: str = Field(default="label", description="column of the label")
-    problem: Literal["classification", "regression"] = "classification"
-    metrics: tuple[Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"], ...] = Field(
+    problem: str = Field(default="classification", description="what is predicted: classification or regression")
+    metrics: tuple[str, ...] = Field(
         default=("accuracy",), min_length=1, description="the first one is the quality of the search"
     )
     positive: str | None = Field(
@@ -70,10 +70,6 @@ class DatasetConfig(Record):
 
     @model_validator(mode="after")
     def _consistent(self) -> "DatasetConfig":
-        regression = {"pearson", "spearman"}
-        if any((self.problem == "regression") != (metric in regression) for metric in self.metrics):
-            wanted = sorted(regression) if self.problem == "regression" else "accuracy, f1, macro_f1, matthews"
-            raise ValueError(f"metrics={list(self.metrics)} do not fit problem={self.problem}; use {wanted}")
         if self.search_on == "validation" and self.validation is None:
             raise ValueError("search_on=validation needs a validation split or file; set dataset.validation")
         return self
@@ -109,7 +105,7 @@ class RunConfig(Record):
     )
     model: ModelConfig
     dataset: DatasetConfig
-    protocol: Protocol = Protocol()
+    protocol: MeasurementProtocol = MeasurementProtocol()
 
 
 def check_name(name: str) -> None:

@@ -113,8 +113,8 @@ def _try_precision(scheme: str, rest: str) -> None:
     from transformers import AutoModelForSequenceClassification, BertConfig
 
     from hpc_compress import measure
+    from hpc_compress.deployment.quantization import quantize
     from hpc_compress.models import artifact
-    from hpc_compress.operators.quantization import quantize
 
     config = BertConfig(
         vocab_size=99,

@@ -23,13 +23,14 @@ from typing import Any, Protocol
 import numpy as np
 from pydantic import model_validator
 
-from hpc_compress import identity
+from hpc_compress import identity, splits
 from hpc_compress.config import ConfigError, RunConfig, check_name
-from hpc_compress.data import metrics, source
+from hpc_compress.data import metrics
 from hpc_compress.dispatch import CANCELLED, HEARTBEAT_SECONDS, Dispatch, Heartbeat, Progress, SearchError, describe, figures
 from hpc_compress.launch import Launcher, Process
-from hpc_compress.models import checkpoint
+from hpc_compress.models import pretrained
 from hpc_compress.operators import Particular, operator
+from hpc_compress.problems import problem
 from hpc_compress.search.objective import quality_of, with_timing
 from hpc_compress.search.space import Shape
 from hpc_compress.store import Store, private_umask, touching
@@ -92,7 +93,7 @@ class Plan(Record):
         new = {**config.model_dump(mode="json", exclude=FREE), "strategy": dict(strategy), "objective": dict(objective)}
         if self.base.preparation:  # it is taken from run.json, and its operators are imported
             old["preparation"] = [step.model_dump(mode="json") for step in self.base.preparation]
-            new["preparation"] = [step.model_dump(mode="json") for step in checkpoint.preparation(config.model)]
+            new["preparation"] = [step.model_dump(mode="json") for step in pretrained.preparation(config.model)]
         return _differences(old, new)
 
 
@@ -345,13 +346,15 @@ def _plan(
         progress.say(f"going on with the run in {store.root}")
         return old.model_copy(update={"config": config})
     progress.say(f"reading {config.model.path} and {config.dataset.name}")
-    found = checkpoint.find(config.model)
-    dataset, tables, rows = source.load(config.dataset, config.seed, found.labels if found.has_head else ())
+    found, kind = pretrained.find(config.model), problem(config.dataset.problem)
+    own_labels = found.labels if found.has_head(kind.head) else ()
+    dataset, tables, rows = splits.load(config.dataset, config.seed, own_labels)
     try:
         shape = Shape.of(found.config)
     except ValueError as error:
         raise ConfigError(f"model.path={config.model.path!r}: {error}") from None
-    base = checkpoint.adopt(found, config.model, dataset, store.root / "base")
+    fits = pretrained.head_fits(found, config.model, kind.head, kind.head_width(dataset.labels), dataset.name)
+    base = pretrained.adopt(found, config.model, store.root / "base", fits)
     (store.root / "data").mkdir(exist_ok=True)
     for split, table in tables.items():
         table.to_parquet(store.root / "data" / f"{split}.parquet", index=False)

@@ -14,6 +14,7 @@ from hpc_compress import door, identity, runs
 from hpc_compress.config import ConfigError
 from hpc_compress.door import DamageError
 from hpc_compress.operators import foreign
+from hpc_compress.problems import problem
 from hpc_compress.search.objective import speed_up
 from hpc_compress.store import Store
 from hpc_compress.types import Task
@@ -48,12 +49,6 @@ LEAD_TO_CODE = (
 )
 
 log = logging.getLogger(__name__)
-
-LOADING = """from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-model = AutoModelForSequenceClassification.from_pretrained({path!r}, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained({path!r})
-logits = model(**tokenizer({text}, return_tensors="pt")).logits"""
 
 
 def export(root: Path, target: Path, candidate: str | None = None, trust: bool = False) -> Path:
@@ -248,12 +243,12 @@ def card(run: runs.Run, candidate: str, target: Path) -> str:
     peak = {"peak GPU memory": f"{measurement.peak_bytes / 1e6:.1f} MB"} if measurement.peak_bytes else {}
     program = any(step.params.get("scheme") == "onnx_int8" for step in steps)
     needs = ["It runs in ONNX Runtime, on CPUs: `pip install onnxruntime`.", ""] if program else []
-    text = '"a text", "a second text"' if dataset.pair else '"a text"'
+    kind = problem(dataset.problem)
     cell = door.markdown_cell
     lines = [
         "---",
         "library_name: transformers",
-        "pipeline_tag: text-classification",
+        f"pipeline_tag: {kind.pipeline_tag}",
         "tags: [hpc_compress]",
         "---",
         f"# {run.plan.base.name} compressed for {dataset.name}",
@@ -276,4 +271,4 @@ def card(run: runs.Run, candidate: str, target: Path) -> str:
         *needs,
     ]
     safe = [door.one_line(line, most=5_000) for line in lines]
-    return "\n".join([*safe, "```python", LOADING.format(path=target.name, text=text), "```", ""])
+    return "\n".join([*safe, "```python", kind.example(target.name, dataset), "```", ""])

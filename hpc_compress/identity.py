@@ -16,11 +16,15 @@ def canonical(value: Any) -> str:
     return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
+# Parameters that have another name now. Identities are computed from the first one, so that they stay what they were.
+FIRST_NAMES = {"hidden_distance": "closeness"}
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json")
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {FIRST_NAMES.get(str(key), str(key)): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, float) and value.is_integer():

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from hpc_compress.data.batches import Batch, Encoded, eval_batches
 from hpc_compress.models import surgery
-from hpc_compress.types import Protocol, Record
+from hpc_compress.problems import Problem
+from hpc_compress.types import MeasurementProtocol, Record
 
 TABLE_SECONDS = 45.0  # that a table of block times takes, about; but for models whose two sweeps over one batch take longer
 
@@ -36,7 +37,7 @@ def device(wanted: str = "any") -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def base_precision(protocol: Protocol, on: torch.device) -> Literal["fp16", "bf16"] | None:
+def base_precision(protocol: MeasurementProtocol, on: torch.device) -> Literal["fp16", "bf16"] | None:
     """In which the base model is timed besides fp32; None: in no other."""
     if protocol.base_precision == "fp32":
         return None
@@ -63,15 +64,16 @@ def _cpu_name() -> str:
 
 
 @torch.inference_mode()
-def outputs(model: PreTrainedModel, examples: Encoded, batch_size: int, on: torch.device) -> np.ndarray:
-    """Logits of every example, in the order of the examples: (n, classes) as float32.
+def outputs(problem: Problem, model: PreTrainedModel, examples: Encoded, batch_size: int, on: torch.device) -> np.ndarray:
+    """The problem's outputs for every example, in the order of the examples: (n, width) as float32.
 
     Raises: FloatingPointError when one is not finite: no metric of such outputs means anything.
     """
     model.eval()
-    rows = np.empty((len(examples), int(model.config.num_labels)), dtype=np.float32)
+    rows = np.empty((len(examples), problem.width(model)), dtype=np.float32)
     for batch in eval_batches(examples, batch_size):
-        rows[batch.index.numpy()] = model(**batch.to(on).inputs).logits.float().cpu().numpy()
+        found = problem.outputs(model(**batch.to(on).inputs), batch)
+        rows[batch.index.numpy()] = found.float().cpu().numpy()
     if not np.isfinite(rows).all():
         raise FloatingPointError(
             "the model's outputs are not finite; train it with a lower learning rate or deploy it in bf16, not fp16"
@@ -81,7 +83,7 @@ def outputs(model: PreTrainedModel, examples: Encoded, batch_size: int, on: torc
 
 @torch.inference_mode()
 def latencies_ms(
-    pairs: Sequence[tuple[PreTrainedModel, list[Batch]]], protocol: Protocol, on: torch.device
+    pairs: Sequence[tuple[PreTrainedModel, list[Batch]]], protocol: MeasurementProtocol, on: torch.device
 ) -> list[tuple[float, ...]]:
     """Milliseconds of each timed pass of a model over its sample, which lies on the device already; a tuple for each pair.
 
@@ -134,7 +136,7 @@ class BlockTimes(Record):
 
 
 @torch.inference_mode()
-def block_times(model: PreTrainedModel, sample: list[Batch], protocol: Protocol, on: torch.device) -> BlockTimes:
+def block_times(model: PreTrainedModel, sample: list[Batch], protocol: MeasurementProtocol, on: torch.device) -> BlockTimes:
     """Time the model with attention of every number of heads alone, and with FFNs of 17 widths alone.
 
     A layer's time is the model's divided by the number of layers, so that the clock sees enough. (Latency tables: Kwon et al.
@@ -274,6 +276,6 @@ def peak_bytes(model: PreTrainedModel, sample: list[Batch], on: torch.device, ow
     return own_bytes + torch.cuda.max_memory_allocated(on) - before
 
 
-def timing_sample(examples: Encoded, protocol: Protocol, on: torch.device) -> list[Batch]:
+def timing_sample(examples: Encoded, protocol: MeasurementProtocol, on: torch.device) -> list[Batch]:
     """The protocol's fixed sample, the first rows of the split, ready on the device."""
     return [batch.to(on) for batch in eval_batches(examples.take(protocol.sentences), protocol.batch_size)]

@@ -22,7 +22,6 @@ class Record(BaseModel):
 
 
 Split = Literal["search", "report"]
-Problem = Literal["classification", "regression"]
 Fingerprint = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16,64}$")]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -90,7 +89,7 @@ class Dataset(Record):
 
     name: str
     fingerprint: Fingerprint  # of the rows of all splits
-    problem: Problem
+    problem: str = Field(pattern=r"^[a-z_]{1,64}$")  # its kind, a name of `problems.PROBLEMS`
     labels: tuple[str, ...]  # class names in the order of their ids; empty for regression
     pair: bool = False  # two texts an example
     metrics: tuple[str, ...] = Field(min_length=1)  # the first one is the quality that the search sees
@@ -140,7 +139,7 @@ class Rows(Record):
         return [*lines, *map(str, self.overlaps)]
 
 
-class Protocol(Record):
+class MeasurementProtocol(Record):
     """How a deployed model is measured. Measurements of different protocols are never compared."""
 
     device: Literal["any", "cpu", "cuda"] = Field(
@@ -165,7 +164,7 @@ class Protocol(Record):
     max_seconds: float = Field(default=30.0, gt=0, description="stop timing a model and the base model after so long")
 
     @model_validator(mode="after")
-    def _ordered(self) -> "Protocol":
+    def _ordered(self) -> "MeasurementProtocol":
         if self.min_passes > self.max_passes:
             raise ValueError(f"min_passes={self.min_passes} is more than max_passes={self.max_passes}")
         return self
@@ -176,7 +175,7 @@ class Task(Record):
 
     base: Base
     dataset: Dataset
-    protocol: Protocol
+    protocol: MeasurementProtocol
     seed: int
     genome: Genome = Genome()
     split: Split = "search"
@@ -221,7 +220,7 @@ class Measurement(Timing):
     enqueue_share: float | None = Field(default=None, ge=0, le=1)
     device: str  # as the device calls itself
     device_type: Literal["cpu", "cuda"]
-    protocol: Protocol
+    protocol: MeasurementProtocol
 
     @property
     def timings(self) -> tuple[Timing, ...]:

@@ -19,12 +19,15 @@ from transformers.utils import logging as transformers_logging
 
 from hpc_compress import door, identity, measure
 from hpc_compress.config import RunConfig
-from hpc_compress.data import metrics
-from hpc_compress.data.batches import Encoded, encode
+from hpc_compress.context import Checkpoint, Context
+from hpc_compress.data.batches import Encoded
+from hpc_compress.deployment import quantization
 from hpc_compress.models import artifact
-from hpc_compress.operators import Checkpoint, Context, operator, quantization, teaching
-from hpc_compress.operators.teaching import TeacherOutputs
+from hpc_compress.operators import operator
+from hpc_compress.problems import problem
+from hpc_compress.problems.outputs import Teacher
 from hpc_compress.store import Store
+from hpc_compress.training import teaching
 from hpc_compress.types import Failure, Genome, Measurement, Outcome, SpentError, Step, Task
 
 log = logging.getLogger(__name__)
@@ -179,8 +182,9 @@ class Job:
     def quality(self, task: Task, model: PreTrainedModel, folder: Path, on: torch.device) -> dict[str, float]:
         """The metrics of the deployed model in `folder`, on the task's split."""
         examples = self._examples(task, task.split, folder)
-        outputs = measure.outputs(model, examples, task.protocol.batch_size, on)
-        return metrics.compute(task.dataset.metrics, examples.labels, outputs, metrics.positive(task.dataset))
+        kind = problem(task.dataset.problem)
+        outputs = measure.outputs(kind, model, examples, task.protocol.batch_size, on)
+        return kind.score(task.dataset, examples.labels, outputs)
 
     # --- artifacts ---
 
@@ -225,7 +229,8 @@ class Job:
         if not steps:
             seed = identity.derive(task.seed, "head")
             new_head = bool(task.base.preparation)
-            return artifact.load_base(self.store.root / "base", task.dataset.labels, task.dataset.problem, new_head, seed), 0
+            kind = problem(task.dataset.problem)
+            return kind.load_base(self.store.root / "base", task.dataset.labels, new_head, seed), 0
         for done in range(len(steps) - 1, 0, -1):
             if found := self.store.artifact(identity.master_key(task, steps[:done])):
                 return artifact.load(found), done
@@ -255,6 +260,7 @@ class Job:
     def _context(self, task: Task, prefix: tuple[Step, ...], step: Step, checkpoint: Checkpoint | None = None) -> Context:
         return Context(
             train=self._examples(task, "train"),
+            problem=problem(task.dataset.problem),
             device=self.device,
             # The prefix makes the seed, not the place in a job: a master that is computed again is the same.
             seed=identity.derive(task.seed, "step", prefix),
@@ -280,28 +286,31 @@ class Job:
 
         return self._keep(("base model", identity.master_key(task, ()), str(on), precision), make)
 
-    def _taught(self, task: Task) -> TeacherOutputs | None:
-        """What the base model says of the training examples: computed once a run, by whoever needs it first.
+    def _taught(self, task: Task) -> Teacher | None:
+        """The base model's stored outputs for the training examples: computed once a run, by whoever needs them first.
 
         None where it would take too much of the disk; the teacher is then asked in every training.
         """
 
-        def find() -> TeacherOutputs | None:
+        kind = problem(task.dataset.problem)
+
+        def find() -> teaching.TeacherOutputs | None:
             key, examples, teacher = identity.master_key(task, ()), self._examples(task, "train"), self._base_model(task)
-            if teaching.outputs_bytes(teacher, examples) > 1e9 * self._teacher_gb():
+            if teaching.outputs_bytes(kind, teacher, examples) > 1e9 * self._teacher_gb():
                 return None
             with self.store.lock(f"teacher-{key}"):
                 if (found := teaching.read(self.store.teacher(key), examples)) is not None:
                     return found
                 try:
                     with self.store.new_teacher(key) as folder:
-                        teaching.write(folder, teacher, examples, self.device)
+                        teaching.write(folder, kind, teacher, examples, self.device)
                 except OSError as error:
                     log.warning("distillation goes on without storing the teacher's outputs: %s", error)
                     return None
             return teaching.read(self.store.teacher(key), examples)
 
-        return self._keep(("teacher outputs", identity.master_key(task, ())), find)
+        outputs = self._keep(("teacher outputs", identity.master_key(task, ())), find)
+        return None if outputs is None else outputs.answer
 
     def _teacher_gb(self) -> float:
         """A setting of the run and not of the task: what is computed hardly depends on it."""
@@ -337,8 +346,7 @@ class Job:
             else:
                 tokenizer = self._keep(("tokenizer",), self.tokenizer)
             rows = pd.read_parquet(self.store.root / "data" / f"{split}.parquet")[: task.limit]
-            text2 = rows["text2"].tolist() if task.dataset.pair else None
-            return encode(tokenizer, rows["text"].tolist(), text2, rows["label"].to_numpy(), task.dataset.max_length)
+            return problem(task.dataset.problem).encode(tokenizer, rows, task.dataset)
 
         return self._keep(("examples", task.dataset.fingerprint, split, str(task.limit), vocabulary), read)
 

@@ -76,25 +76,28 @@ MUTANTS = (
     # models and operators
     Mutant("models/gates.py", "mixed = before + ", "mixed = ", "test_pruning.py"),
     Mutant(
-        "models/packing.py", 'weight_values"] = weight[nonzero]', 'weight_values"] = weight[nonzero].abs()', "test_sparsity.py"
+        "models/zeros.py", 'weight_values"] = weight[nonzero]', 'weight_values"] = weight[nonzero].abs()', "test_sparsity.py"
     ),
-    Mutant("operators/allocation.py", "at -= steps[result[-1]]", "at -= 0", "test_pruning.py"),
-    Mutant("operators/criteria.py", "(outputs.float() * signs.to(outputs.device))", "(outputs.float())", "test_pruning.py"),
-    Mutant("operators/obs.py", "wanted = wanted + seen.drift", "wanted = wanted - seen.drift", "test_pruning.py"),
+    Mutant("pruning/allocation.py", "at -= steps[result[-1]]", "at -= 0", "test_pruning.py"),
     Mutant(
-        "operators/losses.py", "return (distance * mask).sum() / mask.sum()", "return distance.mean()", "test_distillation.py"
+        "pruning/criteria.py",
+        "(problem.differentiated(outputs) * signs.to(outputs.device))",
+        "(problem.differentiated(outputs))",
+        "test_pruning.py",
     ),
+    Mutant("pruning/obs.py", "wanted = wanted + seen.drift", "wanted = wanted - seen.drift", "test_pruning.py"),
+    Mutant("training/losses.py", "return (apart * mask).sum() / mask.sum()", "return apart.mean()", "test_distillation.py"),
     Mutant(
-        "operators/losses.py",
+        "problems/classification.py",
         "F.log_softmax(teacher.float() / temperature",
         "F.log_softmax(teacher.float()",
         "test_distillation.py",
     ),
-    Mutant("operators/training.py", "min((step + 1) / (rises + 1), ", "min(1, ", "test_models.py"),
-    Mutant("operators/training.py", "weight[rows] = embedding.weight", "weight[rows] = weight[rows]", "test_models.py"),
-    Mutant("operators/gptq.py", "left[stop:] -= factor", "left[stop:] -= 0 * factor", "test_quantization.py"),
+    Mutant("training/loop.py", "min((step + 1) / (rises + 1), ", "min(1, ", "test_models.py"),
+    Mutant("training/loop.py", "weight[rows] = embedding.weight", "weight[rows] = weight[rows]", "test_models.py"),
+    Mutant("deployment/gptq.py", "left[stop:] -= factor", "left[stop:] -= 0 * factor", "test_quantization.py"),
     Mutant(
-        "operators/quantization.py",
+        "deployment/quantization.py",
         "scale = weight.abs().amax(1).clamp(min=1e-30) / 127",
         "scale = weight.abs().amax(1).clamp(min=1e-30) / 64",
         "test_quantization.py",

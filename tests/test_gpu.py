@@ -15,14 +15,18 @@ from test_pretend_gpu import CASES, act, outputs
 
 from hpc_compress import identity, measure, worker
 from hpc_compress.data.batches import eval_batches
+from hpc_compress.deployment.quantization import quantize
 from hpc_compress.launch import Work
 from hpc_compress.models import artifact, surgery
 from hpc_compress.models.modeling_hpc_compress import FAMILIES
-from hpc_compress.operators import Context, losses, operator
-from hpc_compress.operators.quantization import quantize
-from hpc_compress.operators.training import autocast
+from hpc_compress.operators import Context, operator
+from hpc_compress.problems import PROBLEMS
 from hpc_compress.store import Store
-from hpc_compress.types import Protocol, Step
+from hpc_compress.training import losses
+from hpc_compress.training.loop import autocast
+from hpc_compress.types import MeasurementProtocol, Step
+
+CLASSIFICATION = PROBLEMS["classification"]
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,8 +46,8 @@ def test_a_quantized_model_is_close_on_the_gpu_too(model: torch.nn.Module, schem
     surgery.prune_heads(model, 0, [1])
     exact = logits(model)
     artifact.save(quantize(model, scheme), tmp_path)
-    on_gpu = measure.outputs(artifact.load(tmp_path, CUDA), examples(), 8, CUDA)
-    on_cpu = measure.outputs(artifact.load(tmp_path), examples(), 8, torch.device("cpu"))
+    on_gpu = measure.outputs(CLASSIFICATION, artifact.load(tmp_path, CUDA), examples(), 8, CUDA)
+    on_cpu = measure.outputs(CLASSIFICATION, artifact.load(tmp_path), examples(), 8, torch.device("cpu"))
     order = torch.cat([batch.index for batch in eval_batches(examples(), 8)]).numpy()
     assert abs(on_gpu[order] - exact.numpy()).max() < 0.2
     assert abs(on_gpu - on_cpu).max() < 0.1
@@ -54,10 +58,12 @@ def test_a_quantized_model_is_close_on_the_gpu_too(model: torch.nn.Module, schem
 def test_quantized_embeddings_and_gptq_work_on_the_gpu(model: torch.nn.Module, embeddings: str, method: str, tmp_path: Path):
     exact = logits(model)
     params = {"scheme": "nf4", "layers": {"int8": [0], "rest": [2]}, "embeddings": embeddings, "method": method}
-    on_gpu = Context(train=examples(), device=CUDA, seed=0, teacher=lambda: model)
+    on_gpu = Context(train=examples(), problem=CLASSIFICATION, device=CUDA, seed=0, teacher=lambda: model)
     done = operator(Step(operator="quantize", params=params))(model, on_gpu)
     artifact.save(done, tmp_path)
-    one, other = (measure.outputs(artifact.load(tmp_path, on), examples(), 8, on) for on in (CUDA, torch.device("cpu")))
+    one, other = (
+        measure.outputs(CLASSIFICATION, artifact.load(tmp_path, on), examples(), 8, on) for on in (CUDA, torch.device("cpu"))
+    )
     order = torch.cat([batch.index for batch in eval_batches(examples(), 8)]).numpy()
     assert abs(one[order] - exact.numpy()).max() < 0.2
     assert abs(one - other).max() < 0.1
@@ -66,11 +72,11 @@ def test_quantized_embeddings_and_gptq_work_on_the_gpu(model: torch.nn.Module, e
 def test_dynamic_int8_is_refused_on_the_gpu(model: torch.nn.Module, tmp_path: Path):
     artifact.save(quantize(model, "dynamic_int8"), tmp_path)
     with pytest.raises(RuntimeError, match="runs on a CPU only"):
-        measure.outputs(artifact.load(tmp_path, CUDA), examples(), 8, CUDA)
+        measure.outputs(CLASSIFICATION, artifact.load(tmp_path, CUDA), examples(), 8, CUDA)
 
 
 def test_two_latencies_of_one_model_agree(model: torch.nn.Module):
-    protocol = Protocol(min_passes=20, max_passes=200, max_seconds=10)
+    protocol = MeasurementProtocol(min_passes=20, max_passes=200, max_seconds=10)
     model.to(CUDA)
     sample = measure.timing_sample(examples(256), protocol, CUDA)
     one, other = measure.latencies_ms([(model, sample)] * 2, protocol, CUDA)
@@ -79,7 +85,7 @@ def test_two_latencies_of_one_model_agree(model: torch.nn.Module):
 
 def test_events_and_the_clock_agree(model: torch.nn.Module):
     model.to(CUDA)
-    sample = measure.timing_sample(examples(512), Protocol(), CUDA)
+    sample = measure.timing_sample(examples(512), MeasurementProtocol(), CUDA)
     with torch.inference_mode():
         for _ in range(3):
             measure._cuda_pass_ms(model, sample)
@@ -102,7 +108,7 @@ def _loaded(model: torch.nn.Module, scheme: str, folder: Path) -> tuple[torch.nn
 
 
 def test_peaks_are_repeatable_and_fall_with_the_precision(model: torch.nn.Module, tmp_path: Path):
-    sample = measure.timing_sample(examples(64), Protocol(), CUDA)
+    sample = measure.timing_sample(examples(64), MeasurementProtocol(), CUDA)
     peaks = []
     for scheme in ("fp32", "bf16"):
         loaded, own_bytes = _loaded(model, scheme, tmp_path / scheme)
@@ -117,7 +123,7 @@ def test_peaks_are_repeatable_and_fall_with_the_precision(model: torch.nn.Module
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_model_that_is_gone_leaves_no_memory_behind(model: torch.nn.Module, scheme: str, tmp_path: Path):
-    sample = measure.timing_sample(examples(16), Protocol(), CUDA)
+    sample = measure.timing_sample(examples(16), MeasurementProtocol(), CUDA)
     measure.peak_bytes(copy.deepcopy(model).to(CUDA), sample, CUDA, 0)  # the workspaces of the libraries
     gc.collect()
     before = torch.cuda.memory_allocated()
@@ -132,8 +138,8 @@ def test_the_base_model_is_timed_in_bf16_too(model: torch.nn.Module, tmp_path: P
         pytest.skip("needs a GPU that computes in bfloat16")
     (base, _), (half, _) = (_loaded(model, scheme, tmp_path / scheme) for scheme in ("fp32", "bf16"))
     assert abs(outputs(base, CUDA) - outputs(half, CUDA)).max() < 0.1
-    sample = measure.timing_sample(examples(64), Protocol(), CUDA)
-    base_ms, half_ms = measure.latencies_ms([(base, sample), (half, sample)], Protocol(max_passes=10), CUDA)
+    sample = measure.timing_sample(examples(64), MeasurementProtocol(), CUDA)
+    base_ms, half_ms = measure.latencies_ms([(base, sample), (half, sample)], MeasurementProtocol(max_passes=10), CUDA)
     assert len(base_ms) == len(half_ms) >= 5
     assert min(*base_ms, *half_ms) > 0
 
@@ -215,11 +221,11 @@ def test_training_learns_under_autocast(model: torch.nn.Module):
     teacher = copy.deepcopy(model).to(CUDA)
     data = examples(64)
     (batch,) = (batch.to(CUDA) for batch in eval_batches(data, 64))
-    before = float(losses.task_loss(model.to(CUDA), batch).detach())
-    on_gpu = Context(train=data, device=CUDA, seed=0, teacher=lambda: teacher)
+    before = float(losses.task_loss(CLASSIFICATION)(model.to(CUDA), batch).detach())
+    on_gpu = Context(train=data, problem=CLASSIFICATION, device=CUDA, seed=0, teacher=lambda: teacher)
     step = Step(operator="distill", params={"epochs": 8, "batch_size": 8, "learning_rate": 1e-3})
     operator(step)(model, on_gpu)
-    assert float(losses.task_loss(model, batch).detach()) < before
+    assert float(losses.task_loss(CLASSIFICATION)(model, batch).detach()) < before
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     assert isinstance(autocast(CUDA), torch.autocast) == torch.cuda.is_bf16_supported(including_emulation=False)
 
@@ -227,7 +233,9 @@ def test_training_learns_under_autocast(model: torch.nn.Module):
 def test_a_head_is_scored_and_cut_on_the_gpu(model: torch.nn.Module):
     scored = operator(Step(operator="prune_heads", params={"count": 2}))
     on_cpu = scored(copy.deepcopy(model), context(model))
-    on_gpu = scored(model.to(CUDA), Context(train=examples(), device=CUDA, seed=0, teacher=lambda: model))
+    on_gpu = scored(
+        model.to(CUDA), Context(train=examples(), problem=CLASSIFICATION, device=CUDA, seed=0, teacher=lambda: model)
+    )
     torch.testing.assert_close(logits(on_gpu.cpu()), logits(on_cpu), atol=1e-4, rtol=1e-4)
 
 
@@ -235,7 +243,7 @@ def test_a_two_of_four_model_runs_on_sparse_tensor_cores(model: torch.nn.Module,
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("needs compute capability 8.0")
     step = Step(operator="sparsify", params={"pattern": "2:4", "permute": True, "precision": "fp16"})
-    on_gpu = Context(train=examples(), device=CUDA, seed=0, teacher=lambda: model)
+    on_gpu = Context(train=examples(), problem=CLASSIFICATION, device=CUDA, seed=0, teacher=lambda: model)
     dense = operator(step)(model, on_gpu)
     for folder in (tmp_path / "once", tmp_path / "twice"):
         folder.mkdir()
@@ -248,7 +256,7 @@ def test_a_two_of_four_model_runs_on_sparse_tensor_cores(model: torch.nn.Module,
     ]
     assert all(isinstance(sparse.get_submodule(path).weight, torch.sparse.SparseSemiStructuredTensor) for path in paths)
     dense.to(CUDA)
-    outputs = [measure.outputs(one, examples(), 8, CUDA) for one in (sparse, dense)]
+    outputs = [measure.outputs(CLASSIFICATION, one, examples(), 8, CUDA) for one in (sparse, dense)]
     assert abs(outputs[0] - outputs[1]).max() < 0.01
     for path in paths:
         assert torch.equal(sparse.state_dict()[f"{path}.weight"], dense.get_submodule(path).weight)
@@ -260,7 +268,7 @@ def test_a_two_of_four_model_runs_on_sparse_tensor_cores(model: torch.nn.Module,
 @pytest.mark.parametrize("mode", [{"share": 0.5}, {"regularisation": 1.0}], ids=str)
 def test_movement_pruning_cuts_on_the_gpu(model: torch.nn.Module, mode: dict[str, float], tmp_path: Path):
     step = Step(operator="movement_prune", params={"batch_size": 8, "epochs": 2, **mode})
-    cut = operator(step)(model, Context(train=examples(), device=CUDA, seed=0, teacher=lambda: model))
+    cut = operator(step)(model, Context(train=examples(), problem=CLASSIFICATION, device=CUDA, seed=0, teacher=lambda: model))
     assert next(cut.parameters()).is_cuda
     assert all(width % 64 == 0 for width in surgery.ffn_widths(cut))
     if "share" in mode:

@@ -26,7 +26,7 @@ from hpc_compress.launch.commands import CommandError, Commands, Limits, Refused
 from hpc_compress.launch.local import Debug, visible_gpus
 from hpc_compress.launch.slurm import Arrays, Cluster, Ends, Slurm, Submission, _Nodes, cancel
 from hpc_compress.store import Store
-from hpc_compress.types import Base, Dataset, Genome, Outcome, Protocol, SpentError, Step, Task
+from hpc_compress.types import Base, Dataset, Genome, MeasurementProtocol, Outcome, SpentError, Step, Task
 
 Faults = Callable[[Element], str]
 
@@ -39,7 +39,7 @@ def made_up(count: int, first: int = 0) -> list[Task]:
         Task(
             base=base,
             dataset=dataset,
-            protocol=Protocol(),
+            protocol=MeasurementProtocol(),
             seed=0,
             genome=Genome(steps=(Step(operator="fine_tune", params={"epochs": n}),)),
         )

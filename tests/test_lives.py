@@ -23,7 +23,7 @@ from hpc_compress.dispatch import Dispatch, Heartbeat, SearchError
 from hpc_compress.launch import Ended, Process, Work
 from hpc_compress.launch.local import Local
 from hpc_compress.store import DRAFT_SECONDS, Store
-from hpc_compress.types import Base, Dataset, Failure, Genome, Outcome, Protocol, Step, Task
+from hpc_compress.types import Base, Dataset, Failure, Genome, MeasurementProtocol, Outcome, Step, Task
 
 TESTS = Path(__file__).parent
 
@@ -349,7 +349,7 @@ def a_task(number: int = 0) -> Task:
     return Task(
         base=Base(name="base", fingerprint="0" * 16),
         dataset=Dataset(name="words", fingerprint="0" * 16, problem="classification", metrics=("accuracy",), labels=("a", "b")),
-        protocol=Protocol(),
+        protocol=MeasurementProtocol(),
         seed=0,
         genome=Genome(steps=steps),
         split="search",

@@ -16,7 +16,7 @@ from hpc_compress import analysis, identity, measure, worker
 from hpc_compress.data.batches import Encoded
 from hpc_compress.models import surgery
 from hpc_compress.store import Store
-from hpc_compress.types import Genome, Protocol, Step
+from hpc_compress.types import Genome, MeasurementProtocol, Step
 
 CPU = torch.device("cpu")
 
@@ -67,11 +67,11 @@ def noisy(milliseconds: float, share: float, seed: int) -> Iterator[float]:
 def sample(batches: int = 1, length: int = 4) -> list[Any]:
     count = 8 * batches
     examples = Encoded(np.ones(length * count, np.int32), None, np.arange(count + 1) * length, np.zeros(count, np.int64), 0)
-    return measure.timing_sample(examples, Protocol(batch_size=8, sentences=count), CPU)
+    return measure.timing_sample(examples, MeasurementProtocol(batch_size=8, sentences=count), CPU)
 
 
 def latencies(*models: nn.Module, **protocol: Any) -> list[tuple[float, ...]]:
-    return measure.latencies_ms([(model, sample()) for model in models], Protocol(**protocol), CPU)  # type: ignore[misc]
+    return measure.latencies_ms([(model, sample()) for model in models], MeasurementProtocol(**protocol), CPU)  # type: ignore[misc]
 
 
 def test_each_model_gets_its_own_times(clock: Clock):
@@ -82,7 +82,7 @@ def test_each_model_gets_its_own_times(clock: Clock):
 
 def test_a_pass_is_the_whole_sample(clock: Clock):
     model = Timed(clock, always(3))
-    (timed,) = measure.latencies_ms([(model, sample(batches=4))], Protocol(), CPU)  # type: ignore[list-item]
+    (timed,) = measure.latencies_ms([(model, sample(batches=4))], MeasurementProtocol(), CPU)  # type: ignore[list-item]
     assert set(np.round(timed, 6)) == {12}
 
 
@@ -168,7 +168,7 @@ def test_how_much_of_a_pass_goes_by_until_the_gpu_has_its_work(clock: Clock, mon
 @pytest.mark.parametrize("real_bf16", [True, False])
 def test_the_best_precision_of_a_gpu_that_only_emulates_bf16_is_fp16(real_bf16: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or real_bf16)
-    best = measure.base_precision(Protocol(base_precision="best"), torch.device("cuda"))
+    best = measure.base_precision(MeasurementProtocol(base_precision="best"), torch.device("cuda"))
     assert best == ("bf16" if real_bf16 else "fp16")
 
 
@@ -198,7 +198,7 @@ def counted(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Clock:
 def test_the_table_of_block_times_is_exact_where_the_clock_is(counted: Clock, tiny_checkpoint: Callable[..., Path]):
     model = build("bert", tiny_checkpoint)
     batches = sample(batches=3)
-    times = measure.block_times(model, batches, Protocol(min_passes=2, max_passes=2), CPU)
+    times = measure.block_times(model, batches, MeasurementProtocol(min_passes=2, max_passes=2), CPU)
     depth, tokens = len(surgery.layers(model)), 3 * 8 * 4
     per_head, per_neuron = 4 * surgery.head_size(model) * surgery.hidden_size(model), 2 * surgery.hidden_size(model)
     assert depth > 1
@@ -210,7 +210,7 @@ def test_the_table_leaves_batches_out_where_it_would_take_too_long(
     counted: Clock, tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ):
     model, batches = build("bert", tiny_checkpoint), sample(batches=4)
-    protocol = Protocol(min_passes=2, max_passes=2)
+    protocol = MeasurementProtocol(min_passes=2, max_passes=2)
     begin = counted.seconds
     whole = measure.block_times(model, batches, protocol, CPU)
     took = counted.seconds - begin

@@ -24,14 +24,18 @@ from torch import nn
 from hpc_compress import identity, worker
 from hpc_compress.config import ConfigError
 from hpc_compress.data.batches import Encoded, eval_batches
+from hpc_compress.deployment.quantization import quantize
 from hpc_compress.dispatch import SearchError
 from hpc_compress.models import artifact, modeling_hpc_compress, surgery
 from hpc_compress.models.modeling_hpc_compress import linear_of
-from hpc_compress.operators import Checkpoint, Context, losses, operator, teaching, training
-from hpc_compress.operators.learning import Distill, FineTune
-from hpc_compress.operators.quantization import quantize
+from hpc_compress.operators import Checkpoint, Context, operator
+from hpc_compress.problems import PROBLEMS
 from hpc_compress.store import Store
-from hpc_compress.types import Base, Dataset, Genome, Protocol, Step, Task
+from hpc_compress.training import loop, losses, teaching
+from hpc_compress.training.steps import Distill, FineTune
+from hpc_compress.types import Base, Dataset, Genome, MeasurementProtocol, Step, Task
+
+CLASSIFICATION = PROBLEMS["classification"]
 
 SCHEMES = ["fp16", "bf16", "int8", "nf4", "fp4"]
 CPU = torch.device("cpu")
@@ -44,8 +48,7 @@ def model(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path]) 
 
 
 def load(folder: Path, labels: tuple[str, ...] = ("no", "yes")) -> nn.Module:
-    problem = "classification" if labels else "regression"
-    return artifact.load_base(folder, labels, problem, new_head=True, seed=0)
+    return PROBLEMS["classification" if labels else "regression"].load_base(folder, labels, new_head=True, seed=0)
 
 
 def examples(n: int = 24, labels: np.ndarray | None = None) -> Encoded:
@@ -64,7 +67,9 @@ def logits(model: nn.Module, data: Encoded | None = None) -> torch.Tensor:
 
 
 def context(model: nn.Module, seed: int = 0, data: Encoded | None = None) -> Context:
-    return Context(train=data or examples(), device=CPU, seed=seed, teacher=lambda: model)
+    regression = data is not None and data.labels.dtype.kind == "f"
+    problem = PROBLEMS["regression" if regression else "classification"]
+    return Context(train=data or examples(), problem=problem, device=CPU, seed=seed, teacher=lambda: model)
 
 
 def reload(model: nn.Module, folder: Path) -> nn.Module:
@@ -179,12 +184,12 @@ def test_training_learns_and_distillation_nears_the_teacher(tiny_checkpoint: Cal
     data = examples(64)
     step = {"epochs": 8, "batch_size": 8, "learning_rate": 2e-3, "warmup": 0.0}
     batches = list(eval_batches(data, 64))
-    before = float(losses.task_loss(model.eval(), batches[0]))
+    before = float(losses.task_loss(CLASSIFICATION)(model.eval(), batches[0]))
     operator(Step(operator="fine_tune", params=step))(model, context(teacher, data=data))
-    assert float(losses.task_loss(model, batches[0])) < before - 0.05
+    assert float(losses.task_loss(CLASSIFICATION)(model, batches[0])) < before - 0.05
     assert not model.training
     assert all(parameter.grad is None for parameter in model.parameters())
-    loss = losses.distillation_loss(Distill(), teaching.live(teacher))
+    loss = losses.distillation_loss(CLASSIFICATION, Distill().weights(), teaching.live(CLASSIFICATION, teacher))
     apart = float(loss(model, batches[0]))
     operator(Step(operator="distill", params=step))(model, context(teacher, data=data))
     assert float(loss(model, batches[0])) < apart
@@ -203,8 +208,10 @@ def test_the_distillation_loss_is_the_published_sum():
     assert float(losses.hidden_loss(student, teacher, mask)) == pytest.approx(np.mean(cosines), rel=1e-5)
     z_s, z_t = student[:, 0, :4], teacher[:, 0, :4]
     p_t, p_s = torch.softmax(z_t / 3, -1), torch.softmax(z_s / 3, -1)
-    assert float(losses.response_loss(z_s, z_t, 3)) == pytest.approx(float((p_t * (p_t / p_s).log()).sum(-1).mean()), rel=1e-5)
-    assert float(losses.response_loss(z_t, z_t, 3)) == pytest.approx(0, abs=1e-6)
+    assert float(CLASSIFICATION.response_loss(z_s, z_t, 1, 3)) == pytest.approx(
+        float((p_t * (p_t / p_s).log()).sum(-1).mean()), rel=1e-5
+    )
+    assert float(CLASSIFICATION.response_loss(z_t, z_t, 1, 3)) == pytest.approx(0, abs=1e-6)
 
 
 def test_regression_trains_on_squared_error(tiny_checkpoint: Callable[..., Path]):
@@ -212,7 +219,7 @@ def test_regression_trains_on_squared_error(tiny_checkpoint: Callable[..., Path]
     data = examples(32, np.linspace(0, 5, 32, dtype=np.float32))
     (batch,) = eval_batches(data, 32)
     expected = (model(**batch.inputs).logits[:, 0] - batch.labels).square().mean()
-    assert float(losses.task_loss(model, batch)) == pytest.approx(float(expected))
+    assert float(losses.task_loss(PROBLEMS["regression"])(model, batch)) == pytest.approx(float(expected))
     operator(Step(operator="distill", params={"epochs": 1, "batch_size": 8}))(model, context(copy.deepcopy(model), data=data))
 
 
@@ -220,7 +227,7 @@ def test_a_loss_that_is_not_finite_stops_with_advice(tiny_checkpoint: Callable[.
     model = load(tiny_checkpoint("bert"))
     step = operator(Step(operator="fine_tune"))
     with pytest.raises(FloatingPointError, match="learning_rate"):
-        training.fit(model, examples(), lambda m, b: losses.task_loss(m, b) * torch.nan, step, 0, CPU)
+        loop.fit(model, examples(), lambda m, b: losses.task_loss(CLASSIFICATION)(m, b) * torch.nan, step, 0, CPU)
 
 
 def test_training_leaves_the_callers_random_state_alone(tiny_checkpoint: Callable[..., Path]):
@@ -310,14 +317,14 @@ def test_an_interrupted_training_goes_on_to_equal_weights(
 
 def test_a_training_that_went_on_tells_the_same_loss(bert: Path, checkpoint: Checkpoint):
     step = operator(TRAINED[0])
-    whole = training.fit(load(bert), examples(), losses.task_loss, step, 0, CPU)
+    whole = loop.fit(load(bert), examples(), losses.task_loss(CLASSIFICATION), step, 0, CPU)
     Trained(bert, TRAINED[0], checkpoint, 11)  # the mean goes over the last two updates, of which it saw one
-    assert training.fit(load(bert), examples(), losses.task_loss, step, 0, CPU, checkpoint=checkpoint) == whole
+    assert loop.fit(load(bert), examples(), losses.task_loss(CLASSIFICATION), step, 0, CPU, checkpoint=checkpoint) == whole
 
 
 def test_a_checkpoint_is_not_saved_before_its_time(bert: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch):
     clock = itertools.count()  # a second at every look
-    monkeypatch.setattr(training.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock))
     Trained(bert, TRAINED[0], Checkpoint(checkpoint.path, 100.0), 11)
     assert not checkpoint.path.exists()
     Trained(bert, TRAINED[0], Checkpoint(checkpoint.path, 3.0), 5)  # saved after 3 updates
@@ -409,10 +416,10 @@ def test_what_is_not_finite_is_not_saved(bert: Path, checkpoint: Checkpoint):
     updates = itertools.count(1)
 
     def loss(model: nn.Module, batch: Any) -> torch.Tensor:
-        return losses.task_loss(model, batch) * (torch.nan if next(updates) == 4 else 1)
+        return losses.task_loss(CLASSIFICATION)(model, batch) * (torch.nan if next(updates) == 4 else 1)
 
     with pytest.raises(FloatingPointError):
-        training.fit(load(bert), examples(), loss, operator(TRAINED[0]), 0, CPU, checkpoint=checkpoint)
+        loop.fit(load(bert), examples(), loss, operator(TRAINED[0]), 0, CPU, checkpoint=checkpoint)
     assert Trained(bert, TRAINED[0], checkpoint).done[0] == 4
 
 
@@ -434,7 +441,7 @@ def _run_folder(root: Path, checkpoint: Path) -> tuple[Store, Task]:
         dataset=Dataset(
             name="words", fingerprint="0" * 16, problem="classification", labels=("no", "yes"), metrics=("accuracy",)
         ),
-        protocol=Protocol(batch_size=8, sentences=8, warmup_passes=0, min_passes=2, max_passes=2),
+        protocol=MeasurementProtocol(batch_size=8, sentences=8, warmup_passes=0, min_passes=2, max_passes=2),
         seed=0,
         genome=Genome(steps=(TRAINED[0], Step(operator="drop_layers"), TRAINED[1])),
     )
@@ -560,11 +567,11 @@ def test_a_step_that_can_not_be_is_refused(step: Step, words: str):
 
 def test_a_head_of_another_size_is_trained_anew_or_refused(tiny_checkpoint: Callable[..., Path]):
     folder = tiny_checkpoint("bert", num_labels=2)
-    assert logits(artifact.load_base(folder, ("a", "b", "c"), "classification", new_head=True, seed=0)).shape[1] == 3
-    one, other = (artifact.load_base(folder, ("a", "b", "c"), "classification", new_head=True, seed=s) for s in (0, 1))
+    assert logits(CLASSIFICATION.load_base(folder, ("a", "b", "c"), new_head=True, seed=0)).shape[1] == 3
+    one, other = (CLASSIFICATION.load_base(folder, ("a", "b", "c"), new_head=True, seed=s) for s in (0, 1))
     assert not torch.equal(one.classifier.weight, other.classifier.weight)
     with pytest.raises((ValueError, RuntimeError)):
-        artifact.load_base(folder, ("a", "b", "c"), "classification", new_head=False, seed=0)
+        CLASSIFICATION.load_base(folder, ("a", "b", "c"), new_head=False, seed=0)
 
 
 def test_weights_that_do_not_fit_are_never_guessed(model: nn.Module, tmp_path: Path):
@@ -600,7 +607,7 @@ def test_no_config_chooses_the_code_of_attention_and_no_weights_are_unpickled(be
     values = json.loads((folder / "config.json").read_text())
     kernel = {"attn_implementation": "some/kernel", "_attn_implementation": "some/kernel"}
     (folder / "config.json").write_text(json.dumps(values | kernel))
-    model = artifact.load_base(folder, ("a", "b"), "classification", new_head=True, seed=0)
+    model = CLASSIFICATION.load_base(folder, ("a", "b"), new_head=True, seed=0)
     (tmp_path / "saved").mkdir()
     artifact.save(model, tmp_path / "saved")
     values = json.loads((tmp_path / "saved/config.json").read_text())
@@ -609,7 +616,7 @@ def test_no_config_chooses_the_code_of_attention_and_no_weights_are_unpickled(be
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(OSError, match="safetensors"):
-        artifact.load_base(folder, ("a", "b"), "classification", new_head=True, seed=0)
+        CLASSIFICATION.load_base(folder, ("a", "b"), new_head=True, seed=0)
 
 
 def test_the_learning_rate_rises_and_falls_in_straight_lines(bert: Path, monkeypatch: pytest.MonkeyPatch):
@@ -622,5 +629,5 @@ def test_the_learning_rate_rises_and_falls_in_straight_lines(bert: Path, monkeyp
 
     monkeypatch.setattr(torch.optim.AdamW, "step", noting)
     how = FineTune(epochs=5, batch_size=8, learning_rate=1.0, warmup=0.4)
-    training.fit(load(bert), examples(16), losses.task_loss, how, 0, CPU)
+    loop.fit(load(bert), examples(16), losses.task_loss(CLASSIFICATION), how, 0, CPU)
     assert rates == pytest.approx([1 / 5, 2 / 5, 3 / 5, 4 / 5, *(n / 6 for n in (6, 5, 4, 3, 2, 1))])

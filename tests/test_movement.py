@@ -15,7 +15,9 @@ from hpc_compress.config import ConfigError
 from hpc_compress.data.batches import eval_batches
 from hpc_compress.models import surgery
 from hpc_compress.models.gates import counts, gated
-from hpc_compress.operators import Checkpoint, MovementPrune, movement, operator
+from hpc_compress.operators import Checkpoint, operator
+from hpc_compress.pruning import movement
+from hpc_compress.pruning.steps import MovementPrune
 from hpc_compress.types import Step
 
 QUICK: dict[str, Any] = {"epochs": 4, "batch_size": 8, "learning_rate": 1e-3, "ffn_multiple": 1}  # 12 updates
@@ -32,7 +34,7 @@ def model(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path]) 
 
 def masks_at(model: nn.Module, step: MovementPrune, done: int, updates: int = 100) -> movement.Masks:
     """With random scores, after so many updates."""
-    masks = movement.Masks(model, step, updates)
+    masks = movement.Masks(model, step, step.goal(), updates)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for scores in masks.scores.values():
@@ -123,7 +125,7 @@ def test_widths_are_rounded_with_about_the_same_sum(wanted: list, sizes: list, m
 def test_the_cut_model_equals_the_masked_one(model: nn.Module, mode: dict[str, Any], units: tuple[str, ...], tmp_path: Path):
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     step = MovementPrune(**QUICK, **mode, units=units)
-    kept = movement.learn(model, step, context(model))
+    kept = movement.learn(model, context(model), step, step.goal())
     assert list(kept) == list(units)
     assert any(not torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
     with gated(model, kept):
@@ -145,7 +147,7 @@ def test_more_regularisation_cuts_more(model: nn.Module):
     left = []
     for regularisation in (1e-6, 0.1, 100.0):
         step = MovementPrune(**{**QUICK, "epochs": 8}, regularisation=regularisation)
-        kept = movement.learn(copy.deepcopy(model), step, context(model))
+        kept = movement.learn(copy.deepcopy(model), context(model), step, step.goal())
         left.append(sum(int(mask.sum()) for masks in kept.values() for mask in masks))
     assert left[0] > left[1] >= left[2] == 0
 

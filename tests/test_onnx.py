@@ -33,7 +33,10 @@ from hpc_compress.types import Step
 pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 
-from hpc_compress.operators import onnx_int8  # noqa: E402
+from hpc_compress.deployment import onnx_int8  # noqa: E402
+from hpc_compress.problems import PROBLEMS  # noqa: E402
+
+CLASSIFICATION = PROBLEMS["classification"]
 
 CPU = torch.device("cpu")
 QUICK_ONES = {("bert", "whole"), ("bert", "shrunk"), ("modernbert", "shrunk")}
@@ -277,7 +280,7 @@ def test_what_a_search_measured_is_what_it_exports(setup: Any, tmp_path: Path):
     rows = pd.read_parquet(root / "data" / "search.parquet")
     data = encode(tokenizer, rows["text"].tolist(), None, rows["label"].to_numpy(), 128)
     model = hpc_compress.load_model(target)
-    found = measure.outputs(model, data, 8, CPU)
+    found = measure.outputs(CLASSIFICATION, model, data, 8, CPU)
     assert metrics.compute(("accuracy",), data.labels, found) == measurement.metrics
 
     inputs = tokenizer(rows["text"].tolist()[:3], padding=True)

@@ -16,9 +16,13 @@ from transformers import AutoTokenizer
 from hpc_compress.data.batches import Encoded, eval_batches
 from hpc_compress.models import artifact, surgery
 from hpc_compress.models.modeling_hpc_compress import FAMILIES
-from hpc_compress.operators import OPERATORS, Context, foreign, losses, operator
-from hpc_compress.operators.pruning import Prune
+from hpc_compress.operators import OPERATORS, Context, foreign, operator
+from hpc_compress.problems import PROBLEMS
+from hpc_compress.pruning.steps import Prune
+from hpc_compress.training import losses
 from hpc_compress.types import Step
+
+CLASSIFICATION = PROBLEMS["classification"]
 
 TRAINING = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3}
 LEARNING = {
@@ -136,7 +140,7 @@ def test_the_promises_of_an_operator(folder: Path, name: str, tmp_path: Path):
     # What goes on to be trained has gradients everywhere.
     if name in LEARNING:
         (batch,) = eval_batches(examples(8), 8)
-        losses.task_loss(loaded.train(), batch).backward()
+        losses.task_loss(CLASSIFICATION)(loaded.train(), batch).backward()
         for path, parameter in loaded.named_parameters():
             if parameter.numel() and "relative_attention_bias" not in path:
                 assert parameter.requires_grad, path

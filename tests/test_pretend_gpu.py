@@ -18,11 +18,16 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from hpc_compress import identity, measure, worker
+from hpc_compress.deployment import sparsity
+from hpc_compress.deployment.quantization import quantize
 from hpc_compress.models import artifact, surgery
 from hpc_compress.models.modeling_hpc_compress import FAMILIES
-from hpc_compress.operators import OPERATORS, Context, operator, sparsity, teaching
-from hpc_compress.operators.quantization import quantize
-from hpc_compress.types import Genome, Outcome, Protocol, SpentError, Step
+from hpc_compress.operators import OPERATORS, Context, operator
+from hpc_compress.problems import PROBLEMS
+from hpc_compress.training import teaching
+from hpc_compress.types import Genome, MeasurementProtocol, Outcome, SpentError, Step
+
+CLASSIFICATION = PROBLEMS["classification"]
 
 
 @pytest.fixture
@@ -124,7 +129,7 @@ FORMS = {
     "distill from files": Step(operator="distill", params=TRAINING),
     "distill online": Step(operator="distill", params={"online": True, **TRAINING}),
     "distill dynamically": Step(
-        operator="distill", params={"layers": 1, "matching": "dynamic", "closeness": "mse", **TRAINING}
+        operator="distill", params={"layers": 1, "matching": "dynamic", "hidden_distance": "mse", **TRAINING}
     ),
     "distill a narrow student": Step(operator="distill", params=TRAINING),
     "2:4 in fp16": Step(operator="sparsify", params={"pattern": "2:4", "criterion": "magnitude", "precision": "fp16"}),
@@ -161,10 +166,12 @@ def act(name: str, folder: Path, on: torch.device, out: Path) -> nn.Module:
     taught = None
     if name == "distill from files":
         (out / "teacher").mkdir()
-        teaching.write(out / "teacher", teacher, data, on)
-        taught = teaching.read(out / "teacher", data)
+        teaching.write(out / "teacher", CLASSIFICATION, teacher, data, on)
+        stored = teaching.read(out / "teacher", data)
+        taught = stored and stored.answer
     around = Context(
         train=data,
+        problem=CLASSIFICATION,
         device=on,
         seed=5,
         teacher=lambda: teacher,
@@ -176,7 +183,7 @@ def act(name: str, folder: Path, on: torch.device, out: Path) -> nn.Module:
 
 
 def outputs(model: nn.Module, on: torch.device) -> np.ndarray:
-    return measure.outputs(model, examples(16), 8, on)
+    return measure.outputs(CLASSIFICATION, model, examples(16), 8, on)
 
 
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=slow) for name in CASES])
@@ -215,7 +222,7 @@ def test_gates_of_a_quantized_model_are_thresholded_on_a_gpu(gpu: Memory, tiny_c
 
     def both(on: torch.device) -> nn.Module:
         model = quantize(load(folder), "int8").to(on)
-        around = Context(train=examples(16), device=on, seed=5, teacher=lambda: model)
+        around = Context(train=examples(16), problem=CLASSIFICATION, device=on, seed=5, teacher=lambda: model)
         return operator(Step(operator="threshold"))(model, around)
 
     np.testing.assert_array_equal(outputs(both(CUDA), CUDA), outputs(both(CPU), CPU))
@@ -253,7 +260,7 @@ def test_ordinary_tests_see_no_gpu(request: pytest.FixtureRequest):
 
 
 def test_a_peak_is_the_models_own_bytes_and_those_of_one_pass(folder: Path, gpu: Memory):
-    sample = measure.timing_sample(examples(16), Protocol(batch_size=8), CUDA)
+    sample = measure.timing_sample(examples(16), MeasurementProtocol(batch_size=8), CUDA)
     other = load(folder).to(CUDA)
     before = measure.allocated_bytes(CUDA)
     model = load(folder).to(CUDA)
@@ -285,7 +292,7 @@ def test_what_only_a_reference_cycle_holds_is_not_allocated(gpu: Memory):
 
 def test_a_table_of_block_times_holds_one_cut_model_at_a_time(folder: Path, gpu: Memory):
     model = load(folder).to(CUDA)
-    batches = measure.timing_sample(examples(8), Protocol(batch_size=8), CUDA)
+    batches = measure.timing_sample(examples(8), MeasurementProtocol(batch_size=8), CUDA)
     measure._pass_ms(model, batches, CUDA)
 
     def peak(work: Callable[[], Any]) -> int:
@@ -296,7 +303,9 @@ def test_a_table_of_block_times_holds_one_cut_model_at_a_time(folder: Path, gpu:
 
     shapes = [(heads, 0) for heads in range(5)] + [(0, 6 * part) for part in range(1, 17)]
     alone = [peak(lambda shape=shape: measure._pass_ms(measure._with_blocks(model, *shape), batches, CUDA)) for shape in shapes]
-    assert peak(lambda: measure.block_times(model, batches, Protocol(min_passes=2, max_passes=2), CUDA)) == max(alone)
+    assert peak(lambda: measure.block_times(model, batches, MeasurementProtocol(min_passes=2, max_passes=2), CUDA)) == max(
+        alone
+    )
 
 
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])

@@ -13,17 +13,20 @@ import torch
 from test_models import CPU, context, examples, load, logits
 from torch import nn
 
-from hpc_compress import measure
+from hpc_compress import calibration, measure
 from hpc_compress.config import ConfigError
 from hpc_compress.data.batches import eval_batches
 from hpc_compress.models import surgery
 from hpc_compress.models.gates import counts, gated
 from hpc_compress.models.modeling_hpc_compress import linear_of
-from hpc_compress.operators import criteria, cutting, obs, operator
-from hpc_compress.operators.allocation import Place, allocate, levels
-from hpc_compress.operators.pruning import CRITERIA, Prune
-from hpc_compress.types import Protocol, Step
+from hpc_compress.operators import operator
+from hpc_compress.problems import PROBLEMS
+from hpc_compress.pruning import criteria, cutting, obs
+from hpc_compress.pruning.allocation import Place, allocate, levels
+from hpc_compress.pruning.steps import SCORABLE, Prune
+from hpc_compress.types import MeasurementProtocol, Step
 
+CLASSIFICATION = PROBLEMS["classification"]
 UNITS = ["layers", "blocks", "heads", "ffn"]
 slow = pytest.mark.slow
 
@@ -90,7 +93,7 @@ def test_gates_of_each_example_act_on_that_example(model: nn.Module):
 def test_gate_scores_equal_finite_differences(model: nn.Module, name: str, power: int, unit: str):
     model.double()
     data = examples(6)
-    scores = criteria.CRITERIA[name](model, eval_batches(data, 4), [unit])[unit]
+    scores = criteria.criterion(name, CLASSIFICATION)(model, eval_batches(data, 4), [unit])[unit]
     place, position = len(scores) - 1, 1
     assert [len(score) for score in scores] == counts(model, unit)
     generator = torch.Generator().manual_seed(0)
@@ -111,9 +114,9 @@ def test_gate_scores_equal_finite_differences(model: nn.Module, name: str, power
 
 
 def test_units_scored_together_are_scored_as_alone(model: nn.Module):
-    together = criteria.fisher(model, batches(), UNITS)
+    together = criteria.fisher(CLASSIFICATION, model, batches(), UNITS)
     for unit in UNITS:
-        alone = criteria.fisher(model, batches(), [unit])[unit]
+        alone = criteria.fisher(CLASSIFICATION, model, batches(), [unit])[unit]
         for one, other in zip(together[unit], alone, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-12)
 
@@ -222,8 +225,8 @@ def _least_squares_error(weight: torch.Tensor, hessian: torch.Tensor, kept: list
 
 @pytest.mark.parametrize("features", [1, 2])
 def test_obs_removal_is_greedy_and_its_errors_are_those_of_least_squares(features: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(obs, "DAMPING", 1e-9)
-    monkeypatch.setattr(obs.damped_inverse, "__defaults__", (1e-9,))
+    monkeypatch.setattr(calibration, "DAMPING", 1e-9)
+    monkeypatch.setattr(calibration.damped_inverse, "__defaults__", (1e-9,))
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(6 * features, 200, generator=generator, dtype=torch.float64)
     x = torch.randn(6 * features, 6 * features, generator=generator, dtype=torch.float64) @ x
@@ -256,7 +259,7 @@ def test_many_neurons_go_several_at_once(model: nn.Module):
     assert bool((several > 0).all())
 
 
-@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("name", SCORABLE)
 def test_what_says_nothing_goes_first(model: nn.Module, name: str):
     if name == "similarity":
         pytest.skip("it looks for doubles")
@@ -337,7 +340,7 @@ def test_units_parameters_are_what_a_cut_takes_away(model: nn.Module):
 
 def test_the_global_cut_takes_the_least_important_per_parameter(model: nn.Module):
     """All of equal cost and no multiples: the dynamic programme must agree with plain sorting."""
-    scores = np.concatenate(criteria.gauss_newton(model, batches(), ["ffn"])["ffn"])
+    scores = np.concatenate(criteria.gauss_newton(CLASSIFICATION, model, batches(), ["ffn"])["ffn"])
     widths = counts(prune(model, share=0.3, units=["ffn"], ffn_multiple=1, sentences=24), "ffn")
     going = 3 * 96 - sum(widths)
     threshold = np.sort(scores)[going]
@@ -394,13 +397,13 @@ def test_a_timed_pass_waits_for_no_new_memory():
             _ = [torch.ones(2**22) for _ in range(4)]  # 16 MiB each, on 4,096 new pages if the last pass's went back
             faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 
-    protocol = Protocol(min_passes=5, max_passes=5)
+    protocol = MeasurementProtocol(min_passes=5, max_passes=5)
     measure.latencies_ms([(Wasteful(), measure.timing_sample(examples(8), protocol, CPU))], protocol, CPU)
     assert faults[-1] - faults[-3] < 400
 
 
 def test_the_table_of_times_rises_from_nothing(model: nn.Module):
-    protocol = Protocol(min_passes=2, max_passes=2, warmup_passes=0, sentences=8, batch_size=8)
+    protocol = MeasurementProtocol(min_passes=2, max_passes=2, warmup_passes=0, sentences=8, batch_size=8)
     sample = measure.timing_sample(examples(), protocol, CPU)
     before = logits(model)
     times = measure.block_times(model, sample, protocol, CPU)
@@ -448,11 +451,10 @@ FAMILIES = ["bert", *(pytest.param(name, marks=slow) for name in ("modernbert", 
 def test_a_walk_sees_what_a_whole_forward_shows(family: str, tiny_checkpoint: Callable[..., Path]):
     model, seen = load(tiny_checkpoint(family, layers=3)), {}
     names, data = surgery.family(model), batches()
-    walk, mask = obs.Walk(model, data), data[1].inputs["attention_mask"].bool()
+    walk, mask = calibration.Walk(model, data), data[1].inputs["attention_mask"].bool()
     for layer, name in itertools.product((0, 2), (names.attention_out, names.ffn_out)):
-        site = obs.Site(layer, surgery.path(model, layer, name), surgery.stream(model, layer, name))
         walk.go_to(layer)
-        flows_in, stream = walk.inputs(1, site)
+        flows_in, stream = walk.inputs(1, surgery.path(model, layer, name), surgery.stream(model, layer, name))
         linear = linear_of(surgery.layers(model)[layer], name)
         handle = linear.register_forward_pre_hook(lambda module, args: seen.update(flows_in=args[0]))
         model(**data[1].inputs)
@@ -519,7 +521,7 @@ def test_a_repair_keeps_zeros(model: nn.Module):
 
 
 def test_a_refit_is_the_least_squares_solution(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(obs, "DAMPING", 1e-10)
+    monkeypatch.setattr(calibration, "DAMPING", 1e-10)
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(500, n, generator=generator, dtype=torch.float64) + 1 for n in (6, 4))
     y = y + x[:, :4]
@@ -564,6 +566,6 @@ def test_scores_that_say_nothing_are_refused(model: nn.Module, monkeypatch: pyte
         lambda model, batches, units: {"heads": [torch.ones(4)] * 2},
         lambda model, batches, units: {"heads": [torch.full((4,), torch.nan)] * 3},
     ):
-        monkeypatch.setitem(criteria.CRITERIA, "fisher", wrong)
+        monkeypatch.setattr(criteria, "criterion", lambda name, problem, wrong=wrong: wrong)
         with pytest.raises(ValueError, match="is needed"):
-            cutting._score(model, "fisher", [], ["heads"])
+            cutting.Scores("fisher", ["heads"]).of(model, CLASSIFICATION, [])

@@ -16,14 +16,18 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from hpc_compress import identity, measure, worker
+from hpc_compress.calibration import damped_inverse
 from hpc_compress.config import ConfigError
 from hpc_compress.data.batches import eval_batches
+from hpc_compress.deployment import gptq, quantization
+from hpc_compress.deployment.quantization import quantize
 from hpc_compress.models import artifact, modeling_hpc_compress, surgery
 from hpc_compress.models.modeling_hpc_compress import linear_of
-from hpc_compress.operators import Context, gptq, operator, quantization
-from hpc_compress.operators.obs import damped_inverse
-from hpc_compress.operators.quantization import quantize
+from hpc_compress.operators import Context, operator
+from hpc_compress.problems import PROBLEMS
 from hpc_compress.types import Genome, Step
+
+CLASSIFICATION = PROBLEMS["classification"]
 
 FEW = ["int8", "nf4", "fp4", "dynamic_int8"]
 KINDS = {"int8": "Int8Linear", "nf4": "Linear4bit", "fp4": "Linear4bit", "dynamic_int8": "DynamicInt8Linear"}
@@ -36,7 +40,7 @@ def model(tiny_checkpoint: Callable[..., Path]) -> nn.Module:
 
 
 def quantized(model: nn.Module, **params: Any) -> nn.Module:
-    around = Context(train=examples(), device=CPU, seed=0, teacher=lambda: model)
+    around = Context(train=examples(), problem=CLASSIFICATION, device=CPU, seed=0, teacher=lambda: model)
     return operator(Step(operator="quantize", params=params))(model, around)
 
 
@@ -368,7 +372,7 @@ def test_gptq_after_a_trimmed_vocabulary_reads_the_pieces_that_are_left(
 ):
     seen: set[int] = set()
 
-    class Spy(quantization.obs.Walk):
+    class Spy(quantization.calibration.Walk):
         def __init__(self, model: nn.Module, batches: Any) -> None:
             seen.update(id for batch in batches for id in batch.inputs["input_ids"].flatten().tolist())
             super().__init__(model, batches)

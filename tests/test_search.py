@@ -11,7 +11,7 @@ from hpc_compress.config import ConfigError, validate
 from hpc_compress.search.genetic import Genetic
 from hpc_compress.search.objective import Product, latency_of, noise, quality_of, speed_up, speed_up_spread, with_timing
 from hpc_compress.search.space import Shape
-from hpc_compress.types import Base, Candidate, Dataset, Genome, Measurement, Protocol, Step, Task
+from hpc_compress.types import Base, Candidate, Dataset, Genome, Measurement, MeasurementProtocol, Step, Task
 
 SHAPE = Shape(heads=(4, 4, 4))
 MUTATIONS = {
@@ -34,7 +34,7 @@ def measured(quality: float, ms: float = 10.0, size: int = 100, **changes: objec
         "encoder_parameters": 5,
         "device": "test",
         "device_type": "cpu",
-        "protocol": Protocol(),
+        "protocol": MeasurementProtocol(),
     }
     return Measurement(**{**values, **changes})
 
@@ -364,7 +364,7 @@ def test_two_kinds_of_gpu_are_not_compared(device: str):
 
 
 @pytest.mark.parametrize(
-    "other", [{"device_type": "cuda"}, {"device": "test, 2 threads"}, {"protocol": Protocol(batch_size=1)}]
+    "other", [{"device_type": "cuda"}, {"device": "test, 2 threads"}, {"protocol": MeasurementProtocol(batch_size=1)}]
 )
 def test_unlike_measurements_are_not_compared(other: dict[str, object]):
     with pytest.raises(ValueError, match="can't be compared"):
@@ -380,7 +380,7 @@ def task(**changes: object) -> Task:
         "dataset": Dataset(
             name="data", fingerprint="1" * 16, problem="classification", labels=("no", "yes"), metrics=("accuracy",)
         ),
-        "protocol": Protocol(),
+        "protocol": MeasurementProtocol(),
         "seed": 0,
         "genome": Genome(steps=(Step(operator="drop_layers", params={"count": 1}),)),
     }
@@ -408,16 +408,18 @@ def test_identity_has_everything_that_is_computed_and_nothing_else():
     changed = [
         task(seed=1),
         task(base=Base(name="model", fingerprint="2" * 16)),
-        task(protocol=Protocol(batch_size=8)),
+        task(protocol=MeasurementProtocol(batch_size=8)),
         task(genome=Genome()),
         task(split="report"),
         task(limit=4),
         task(repeat=1),
-        task(protocol=Protocol(base_precision="best")),
+        task(protocol=MeasurementProtocol(base_precision="best")),
     ]
     ids = {identity.task_id(item) for item in [task(), *changed]}
     assert len(ids) == 1 + len(changed)
-    assert identity.master_key(task()) == identity.master_key(task(protocol=Protocol(batch_size=8), split="report", repeat=2))
+    assert identity.master_key(task()) == identity.master_key(
+        task(protocol=MeasurementProtocol(batch_size=8), split="report", repeat=2)
+    )
 
 
 def test_numbers_lie_on_a_grid():

@@ -15,11 +15,13 @@ from elsewhere import outputs_elsewhere
 from test_models import context, examples, load, logits, reload
 from torch import nn
 
+from hpc_compress import calibration
 from hpc_compress.config import ConfigError
 from hpc_compress.data.batches import eval_batches
-from hpc_compress.models import artifact, modeling_hpc_compress, packing, surgery
+from hpc_compress.deployment import sparsity, thresholding
+from hpc_compress.models import artifact, modeling_hpc_compress, surgery, zeros
 from hpc_compress.models.modeling_hpc_compress import linear_of
-from hpc_compress.operators import Checkpoint, obs, operator, sparsity, thresholding
+from hpc_compress.operators import Checkpoint, operator
 from hpc_compress.types import Step
 
 STEPS = [
@@ -85,7 +87,7 @@ def test_the_surgeon_equals_the_formula_with_every_inverse_in_full(pattern: str,
     monkeypatch.setattr(sparsity, "BLOCK", 8)  # so that 12 columns are two blocks
     weight, inputs = _problem()
     product = inputs @ inputs.T
-    hessian = torch.linalg.inv(obs.damped_inverse(product))
+    hessian = torch.linalg.inv(calibration.damped_inverse(product))
     expected, gone = weight.clone(), torch.zeros(weight.shape, dtype=torch.bool)
 
     def costs(columns: range) -> torch.Tensor:
@@ -125,7 +127,7 @@ def test_a_cheap_first_weight_goes_and_the_others_are_the_least_squares_fit():
     weight[0, 0] = 1e-3
     product = inputs @ inputs.T
     found = sparsity.surgeon(weight, product, "unstructured", 1 / 12)
-    hessian = torch.linalg.inv(obs.damped_inverse(product))
+    hessian = torch.linalg.inv(calibration.damped_inverse(product))
     torch.testing.assert_close(found[0], _least_squares(weight[0], torch.arange(1, 12), hessian))
 
 
@@ -133,7 +135,7 @@ def test_a_cheap_first_weight_goes_and_the_others_are_the_least_squares_fit():
 def test_refitting_nears_the_least_squares_fit(pattern: str):
     weight, inputs = _problem(rows=16, columns=24, tokens=400)
     product = inputs @ inputs.T
-    hessian = torch.linalg.inv(obs.damped_inverse(product))
+    hessian = torch.linalg.inv(calibration.damped_inverse(product))
     found = sparsity.surgeon(weight, product, pattern, 0.5)
     least = torch.stack([_least_squares(row, kept, hessian) for row, kept in zip(weight, found != 0, strict=True)])
     assert torch.equal(least != 0, found != 0)
@@ -340,15 +342,15 @@ def test_calibration_computes_each_layer_once_before_and_once_after(model: nn.Mo
 
 
 @pytest.mark.parametrize(
-    ("zeros", "dtype", "scheme"),
+    ("zero", "dtype", "scheme"),
     [(0, torch.float32, None), (2, torch.float32, None), (3, torch.float32, "sparse"), (5, torch.float16, "sparse")],
 )
-def test_only_what_is_smaller_is_saved_without_zeros(zeros: int, dtype: torch.dtype, scheme: str | None):
+def test_only_what_is_smaller_is_saved_without_zeros(zero: int, dtype: torch.dtype, scheme: str | None):
     """64 weights: 8 bytes of bits pay for 2 zeros of 4 bytes, or 4 of 2 bytes."""
     linear = nn.Linear(8, 8, bias=False, dtype=dtype)
     with torch.no_grad():
-        linear.weight.fill_(1).flatten()[:zeros] = 0
-    assert packing.sparse_scheme(linear) == scheme
+        linear.weight.fill_(1).flatten()[:zero] = 0
+    assert zeros.scheme(linear) == scheme
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -356,7 +358,7 @@ def test_packed_weights_come_back_bit_for_bit(dtype: torch.dtype):
     generator = torch.Generator().manual_seed(0)
     linear = nn.Linear(5, 3)  # 15 weights: the last byte of bits is not full
     weight = (torch.randn(3, 5, generator=generator) * (torch.rand(3, 5, generator=generator) < 0.4)).to(dtype)
-    stored = packing.packed({"a.weight": weight, "a.bias": torch.arange(3).to(dtype), "b": weight}, ["a"])
+    stored = zeros.without_zeros({"a.weight": weight, "a.bias": torch.arange(3).to(dtype), "b": weight}, ["a"])
     assert stored["b"] is weight
     own = {name.removeprefix("a."): tensor for name, tensor in stored.items() if name.startswith("a.")}
     assert {name: tensor.numel() for name, tensor in own.items()} == {

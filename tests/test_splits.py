@@ -16,17 +16,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from searches import Setup, Silent
 
-from hpc_compress import analysis, driver, export, identity
+from hpc_compress import analysis, driver, export, identity, splits
 from hpc_compress.config import ConfigError, DatasetConfig, validate
-from hpc_compress.data import metrics, overlap, source
+from hpc_compress.data import overlap
 from hpc_compress.dispatch import SearchError
 from hpc_compress.launch.local import Debug
+from hpc_compress.problems import PROBLEMS
 from hpc_compress.store import Store
-from hpc_compress.types import Dataset, Genome, Measurement, Outcome, Protocol, Rows, Task
+from hpc_compress.types import Dataset, Genome, Measurement, MeasurementProtocol, Outcome, Rows, Task
 
 
-def load(path: Path, **settings: Any) -> tuple[Dataset, source.Tables, Rows]:
-    return source.load(validate(DatasetConfig, {"name": "mine", "train": str(path), **settings}, "dataset"), 0)
+def load(path: Path, **settings: Any) -> tuple[Dataset, splits.Tables, Rows]:
+    return splits.load(validate(DatasetConfig, {"name": "mine", "train": str(path), **settings}, "dataset"), 0)
 
 
 def write(path: Path, texts: list[str], **columns: Any) -> Path:
@@ -126,10 +127,10 @@ def test_f1_is_of_the_positive_class_whatever_the_order(tmp_path: Path):
     path = write(tmp_path / "rows.csv", [f"text {i}" for i in range(40)], label=["not_duplicate", "duplicate"] * 20)
     dataset = load(path, metrics=["f1"])[0]
     assert dataset.positive == "duplicate"
-    assert metrics.positive(dataset) == dataset.labels.index("duplicate") == 0
+    assert dataset.labels.index("duplicate") == 0
     assert load(path, metrics=["f1"], positive="not_duplicate")[0].positive == "not_duplicate"
     labels, outputs = np.array([0, 0, 0, 1]), np.eye(2)[[0, 0, 1, 1]]
-    assert metrics.compute(["f1"], labels, outputs, 0)["f1"] == pytest.approx(0.8)
+    assert PROBLEMS["classification"].score(dataset, labels, outputs) == {"f1": pytest.approx(0.8)}
     with pytest.raises(ConfigError, match=r"dataset\.positive is 'yes'; set dataset\.positive to one of duplicate, not"):
         load(path, metrics=["f1"], positive="yes")
     assert "positive" not in load(path)[0].model_dump()  # the identity of earlier versions
@@ -211,7 +212,7 @@ def test_categories_and_long_fields_are_texts(tmp_path: Path):
 def test_what_a_constant_answer_scores():
     common: dict[str, Any] = {"name": "x", "fingerprint": "0" * 16, "problem": "classification", "labels": ("0", "1")}
     dataset = Dataset(**common, metrics=("accuracy", "f1", "macro_f1", "matthews"))
-    found = metrics.trivial(dataset, np.array([0, 0, 0, 1]))
+    found = PROBLEMS["classification"].trivial(dataset, np.array([0, 0, 0, 1]))
     assert found == pytest.approx({"accuracy": 0.75, "f1": 0.4, "macro_f1": 3 / 7, "matthews": 0.0})
 
 
@@ -229,10 +230,10 @@ def test_a_base_model_that_has_learnt_nothing_is_told(compose: Any, score: float
         encoder_parameters=1,
         device="none",
         device_type="cpu",
-        protocol=Protocol(),
+        protocol=MeasurementProtocol(),
     )
     base = {"name": "b", "fingerprint": "0" * 16}
-    task = Task(base=base, dataset=dataset, protocol=Protocol(), seed=0, genome=Genome())  # type: ignore[arg-type]
+    task = Task(base=base, dataset=dataset, protocol=MeasurementProtocol(), seed=0, genome=Genome())  # type: ignore[arg-type]
     plan = driver.Plan.model_construct(rows=rows, dataset=dataset)
     answer = driver.learnt(plan, Outcome(task=task, measurement=measurement))
     assert (answer is not None) == said

@@ -27,8 +27,11 @@ from hpc_compress.data.batches import Encoded, encode, eval_batches
 from hpc_compress.models import artifact, surgery
 from hpc_compress.models.modeling_hpc_compress import FAMILIES
 from hpc_compress.operators import Context, operator
+from hpc_compress.problems import PROBLEMS
 from hpc_compress.store import Store
-from hpc_compress.types import Genome, Protocol, Step
+from hpc_compress.types import Genome, MeasurementProtocol, Step
+
+CLASSIFICATION = PROBLEMS["classification"]
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 SYLLABLES = [a + b for a in "bdfklmnprst" for b in ("a", "e", "i", "o", "ul", "en")]
@@ -295,12 +298,12 @@ def words(tokenizer: PreTrainedTokenizerBase, pair: bool = False) -> Encoded:
 def test_outputs_are_those_of_the_whole_model(
     family: str, tiny_checkpoint: Callable[..., Path], tokenizer_folder: Path, tmp_path: Path
 ):
-    model = artifact.load_base(tiny_checkpoint(family), ("no", "yes"), "classification", new_head=True, seed=0)
+    model = CLASSIFICATION.load_base(tiny_checkpoint(family), ("no", "yes"), new_head=True, seed=0)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     pair = family in ("bert", "electra", "deberta-v2")
     data = words(tokenizer, pair)
     expected = logits(model, data)
-    context = Context(data, torch.device("cpu"), 0, lambda: model, tokenizer=lambda: tokenizer, folder=tmp_path)
+    context = Context(data, CLASSIFICATION, torch.device("cpu"), 0, lambda: model, tokenizer=lambda: tokenizer, folder=tmp_path)
     before = surgery.all_parameters(model)
 
     small = operator(Step(operator="trim_vocabulary", params={"min_count": 2}))(copy.deepcopy(model), context)
@@ -326,21 +329,21 @@ def test_positions_keep_their_place_when_the_padding_id_moves(tiny_checkpoint: C
     ids, kept = torch.tensor([[2, 9, 8, 3, 1, 1]]), [1, 2, 3, 8, 9]
     renumbered = torch.tensor([[kept.index(old) for old in ids[0].tolist()]])
     for family in ("bert", "electra"):
-        model = artifact.load_base(tiny_checkpoint(family), ("no", "yes"), "classification", new_head=True, seed=0)
+        model = CLASSIFICATION.load_base(tiny_checkpoint(family), ("no", "yes"), new_head=True, seed=0)
         with torch.no_grad():
             expected = model(input_ids=ids, attention_mask=ids != 1).logits
             surgery.trim_vocabulary(model, kept)
             assert torch.equal(model(input_ids=renumbered, attention_mask=ids != 1).logits, expected)
         assert (model.config.pad_token_id, model.get_input_embeddings().padding_idx) == (0, 0)
     for family in ("roberta", "mpnet"):
-        model = artifact.load_base(tiny_checkpoint(family), ("no", "yes"), "classification", new_head=True, seed=0)
+        model = CLASSIFICATION.load_base(tiny_checkpoint(family), ("no", "yes"), new_head=True, seed=0)
         with pytest.raises(ValueError, match="count from the padding id 1; keep all ids"):
             surgery.trim_vocabulary(model, kept)
 
 
 @pytest.mark.parametrize("kept", [[], [0, 1, 1], [0, 1, 10**6], [-1, 0, 1]])
 def test_rows_that_are_not_there_are_refused(kept: list[int], tiny_checkpoint: Callable[..., Path]):
-    model = artifact.load_base(tiny_checkpoint("bert"), ("no", "yes"), "classification", new_head=True, seed=0)
+    model = CLASSIFICATION.load_base(tiny_checkpoint("bert"), ("no", "yes"), new_head=True, seed=0)
     with pytest.raises(ValueError, match="existing tokens once"):
         surgery.trim_vocabulary(model, kept)
 
@@ -354,10 +357,10 @@ def test_a_tokenizer_without_a_fast_backend_is_refused():
 
 
 def test_a_master_is_never_trimmed(tiny_checkpoint: Callable[..., Path], tokenizer_folder: Path):
-    model = artifact.load_base(tiny_checkpoint("bert"), ("no", "yes"), "classification", new_head=True, seed=0)
+    model = CLASSIFICATION.load_base(tiny_checkpoint("bert"), ("no", "yes"), new_head=True, seed=0)
     data = words(AutoTokenizer.from_pretrained(tokenizer_folder))
     with pytest.raises(ValueError, match="it can only deploy"):
-        operator(TRIM)(model, Context(data, torch.device("cpu"), 0, lambda: model))
+        operator(TRIM)(model, Context(data, CLASSIFICATION, torch.device("cpu"), 0, lambda: model))
 
 
 # --- the whole way ---
@@ -377,7 +380,7 @@ ONE_CHILD = [
 def test_what_is_measured_is_what_is_exported(setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     timed = []
 
-    def watched(pairs: Any, protocol: Protocol, on: torch.device) -> Any:
+    def watched(pairs: Any, protocol: MeasurementProtocol, on: torch.device) -> Any:
         timed.append([sample for _, sample in pairs])
         return latencies_ms(pairs, protocol, on)
 
@@ -400,7 +403,7 @@ def test_what_is_measured_is_what_is_exported(setup: Setup, tmp_path: Path, monk
     assert (target / artifact.WEIGHTS).stat().st_size == outcome.measurement.model_bytes
     rows = pd.read_parquet(root / "data" / "search.parquet")
     data = encode(small, rows["text"].tolist(), None, rows["label"].to_numpy(), 128)
-    found = measure.outputs(model, data, 8, torch.device("cpu"))
+    found = measure.outputs(CLASSIFICATION, model, data, 8, torch.device("cpu"))
     assert metrics.compute(("accuracy",), data.labels, found) == outcome.measurement.metrics
 
     # The base model is timed on the same sentences as its own tokenizer has them.

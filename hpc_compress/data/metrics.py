@@ -6,8 +6,6 @@ import numpy as np
 from scipy import stats
 from sklearn import metrics as sk
 
-from hpc_compress.types import Dataset
-
 
 def _f1(labels: np.ndarray, outputs: np.ndarray, positive: int) -> float:
     return float(sk.f1_score(labels, outputs.argmax(-1), pos_label=positive, zero_division=0.0))
@@ -42,23 +40,6 @@ def compute(names: Sequence[str], labels: np.ndarray, outputs: np.ndarray, posit
         name: _f1(labels, outputs, positive) if name == "f1" else METRICS[name](labels, outputs)  # type: ignore[operator]
         for name in names
     }
-
-
-def positive(dataset: Dataset) -> int:
-    """The id of the class that f1 is computed for."""
-    return 1 if dataset.positive is None else dataset.labels.index(dataset.positive)
-
-
-def trivial(dataset: Dataset, labels: np.ndarray) -> dict[str, float]:
-    """The best score on each metric of a model that always gives the same answer."""
-    if dataset.problem == "regression":
-        return dict.fromkeys(dataset.metrics, 0.0)
-    classes = len(dataset.labels)
-    scores = [
-        compute(dataset.metrics, labels, np.tile(np.eye(classes)[answer], (len(labels), 1)), positive(dataset))
-        for answer in sorted(set(labels.tolist()))
-    ]
-    return {name: max(score[name] for score in scores) for name in dataset.metrics}
 
 
 def noise(name: str, score: float, rows: int) -> float:

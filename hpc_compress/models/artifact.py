@@ -2,36 +2,38 @@
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hpc_compress.models import modeling_hpc_compress as modeling
-from hpc_compress.models import packing, surgery
+from hpc_compress.models import surgery, zeros
 
 WEIGHTS = modeling.WEIGHTS
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS)
 
 
-def load_base(folder: Path, labels: tuple[str, ...], problem: str, new_head: bool, seed: int) -> PreTrainedModel:
-    """The base checkpoint as a stock classifier (regression: one output).
+def load_base(
+    folder: Path, auto_class: str, configure: Callable[[PreTrainedConfig], None], new_head: bool, seed: int
+) -> PreTrainedModel:
+    """The base model as a stock model of transformers, with a task head.
+
+    auto_class: of transformers, that loads it. configure: writes into its config what the head is to be.
 
     A new head is drawn from `seed`, whatever the caller's generator state.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     modeling.family_of(config.model_type)
     config._attn_implementation = None  # transformers chooses; a config may name a kernel, which is code of the hub
-    config.num_labels = len(labels) or 1
-    if labels:
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: index for index, label in enumerate(labels)}
-    config.problem_type = "regression" if problem == "regression" else "single_label_classification"
+    configure(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, report = AutoModelForSequenceClassification.from_pretrained(
+        model, report = getattr(transformers, auto_class).from_pretrained(
             folder,
             config=config,
             output_loading_info=True,
@@ -56,7 +58,7 @@ def save(model: PreTrainedModel, folder: Path) -> None:
     config = describe(model, modeling.HpcCompressForSequenceClassification, _quantized(model))
     tensors = {f"model.{name}": tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     sparse = [f"model.{name}" for name, scheme in config.quantized.items() if scheme in modeling.SPARSE]
-    tensors = packing.packed(tensors, sparse)
+    tensors = zeros.without_zeros(tensors, sparse)
     config.save_pretrained(folder)
     try:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -106,7 +108,7 @@ def _quantized(model: PreTrainedModel) -> dict[str, str]:
             schemes[name] = "dynamic_int8"
         elif kind == "QuantizedEmbedding":
             schemes[name] = module.scheme
-        elif kind in ("Linear", "TwoOfFourLinear") and (scheme := packing.sparse_scheme(module)):
+        elif kind in ("Linear", "TwoOfFourLinear") and (scheme := zeros.scheme(module)):
             schemes[name] = scheme
     return schemes
 

@@ -1,20 +1,23 @@
-"""Operators that cut. Parameters are checked here without torch; what they do lies in `cutting` and `models.surgery`."""
+"""Steps that cut. Their parameters are checked here without torch; what they do lies in `cutting` and `movement`."""
 
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from hpc_compress.config import validate
-from hpc_compress.operators.learning import Distill, Training
+from hpc_compress.context import Context
+from hpc_compress.training.settings import Training
+from hpc_compress.training.steps import Distill
 from hpc_compress.types import Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hpc_compress.operators.context import Context
+    from hpc_compress.pruning.movement import Goal
 
-# Which units a criterion of ours can score; a user's own, named by its dotted path, is tried on the node.
-CRITERIA = {
+
+# The units that each criterion of ours can score. A user's own, named by its dotted path, is tried on the node.
+SCORABLE = {
     "fisher": {"layers", "blocks", "heads", "ffn", "hidden"},
     "gauss_newton": {"layers", "blocks", "heads", "ffn", "hidden"},
     "taylor": {"layers", "blocks", "heads", "ffn", "hidden"},
@@ -30,11 +33,16 @@ REPAIR = "refit the output weights of what is left by least squares; criterion=s
 def _require_criterion(criterion: str, units: set[str]) -> None:
     if "." in criterion:
         return
-    if criterion not in CRITERIA:
-        raise ValueError(f"{criterion!r} is not a criterion; choose one of {', '.join(CRITERIA)}, or give a dotted path")
-    if not units <= CRITERIA[criterion]:
-        able = [name for name, known in CRITERIA.items() if units <= known]
+    if criterion not in SCORABLE:
+        raise ValueError(f"{criterion!r} is not a criterion; choose one of {', '.join(SCORABLE)}, or give a dotted path")
+    if not units <= SCORABLE[criterion]:
+        able = [name for name, known in SCORABLE.items() if units <= known]
         raise ValueError(f"criterion {criterion!r} can't score {', '.join(sorted(units))}; choose one of {', '.join(able)}")
+
+
+def repairs(step: "DropLayers | PruneHeads | Prune") -> bool:
+    """A unit that is removed because it is similar to another one leaves its work to that one. The repair hands it over."""
+    return step.repair or step.criterion == "similarity"
 
 
 class DropLayers(Record):
@@ -52,10 +60,11 @@ class DropLayers(Record):
             _require_criterion(criterion, {"layers"})
         return criterion
 
-    def __call__(self, model: "PreTrainedModel", context: "Context") -> "PreTrainedModel":
-        from hpc_compress.operators import cutting
+    def __call__(self, model: "PreTrainedModel", context: Context) -> "PreTrainedModel":
+        from hpc_compress.pruning import cutting
 
-        return cutting.drop_layers(model, self, context)
+        criterion = None if self.criterion == "last" else self.criterion
+        return cutting.drop_layers(model, context, self.count, criterion, self.sentences, repairs(self))
 
 
 class PruneHeads(Record):
@@ -73,10 +82,10 @@ class PruneHeads(Record):
         _require_criterion(criterion, {"heads"})
         return criterion
 
-    def __call__(self, model: "PreTrainedModel", context: "Context") -> "PreTrainedModel":
-        from hpc_compress.operators import cutting
+    def __call__(self, model: "PreTrainedModel", context: Context) -> "PreTrainedModel":
+        from hpc_compress.pruning import cutting
 
-        return cutting.prune_heads(model, self, context)
+        return cutting.prune_heads(model, context, self.count, self.criterion, self.where, self.sentences, repairs(self))
 
 
 class Prune(Record):
@@ -123,10 +132,21 @@ class Prune(Record):
         left = 1 - done / self.rounds
         return self.share * (1 - (left**3 if self.schedule == "cubic" else left))
 
-    def __call__(self, model: "PreTrainedModel", context: "Context") -> "PreTrainedModel":
-        from hpc_compress.operators import cutting
+    def __call__(self, model: "PreTrainedModel", context: Context) -> "PreTrainedModel":
+        from hpc_compress.pruning import cutting
 
-        return cutting.prune(model, self, context)
+        return cutting.prune(
+            model,
+            context,
+            shares=[self.share_after(done) for done in range(1, self.rounds + 1)],
+            scores=cutting.Scores(self.criterion, self.units),
+            sentences=self.sentences,
+            scope=self.scope,
+            cost=self.cost,
+            ffn_multiple=self.ffn_multiple,
+            repair=repairs(self),
+            between=None if self.training is None else Distill(**self.training),
+        )
 
 
 class PruneHidden(Record):
@@ -144,10 +164,10 @@ class PruneHidden(Record):
         _require_criterion(criterion, {"hidden"})
         return criterion
 
-    def __call__(self, model: "PreTrainedModel", context: "Context") -> "PreTrainedModel":
-        from hpc_compress.operators import cutting
+    def __call__(self, model: "PreTrainedModel", context: Context) -> "PreTrainedModel":
+        from hpc_compress.pruning import cutting
 
-        return cutting.prune_hidden(model, self, context)
+        return cutting.prune_hidden(model, context, self.share, self.criterion, self.multiple, self.sentences)
 
 
 class MovementPrune(Training):
@@ -176,8 +196,13 @@ class MovementPrune(Training):
             raise ValueError(f"warmup={self.warmup} and cooldown={self.cooldown} leave no updates between; lower one of them")
         return self
 
-    def __call__(self, model: "PreTrainedModel", context: "Context") -> "PreTrainedModel":
-        from hpc_compress.operators import movement
+    def goal(self) -> "Goal":
+        from hpc_compress.pruning.movement import Goal
 
-        movement.cut(model, movement.learn(model, self, context))
+        return Goal(self.units, self.share, self.regularisation, self.cooldown, self.ffn_multiple)
+
+    def __call__(self, model: "PreTrainedModel", context: Context) -> "PreTrainedModel":
+        from hpc_compress.pruning import movement
+
+        movement.cut(model, movement.learn(model, context, self, self.goal()))
         return model

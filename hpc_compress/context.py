@@ -11,10 +11,11 @@ if TYPE_CHECKING:
 
     from hpc_compress.data.batches import Batch, Encoded
     from hpc_compress.measure import BlockTimes
-    from hpc_compress.operators.teaching import TeacherOutputs
+    from hpc_compress.problems import Problem
+    from hpc_compress.problems.outputs import Teacher
 
 
-def _no_outputs() -> "TeacherOutputs | None":
+def _no_outputs() -> "Teacher | None":
     return None
 
 
@@ -35,10 +36,11 @@ class Context:
     """What an operator may use besides the model."""
 
     train: "Encoded"
+    problem: "Problem"  # what the dataset asks of a model: its outputs and its losses
     device: "torch.device"
     seed: int  # of this step: all randomness of the operator follows from it
     teacher: "Callable[[], PreTrainedModel]"  # the base model, in eval mode on `device`; loaded when first asked for
-    taught: "Callable[[], TeacherOutputs | None]" = _no_outputs  # its outputs on `train`, computed once a run; None: ask it
+    taught: "Callable[[], Teacher | None]" = _no_outputs  # answers from its outputs on `train`, stored once a run; None: ask it
     tokenizer: "Callable[[], PreTrainedTokenizerBase] | None" = None  # the base model's; a fresh one at each call
     folder: Path | None = None  # of the model to deploy: what is written there is shipped beside its weights
     block_times: "Callable[[], BlockTimes]" = _no_times  # of the base model on this kind of device; measured once a run

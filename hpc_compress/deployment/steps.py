@@ -1,39 +1,19 @@
-"""Operators that turn a master into its deployed model. Parameters are checked here without torch."""
+"""Steps that turn a master into its deployed model. Their parameters are checked here without torch."""
 
 import importlib.util
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from hpc_compress.config import ConfigError
+from hpc_compress.context import Context
+from hpc_compress.deployment.schemes import SCHEMES
 from hpc_compress.types import Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hpc_compress.operators.context import Context
 
-
-@dataclass(frozen=True)
-class Scheme:
-    """Where a precision can run, which linears it takes, and what it needs that is not always installed."""
-
-    devices: tuple[str, ...] = ("cpu", "cuda")
-    multiple: int = 1  # of which the inputs of a linear must be a multiple; with others bitsandbytes is slow or wrong
-    packages: tuple[str, ...] = ()
-
-
-SCHEMES = {
-    "fp32": Scheme(),
-    "fp16": Scheme(),
-    "bf16": Scheme(),
-    "int8": Scheme(multiple=4),
-    "nf4": Scheme(multiple=32),
-    "fp4": Scheme(multiple=32),
-    "dynamic_int8": Scheme(devices=("cpu",)),
-    "onnx_int8": Scheme(devices=("cpu",), packages=("onnx", "onnxruntime")),
-}
 Plain = Literal["fp32", "fp16", "bf16"]
 Few = Literal["int8", "nf4", "fp4", "dynamic_int8"]
 
@@ -103,8 +83,8 @@ class Quantize(Record):
         if beyond := [index for indices in self.layers.values() for index in indices if index >= depth]:
             raise ConfigError(f"layers={self.layers}: the base model has no layer {beyond[0]}; its last one is {depth - 1}")
 
-    def __call__(self, model: "PreTrainedModel", context: "Context") -> "PreTrainedModel":
-        from hpc_compress.operators import onnx_int8, quantization
+    def __call__(self, model: "PreTrainedModel", context: Context) -> "PreTrainedModel":
+        from hpc_compress.deployment import onnx_int8, quantization
 
         if self.scheme == "onnx_int8":
             return onnx_int8.quantize(model)
@@ -144,8 +124,8 @@ class Sparsify(Record):
             raise ValueError("permute=true changes nothing without pattern=2:4; leave it out, or set pattern=2:4")
         return self
 
-    def __call__(self, model: "PreTrainedModel", context: "Context") -> "PreTrainedModel":
-        from hpc_compress.operators import quantization, sparsity
+    def __call__(self, model: "PreTrainedModel", context: Context) -> "PreTrainedModel":
+        from hpc_compress.deployment import quantization, sparsity
 
         model.to(context.device)
         sparsity.sparsify(
@@ -166,8 +146,8 @@ class Threshold(Record):
     share: float = Field(default=0.5, gt=0, lt=1, description="of each layer's gate values that become 0, over real tokens")
     sentences: int = Field(default=256, ge=1, description="training sentences from which the thresholds are read")
 
-    def __call__(self, model: "PreTrainedModel", context: "Context") -> "PreTrainedModel":
-        from hpc_compress.operators import thresholding
+    def __call__(self, model: "PreTrainedModel", context: Context) -> "PreTrainedModel":
+        from hpc_compress.deployment import thresholding
 
         model.to(context.device)
         thresholding.threshold(model, self.share, context.batches(self.sentences))
@@ -183,7 +163,7 @@ class TrimVocabulary(Record):
     corpus: str = Field(default="train", min_length=1, description="train, or the full path of a text file, one text a line")
     min_count: int = Field(default=1, ge=1, description="keep tokens that stand in the corpus so often at least")
 
-    def __call__(self, model: "PreTrainedModel", context: "Context") -> "PreTrainedModel":
+    def __call__(self, model: "PreTrainedModel", context: Context) -> "PreTrainedModel":
         import numpy as np
 
         from hpc_compress.config import resource

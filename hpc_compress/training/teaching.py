@@ -4,7 +4,6 @@ Knows models, batches and numpy files. Knows nothing of losses and their weights
 """
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -14,41 +13,23 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hpc_compress import calibration
 from hpc_compress.data.batches import Batch, Encoded, eval_batches
-from hpc_compress.operators import obs
-from hpc_compress.operators.training import autocast
+from hpc_compress.problems import Problem
+from hpc_compress.problems.outputs import ModelOutputs, Teacher, ask
+from hpc_compress.training.loop import autocast
 
 CHUNK = 1024  # examples that are held in memory while the files are written
 BATCH_SIZE = 64
 FITTED = 256  # examples that a projection is fitted to before the training
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """A model's outputs for a batch."""
-
-    logits: torch.Tensor  # (batch, classes); (batch, 1) for regression
-    hidden: tuple[torch.Tensor, ...]  # (batch, tokens, hidden) each: of all layers, of the last one alone, or none at all
-
-    def detach(self) -> "Lesson":
-        return Lesson(self.logits.detach(), tuple(state.detach() for state in self.hidden))
-
-
-Teacher = Callable[[Batch, bool], Lesson]  # the bool: whether hidden states are wanted too
-
-
-def ask(model: nn.Module, batch: Batch, hidden: bool) -> Lesson:
-    """Logits and, if wanted, the hidden states after every layer."""
-    output = model(**batch.inputs, output_hidden_states=hidden)
-    return Lesson(output.logits, tuple(output.hidden_states[1:]) if hidden else ())
-
-
-def live(teacher: nn.Module, learns: bool = False) -> Teacher:
+def live(problem: Problem, teacher: nn.Module, learns: bool = False) -> Teacher:
     """Asks the model itself. learns: it is trained along, so its answers carry gradients."""
 
-    def answer(batch: Batch, hidden: bool) -> Lesson:
+    def answer(batch: Batch, hidden: bool) -> ModelOutputs:
         with torch.set_grad_enabled(learns):
-            return ask(teacher, batch, hidden)
+            return ask(problem, teacher, batch, hidden)
 
     return answer
 
@@ -60,21 +41,21 @@ def live(teacher: nn.Module, learns: bool = False) -> Teacher:
 class TeacherOutputs:
     """A teacher's outputs on all examples, in eval mode: in memory, or mapped from the files where that is too small."""
 
-    logits: np.ndarray  # (n, classes) float32
+    outputs: np.ndarray  # (n, width) float32, as the problem defines them
     hidden: np.ndarray  # (n_tokens, hidden) float16, after the last layer; all examples one after another
     offsets: np.ndarray  # (n + 1,) as in `Encoded`
 
-    def answer(self, batch: Batch, hidden: bool) -> Lesson:
+    def answer(self, batch: Batch, hidden: bool) -> ModelOutputs:
         """As a live teacher would, but for the rounding; of hidden states the last layer's only, 0 at the padding."""
         index = batch.index.cpu().numpy()
-        logits = _move(self.logits[index], batch.labels.device)
+        outputs = _move(self.outputs[index], batch.labels.device)
         if not hidden:
-            return Lesson(logits, ())
+            return ModelOutputs(outputs, ())
         states = np.zeros((*batch.inputs["input_ids"].shape, self.hidden.shape[1]), self.hidden.dtype)
         for row, example in enumerate(index):
             begin, end = self.offsets[example : example + 2]
             states[row, : end - begin] = self.hidden[begin:end]
-        return Lesson(logits, (_move(states, batch.labels.device),))
+        return ModelOutputs(outputs, (_move(states, batch.labels.device),))
 
 
 def _move(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -83,38 +64,38 @@ def _move(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def outputs_bytes(teacher: PreTrainedModel, examples: Encoded) -> int:
+def outputs_bytes(problem: Problem, teacher: PreTrainedModel, examples: Encoded) -> int:
     """What `write` would put on the disk."""
-    return 4 * len(examples) * teacher.config.num_labels + 2 * len(examples.input_ids) * teacher.config.hidden_size
+    return 4 * len(examples) * problem.width(teacher) + 2 * len(examples.input_ids) * teacher.config.hidden_size
 
 
 @torch.no_grad()
-def write(folder: Path, teacher: PreTrainedModel, examples: Encoded, device: torch.device) -> None:
+def write(folder: Path, problem: Problem, teacher: PreTrainedModel, examples: Encoded, device: torch.device) -> None:
     """Ask the teacher, in eval mode on `device`, about all examples and write its outputs to the folder.
 
     Raises: OSError where the disk is full. Plain writes say so; writing to a memory map would end the process.
     """
-    with (folder / "logits.npy").open("wb") as logits_file, (folder / "hidden.npy").open("wb") as hidden_file:
+    with (folder / "logits.npy").open("wb") as outputs_file, (folder / "hidden.npy").open("wb") as hidden_file:
         for stream, kind, shape in (
-            (logits_file, "<f4", (len(examples), teacher.config.num_labels)),
+            (outputs_file, "<f4", (len(examples), problem.width(teacher))),
             (hidden_file, "<f2", (len(examples.input_ids), teacher.config.hidden_size)),
         ):
             np.lib.format.write_array_header_1_0(stream, {"descr": kind, "fortran_order": False, "shape": shape})
         for begin in range(0, len(examples), CHUNK):
             part = _part(examples, begin, begin + CHUNK)
-            logits = np.empty((len(part), teacher.config.num_labels), np.float32)
+            outputs = np.empty((len(part), problem.width(teacher)), np.float32)
             hidden = np.empty((len(part.input_ids), teacher.config.hidden_size), np.float16)
             for batch in eval_batches(part, BATCH_SIZE):
                 index = batch.index.numpy()
-                with autocast(device):  # as a live teacher in `training.fit`
-                    lesson = ask(teacher, batch.to(device), hidden=True)
-                logits[index] = lesson.logits.float().cpu().numpy()
-                for states, example in zip(lesson.hidden[-1].half().cpu().numpy(), index, strict=True):
+                with autocast(device):  # as a live teacher in `loop.fit`
+                    answer = ask(problem, teacher, batch.to(device), hidden=True)
+                outputs[index] = answer.outputs.float().cpu().numpy()
+                for states, example in zip(answer.hidden[-1].half().cpu().numpy(), index, strict=True):
                     first, end = part.offsets[example : example + 2]
                     hidden[first:end] = states[: end - first]
-            logits_file.write(logits.tobytes())
+            outputs_file.write(outputs.tobytes())
             hidden_file.write(hidden.tobytes())
-        for stream in (logits_file, hidden_file):
+        for stream in (outputs_file, hidden_file):
             stream.flush()
             os.fsync(stream.fileno())
 
@@ -128,11 +109,11 @@ def read(folder: Path, examples: Encoded) -> TeacherOutputs | None:
     files = [folder / f"{name}.npy" for name in ("logits", "hidden")]
     try:
         mode: Literal["r"] | None = None if sum(file.stat().st_size for file in files) <= free_bytes() / 2 else "r"
-        logits, hidden = (np.load(file, mmap_mode=mode) for file in files)
+        outputs, hidden = (np.load(file, mmap_mode=mode) for file in files)
     except (OSError, ValueError, EOFError):
         return None
-    fits = logits.shape[:1] == (len(examples),) and hidden.shape[:1] == (len(examples.input_ids),)
-    return TeacherOutputs(logits, hidden, examples.offsets) if fits else None
+    fits = outputs.shape[:1] == (len(examples),) and hidden.shape[:1] == (len(examples.input_ids),)
+    return TeacherOutputs(outputs, hidden, examples.offsets) if fits else None
 
 
 def free_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
@@ -187,7 +168,7 @@ def _part(examples: Encoded, begin: int, end: int) -> Encoded:
 
 
 @torch.no_grad()
-def projection(student: nn.Module, teacher: Teacher, examples: Encoded, device: torch.device) -> nn.Linear:
+def projection(problem: Problem, student: nn.Module, teacher: Teacher, examples: Encoded, device: torch.device) -> nn.Linear:
     """A linear from the student's hidden size to the teacher's, to be trained along with the student.
 
     It starts as the least-squares fit on the first examples: with random weights, the student would spend an epoch on adapting
@@ -197,10 +178,10 @@ def projection(student: nn.Module, teacher: Teacher, examples: Encoded, device: 
     gram, cross = torch.zeros((), device=device), torch.zeros((), device=device)
     for batch in (batch.to(device) for batch in eval_batches(examples.take(FITTED), BATCH_SIZE)):
         real = batch.inputs["attention_mask"].bool()
-        pair = ask(student, batch, hidden=True), teacher(batch, True)
-        own, wanted = (lesson.hidden[-1][real].double() for lesson in pair)  # (real tokens, hidden) each
+        pair = ask(problem, student, batch, hidden=True), teacher(batch, True)
+        own, wanted = (each.hidden[-1][real].double() for each in pair)  # (real tokens, hidden) each
         gram, cross = gram + own.T @ own, cross + own.T @ wanted
-    gram = obs.damped(gram, 1e-6)  # a few short examples span no space
+    gram = calibration.damped(gram, 1e-6)  # a few short examples span no space
     linear = nn.Linear(len(gram), cross.shape[1], bias=False, device="meta")  # its own initialisation would draw random numbers
     linear.weight = nn.Parameter(torch.linalg.solve(gram, cross).T.float().contiguous())
     return linear

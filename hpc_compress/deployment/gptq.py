@@ -8,7 +8,7 @@ Transformers, https://arxiv.org/abs/2210.17323
 
 import torch
 
-from hpc_compress.operators.obs import damped_inverse
+from hpc_compress.calibration import damped_inverse
 
 BLOCK = 128  # columns after which the rest is brought up to date at once (section 3.3, step 2)
 

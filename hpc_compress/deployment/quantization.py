@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from hpc_compress import calibration
 from hpc_compress.data.batches import Batch
+from hpc_compress.deployment import gptq
+from hpc_compress.deployment.schemes import SCHEMES
 from hpc_compress.models import surgery
 from hpc_compress.models.modeling_hpc_compress import (
     EMBEDDING_BLOCK,
@@ -20,8 +23,6 @@ from hpc_compress.models.modeling_hpc_compress import (
     QuantizedEmbedding,
     linear_of,
 )
-from hpc_compress.operators import gptq, obs
-from hpc_compress.operators.deploying import SCHEMES
 
 log = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -96,7 +97,7 @@ def _calibrated(
 ) -> dict[str, nn.Module]:
     """GPTQ, layer by layer: each sees inputs that come through quantized weights, and compensates for earlier errors."""
     quantized: dict[str, nn.Module] = {}
-    walk = obs.Walk(model, batches)
+    walk = calibration.Walk(model, batches)
     for index in range(len(surgery.layers(model))):
         paths = [path for leaf in surgery.family(model).linears if (path := surgery.path(model, index, leaf)) in schemes]
         products = walk.products(index, paths)

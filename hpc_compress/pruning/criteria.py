@@ -4,17 +4,20 @@
 Global cuts compare scores of different layers and add them up, so the best criteria estimate what the loss would rise by.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hpc_compress.calibration import input_products
+from hpc_compress.config import locate
 from hpc_compress.data.batches import Batch
 from hpc_compress.models import surgery
 from hpc_compress.models.gates import PerUnit, counts, gated
-from hpc_compress.operators import obs
-from hpc_compress.operators.losses import supervised
+from hpc_compress.problems import Problem
+from hpc_compress.pruning import obs
 
 Criterion = Callable[[PreTrainedModel, Iterable[Batch], Sequence[str]], PerUnit]
 
@@ -34,14 +37,14 @@ def magnitude(model: PreTrainedModel, batches: Iterable[Batch], units: Sequence[
     return {unit: [total.sqrt().cpu() for total in makers[unit]()] for unit in units}
 
 
-def fisher(model: PreTrainedModel, batches: Iterable[Batch], units: Sequence[str]) -> PerUnit:
+def fisher(problem: Problem, model: PreTrainedModel, batches: Iterable[Batch], units: Sequence[str]) -> PerUnit:
     """Diagonal of the empirical Fisher information of the gates: mean over samples of `(dC/dgate)^2`. Half of it is what the
     loss rises by in the second order (LeCun 1989, OBD, with the Fisher in place of the Hessian; Kwon et al. 2022, eq. 5-7).
     """
-    return _of_gradients(model, batches, units, torch.square)
+    return _of_gradients(problem, model, batches, units, torch.square)
 
 
-def gauss_newton(model: PreTrainedModel, batches: Iterable[Batch], units: Sequence[str]) -> PerUnit:
+def gauss_newton(problem: Problem, model: PreTrainedModel, batches: Iterable[Batch], units: Sequence[str]) -> PerUnit:
     """Diagonal of the Gauss-Newton matrix of the gates: mean over samples of `sum over outputs of (doutput/dgate)^2`, which is
     what the outputs change by, squared, in the first order (Schraudolph 2002, section 3.1, with squared error on the outputs).
 
@@ -50,16 +53,16 @@ def gauss_newton(model: PreTrainedModel, batches: Iterable[Batch], units: Sequen
     """
     generator = torch.Generator().manual_seed(0)
 
-    def projected(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def projected(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         signs = 2 * torch.randint(2, outputs.shape, generator=generator) - 1
-        return (outputs.float() * signs.to(outputs.device)).sum(1).mean()
+        return (problem.differentiated(outputs) * signs.to(outputs.device)).sum(1).mean()
 
-    return _of_gradients(model, batches, units, torch.square, projected)
+    return _of_gradients(problem, model, batches, units, torch.square, projected)
 
 
-def taylor(model: PreTrainedModel, batches: Iterable[Batch], units: Sequence[str]) -> PerUnit:
+def taylor(problem: Problem, model: PreTrainedModel, batches: Iterable[Batch], units: Sequence[str]) -> PerUnit:
     """First-order Taylor expansion: mean over samples of `|dC/dgate|` (Molchanov et al. 2017, eq. 7-8)."""
-    return _of_gradients(model, batches, units, torch.abs)
+    return _of_gradients(problem, model, batches, units, torch.abs)
 
 
 def activation_mean(model: PreTrainedModel, batches: Iterable[Batch], units: Sequence[str]) -> PerUnit:
@@ -135,20 +138,21 @@ def _products_of_inputs(model: PreTrainedModel, batches: Iterable[Batch], units:
     names, depth = surgery.family(model), len(surgery.layers(model))
     leaf = {"heads": names.attention_out, "ffn": names.ffn_out}
     paths = {unit: [surgery.path(model, at, leaf[unit]) for at in range(depth)] for unit in units}
-    products = obs.input_products(model, [path for unit in units for path in paths[unit]], batches)
+    products = input_products(model, [path for unit in units for path in paths[unit]], batches)
     return {unit: [products[path] for path in paths[unit]] for unit in units}
 
 
 def _of_gradients(
+    problem: Problem,
     model: PreTrainedModel,
     batches: Iterable[Batch],
     units: Sequence[str],
     function: Callable[[torch.Tensor], torch.Tensor],
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = supervised,
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> PerUnit:
     """Mean over samples of a function of each gate's gradient.
 
-    loss: maps logits and labels to the mean of the samples' losses.
+    loss: maps outputs and targets to the mean of the samples' losses; None: the problem's own.
     """
     totals = {unit: [torch.zeros(count) for count in counts(model, unit)] for unit in units}
     samples = 0
@@ -161,7 +165,8 @@ def _of_gradients(
         }
         with gated(model, gates):
             # A sum of the samples' losses, so that each gate's gradient is that of its own sample.
-            total_loss = loss(model(**batch.inputs).logits, batch.labels) * n
+            outputs = problem.outputs(model(**batch.inputs), batch)
+            total_loss = (loss or problem.task_loss)(outputs, batch.labels) * n
         flat = [gate for unit in units for gate in gates[unit]]
         gradients = iter(torch.autograd.grad(total_loss, flat, allow_unused=True, materialize_grads=True))
         for unit in units:
@@ -213,13 +218,21 @@ def _outputs(model: PreTrainedModel, unit: str) -> tuple[list[nn.Linear], int]:
     return (surgery.attention_outputs(model), surgery.head_size(model)) if unit == "heads" else (surgery.ffn_outputs(model), 1)
 
 
-CRITERIA: dict[str, Criterion] = {
-    "fisher": fisher,
-    "gauss_newton": gauss_newton,
-    "taylor": taylor,
+OF_GRADIENTS = {"fisher": fisher, "gauss_newton": gauss_newton, "taylor": taylor}  # of the problem's loss or outputs
+OTHERS: dict[str, Criterion] = {
     "magnitude": magnitude,
     "obs": obs_error,
     "activation_mean": activation_mean,
     "apoz": apoz,
     "similarity": similarity,
 }
+
+
+def criterion(name: str, problem: Problem) -> Criterion:
+    """One of ours by its name, or a user's own by its dotted path.
+
+    Raises: ConfigError when it can't be imported.
+    """
+    if name in OF_GRADIENTS:
+        return functools.partial(OF_GRADIENTS[name], problem)
+    return OTHERS[name] if name in OTHERS else locate(name)

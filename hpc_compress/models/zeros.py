@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 
-def sparse_scheme(linear: nn.Linear) -> str | None:
+def scheme(linear: nn.Linear) -> str | None:
     """How a linear with zeros is saved: `2:4`, else `sparse`; None if it would not be smaller without its zeros."""
     # The state and not the parameter: on a GPU a 2:4 weight is one that computes, and can't be looked at.
     weight = linear.state_dict()["weight"]
@@ -19,13 +19,13 @@ def sparse_scheme(linear: nn.Linear) -> str | None:
     return "2:4" if weight.shape[1] % 4 == 0 and int(nonzero.unflatten(1, (-1, 4)).sum(-1).max()) <= 2 else "sparse"
 
 
-def zeros(weight: torch.Tensor) -> torch.Tensor | None:
+def mask(weight: torch.Tensor) -> torch.Tensor | None:
     """Where a linear's weights are 0, as a mask; None if none is, or if all are, since such weights are not trained yet."""
-    mask = weight.detach() == 0
-    return mask if mask.any() and not mask.all() else None
+    zero = weight.detach() == 0
+    return zero if zero.any() and not zero.all() else None
 
 
-def packed(tensors: dict[str, torch.Tensor], paths: list[str]) -> dict[str, torch.Tensor]:
+def without_zeros(tensors: dict[str, torch.Tensor], paths: list[str]) -> dict[str, torch.Tensor]:
     """The tensors with the weights of the linears at `paths` as bits (uint8, 8 weights each) and values (those not 0)."""
     tensors = dict(tensors)
     for path in paths:

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hpc_compress import calibration
 from hpc_compress.data.batches import Batch
 from hpc_compress.models import modeling_hpc_compress as modeling
 from hpc_compress.models import surgery
-from hpc_compress.operators import obs
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def threshold(model: PreTrainedModel, share: float, batches: Sequence[Batch]) ->
         able = ", ".join(name for name, row in modeling.FAMILIES.items() if row.gate)
         raise ValueError(f"{model.config.model_type} has no gated FFNs, which threshold acts on; use a family that has: {able}")
     values = [0.0] * len(surgery.layers(model))
-    walk = obs.Walk(model, batches)
+    walk = calibration.Walk(model, batches)
     for index, layer in enumerate(surgery.layers(model)):
         modeling.set_thresholds(model, family, values)
         walk.go_to(index)

@@ -30,10 +30,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from hpc_compress.context import Checkpoint
 from hpc_compress.data.batches import Batch, Encoded, train_batches
-from hpc_compress.models import packing
-from hpc_compress.operators.context import Checkpoint
-from hpc_compress.operators.learning import Training
+from hpc_compress.models import zeros
+from hpc_compress.training.settings import Training
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ def _kept_zeros(model: torch.nn.Module) -> Iterator[None]:
     sparse through every later training. Zeros are saved as zeros, so nothing else needs to remember them."""
     with ExitStack() as hooks:
         for weight in [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]:
-            mask = packing.zeros(weight) if weight.requires_grad else None
+            mask = zeros.mask(weight) if weight.requires_grad else None
             if mask is not None:
                 keep = functools.partial(lambda mask, gradient: gradient.masked_fill(mask, 0), mask)
                 hooks.callback(weight.register_hook(keep).remove)

@@ -1,37 +1,27 @@
-"""Operators that train. Parameters are checked here without torch; the loop lies in `training`."""
+"""Steps that train. Their parameters are checked here without torch; torch is imported when they act."""
 
 import copy
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from hpc_compress.types import Record
+from hpc_compress.context import Context
+from hpc_compress.training.settings import Training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hpc_compress.operators.context import Context
-
-
-class Training(Record):
-    """How a model is trained: AdamW, linear warm-up, then linear decay to 0."""
-
-    epochs: float = Field(default=1.0, gt=0, description="passes over the examples; 0.5 stops in the middle of the first")
-    learning_rate: float = Field(default=5e-5, gt=0, description="at the end of the warm-up")
-    batch_size: int = Field(default=32, ge=1, description="examples in one update")
-    warmup: float = Field(default=0.06, ge=0, lt=1, description="share of the updates in which the learning rate rises")
-    weight_decay: float = Field(default=0.01, ge=0, description="decoupled, on matrices only: not on biases and norms")
-    max_grad_norm: float = Field(default=1.0, gt=0, description="gradients with a larger 2-norm are scaled down to it")
+    from hpc_compress.training.losses import Weights
 
 
 class FineTune(Training):
     """Train on the task's own loss: cross-entropy, or squared error for regression."""
 
-    def __call__(self, model: "PreTrainedModel", context: "Context") -> "PreTrainedModel":
-        from hpc_compress.operators import losses, training
+    def __call__(self, model: "PreTrainedModel", context: Context) -> "PreTrainedModel":
+        from hpc_compress.training import loop, losses
 
-        loss = losses.task_loss
-        training.fit(model, context.train, loss, self, context.seed, context.device, context.progress, context.checkpoint)
+        loss = losses.task_loss(context.problem)
+        loop.fit(model, context.train, loss, self, context.seed, context.device, context.progress, context.checkpoint)
         return model
 
 
@@ -53,10 +43,18 @@ class Distill(Training):
         description="with `layers`, each layer learns from: the teacher's layer that it was; or, "
         "dynamic, the one that fits best on each batch, in order",
     )
-    closeness: Literal["cosine", "mse"] = Field(
+    hidden_distance: Literal["cosine", "mse"] = Field(
         default="cosine", description="how far hidden states are apart: 1 - cosine, or mean squared difference"
     )
     online: bool = Field(default=False, description="a copy of the teacher is trained on the task along with the student")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_versions(cls, values: Any) -> Any:
+        """They called hidden_distance closeness."""
+        if not isinstance(values, dict) or "closeness" not in values or "hidden_distance" in values:
+            return values
+        return {"hidden_distance" if name == "closeness" else name: value for name, value in values.items()}
 
     @model_validator(mode="after")
     def _taught(self) -> "Distill":
@@ -64,22 +62,28 @@ class Distill(Training):
             raise ValueError("response, hidden and layers are all 0; raise one of them, or use fine_tune")
         return self
 
-    def __call__(self, model: "PreTrainedModel", context: "Context") -> "PreTrainedModel":
-        from hpc_compress.models import surgery
-        from hpc_compress.operators import losses, teaching, training
+    def weights(self) -> "Weights":
+        from hpc_compress.training.losses import Weights
 
+        return Weights(self.task, self.response, self.hidden, self.layers, self.temperature, self.hidden_distance)
+
+    def __call__(self, model: "PreTrainedModel", context: Context) -> "PreTrainedModel":
+        from hpc_compress.models import surgery
+        from hpc_compress.training import loop, losses, teaching
+
+        problem = context.problem
         # The files hold the last hidden states only, and of a teacher that does not change.
-        outputs = None if self.layers or self.online else context.taught()
+        stored = None if self.layers or self.online else context.taught()
         base = copy.deepcopy(context.teacher()) if self.online else context.teacher()
-        teacher = outputs.answer if outputs is not None else teaching.live(base, learns=self.online)
+        teacher = stored or teaching.live(problem, base, learns=self.online)
         companions = [base] if self.online else []
         project = None
         if (self.hidden or self.layers) and surgery.hidden_size(model) != surgery.hidden_size(base):
-            project = teaching.projection(model.to(context.device), teacher, context.train, context.device)
+            project = teaching.projection(problem, model.to(context.device), teacher, context.train, context.device)
             companions.append(project)
         fixed = surgery.origins(model) if self.layers and self.matching == "fixed" else None
-        loss = losses.distillation_loss(self, teacher, project, fixed)
-        training.fit(
+        loss = losses.distillation_loss(problem, self.weights(), teacher, self.online, project, fixed)
+        loop.fit(
             model, context.train, loss, self, context.seed, context.device, context.progress, context.checkpoint, companions
         )
         return model

@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 
 from hpc_compress import identity
-from hpc_compress.config import MOST_CLASSES, ConfigError, DatasetConfig, resource
-from hpc_compress.data import metrics, overlap
+from hpc_compress.config import ConfigError, DatasetConfig, resource
+from hpc_compress.data import overlap
+from hpc_compress.problems import problem
 from hpc_compress.types import Dataset, Rows, Split
 
-POSITIVE = ("1", "1.0", "true", "yes", "positive", "pos", "duplicate", "equivalent", "paraphrase")
 MOST_EMPTY = 0.5  # share of rows without text or label above which a table is refused
 Tables = dict[str, pd.DataFrame]  # columns: text, text2 (pairs only), label (class id or target)
 
@@ -30,13 +30,15 @@ def load(config: DatasetConfig, seed: int, label_order: Sequence[str] = ()) -> t
 
     Raises: ConfigError when rows, columns or labels are not what the configuration says.
     """
+    kind = problem(config.problem)
+    kind.check(config)
     read = [split for split in (config.train, config.validation) if split is not None]
     cleaned = [_clean(_read(config, split), config, split) for split in read]
     empty = {split: n for split, (_, n) in zip(("train", "validation"), cleaned, strict=False) if n}
     train, validation = cleaned[0][0], (None if config.validation is None else cleaned[1][0])
     if train.empty:
         raise _empty("train", config)
-    labels = _labels(train, config)
+    labels = kind.labels(train, config)
     if set(labels) == set(label_order):
         labels = tuple(label_order)
     rng = np.random.default_rng(identity.derive(seed, "split"))
@@ -59,7 +61,7 @@ def load(config: DatasetConfig, seed: int, label_order: Sequence[str] = ()) -> t
         search, total = train.iloc[held_out], total - len(held_out)
     unused = total - len(order)
     tables = {"train": train.iloc[order[: config.max_train_rows]], "search": search[: config.max_search_rows], "report": report}
-    tables = {split: _with_ids(table, labels, config, split) for split, table in tables.items()}
+    tables = {split: _with_targets(table, labels, config, split) for split, table in tables.items()}
     dataset = Dataset(
         name=config.name,
         fingerprint=identity.content_hash({split: table.to_dict("list") for split, table in tables.items()}),
@@ -67,11 +69,11 @@ def load(config: DatasetConfig, seed: int, label_order: Sequence[str] = ()) -> t
         labels=labels,
         pair=config.text2 is not None,
         metrics=config.metrics,
-        positive=_positive(labels, config) if "f1" in config.metrics else None,
+        positive=kind.positive(labels, config),
         max_length=config.max_length,
     )
     splits: tuple[Split, ...] = ("search", "report")
-    trivial = {split: metrics.trivial(dataset, tables[split]["label"].to_numpy()) for split in splits}
+    trivial = {split: kind.trivial(dataset, tables[split]["label"].to_numpy()) for split in splits}
     return dataset, tables, Rows(empty=empty, unused=unused, overlaps=overlap.between(tables), trivial=trivial)
 
 
@@ -153,8 +155,7 @@ def _read_hub(config: DatasetConfig, split: str) -> pd.DataFrame:
 
 def _clean(table: pd.DataFrame, config: DatasetConfig, split: str) -> tuple[pd.DataFrame, int]:
     """The rows with the columns text, text2 and label, and how many were left out because they have no text or no label."""
-    wanted = {"text": config.text, "text2": config.text2, "label": config.label}
-    columns = {name: column for name, column in wanted.items() if column is not None}
+    columns = problem(config.problem).columns(config)
     for name, column in columns.items():
         if column not in table.columns:
             raise ConfigError(
@@ -177,7 +178,7 @@ def _clean(table: pd.DataFrame, config: DatasetConfig, split: str) -> tuple[pd.D
     # Rows without a text or a label teach nothing.
     absent = table["label"].isna() | (table["label"].astype(str) == "") | (table[texts] == "").all(axis=1)
     table, missing = table[~absent].reset_index(drop=True), int(absent.sum())
-    hidden = len(table) > 0 and set(table["label"].map(_class_name)) == {"-1"}
+    hidden = len(table) > 0 and (pd.to_numeric(table["label"], errors="coerce") == -1).all()
     if hidden:
         raise ConfigError(
             f"every label of split {split!r} of {config.name} is -1: they are hidden, as those of GLUE's test splits are; "
@@ -191,46 +192,11 @@ def _clean(table: pd.DataFrame, config: DatasetConfig, split: str) -> tuple[pd.D
     return table, missing
 
 
-def _labels(train: pd.DataFrame, config: DatasetConfig) -> tuple[str, ...]:
-    if config.problem == "regression":
-        return ()
-    values = sorted({_class_name(value) for value in train["label"].unique()})
-    if all(value.removeprefix("-").isdecimal() and len(value) <= 4000 for value in values):  # Python reads 4300 digits at most
-        values.sort(key=int)
-    if len(values) < 2:
-        raise ConfigError(f"{config.name} has {len(values)} class in its train rows; at least 2 are needed")
-    if len(values) > MOST_CLASSES:
-        raise ConfigError(
-            f"{config.name} has {len(values)} classes; if {config.label!r} is a number to predict, "
-            "set dataset.problem=regression"
-        )
-    if len(values) > 2 and "f1" in config.metrics:
-        raise ConfigError(f"dataset.metrics has f1, which is of 2 classes, but {config.name} has {len(values)}; use macro_f1")
-    return tuple(values)
-
-
-def _class_name(value: object) -> str:
-    return str(int(value)) if isinstance(value, float | np.floating) and value.is_integer() else str(value)
-
-
-def _with_ids(table: pd.DataFrame, labels: tuple[str, ...], config: DatasetConfig, split: str) -> pd.DataFrame:
+def _with_targets(table: pd.DataFrame, labels: tuple[str, ...], config: DatasetConfig, split: str) -> pd.DataFrame:
     table = table.reset_index(drop=True)
     if len(table) == 0:
         raise _empty(split, config)
-    if config.problem == "regression":
-        try:
-            targets = table["label"].astype(float)
-            if not np.isfinite(targets).all():
-                raise ValueError("some are nan or infinite")
-            return table.assign(label=targets)
-        except ValueError as error:
-            raise ConfigError(f"dataset.label={config.label!r} of {config.name} is not a number everywhere: {error}") from None
-    ids = {label: index for index, label in enumerate(labels)}
-    names = table["label"].map(_class_name)
-    unknown = sorted(set(names) - set(ids))
-    if unknown:
-        raise ConfigError(f"the {split} split of {config.name} has labels {unknown[:5]} that train does not have")
-    return table.assign(label=names.map(ids).astype("int64"))
+    return table.assign(label=problem(config.problem).targets(table["label"], labels, config, split))
 
 
 def _empty(split: str, config: DatasetConfig) -> ConfigError:
@@ -248,18 +214,3 @@ def _hold_out(groups: overlap.Groups, rows: np.ndarray, amount: float, what: str
             "leave some on both sides"
         )
     return stay, out
-
-
-def _positive(labels: tuple[str, ...], config: DatasetConfig) -> str:
-    """The class that F1 is computed for: class 1, as in GLUE, or a class whose name means yes."""
-    if config.positive is not None:
-        found = [label for label in labels if label == config.positive]
-    else:
-        found = [label for label in labels if label.casefold() in POSITIVE]
-    if len(found) != 1:
-        came = "is not set" if config.positive is None else f"is {config.positive!r}"
-        raise ConfigError(
-            f"dataset.metrics has f1, which is of one class, and dataset.positive {came}; "
-            f"set dataset.positive to one of {', '.join(labels)}"
-        )
-    return found[0]

@@ -1,4 +1,4 @@
-"""Finding the base checkpoint and copying it into the run folder. Reads JSON and safetensors headers; knows no torch."""
+"""Finds the base model and copies it into the run folder. Reads JSON and safetensors headers; knows no torch."""
 
 import shlex
 import shutil
@@ -9,9 +9,9 @@ from typing import Any
 from hpc_compress import door, identity
 from hpc_compress.config import ConfigError, ModelConfig, resource
 from hpc_compress.models import inspection
-from hpc_compress.types import Base, Dataset, Step
+from hpc_compress.types import Base, Step
 
-# What a classifier needs from a checkpoint. Pickled weights are left where they are.
+# What is needed of a pretrained model. Pickled weights are left where they are.
 PATTERNS = (
     "config.json",
     "*.safetensors",
@@ -27,8 +27,8 @@ PATTERNS = (
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint on this machine."""
+class Pretrained:
+    """A pretrained model on this machine: config, weights and tokenizer in one folder."""
 
     name: str
     folder: Path
@@ -45,13 +45,13 @@ class Checkpoint:
         names = self.config.get("id2label") or {str(n): f"LABEL_{n}" for n in range(self.config.get("num_labels") or 2)}
         return tuple(str(names[key]) for key in sorted(names, key=int))
 
-    @property
-    def has_head(self) -> bool:
+    def has_head(self, prefix: str) -> bool:
+        """Whether the names of some weights begin so."""
         headers = (inspection.header(path) for path in self.files if path.suffix == ".safetensors")
-        return any(name.startswith("classifier.") for names in headers for name in names)
+        return any(name.startswith(prefix) for names in headers for name in names)
 
 
-def find(config: ModelConfig) -> Checkpoint:
+def find(config: ModelConfig) -> Pretrained:
     """Find a local checkpoint, or one on the hub (from the cache when there is no network).
 
     Raises: ConfigError when there is none, none with safetensors weights, or none that can be used; DamageError for a
@@ -67,7 +67,7 @@ def find(config: ModelConfig) -> Checkpoint:
     ):
         if not any(folder.glob(needed)):
             raise ConfigError(f"model.path={config.path!r}: no {needed} in {folder}; {advice}")
-    found = Checkpoint(config.path, folder, revision, door.json_object(folder / "config.json"))
+    found = Pretrained(config.path, folder, revision, door.json_object(folder / "config.json"))
     inspection.inspect(folder, found.files, found.config)
     return found
 
@@ -87,29 +87,37 @@ def _from_hub(config: ModelConfig) -> tuple[Path, str | None]:
     return folder, folder.name  # the snapshot's folder is named by its commit
 
 
-def adopt(checkpoint: Checkpoint, config: ModelConfig, dataset: Dataset, target: Path) -> Base:
-    """Copy the checkpoint into the run folder and say what it is. A missing task head becomes a step of training.
+def adopt(found: Pretrained, config: ModelConfig, target: Path, head_fits: bool) -> Base:
+    """Copy the model into the run folder and say what it is. If its head does not fit, training one becomes a step.
 
-    Raises: ConfigError when model.head=trained and the head does not fit the dataset.
+    Raises: ConfigError when model.head=trained and the head does not fit.
     """
-    outputs = len(dataset.labels) or 1
-    fits = checkpoint.has_head and len(checkpoint.labels) == outputs
-    if config.head == "trained" and not fits:
-        raise ConfigError(
-            f"model.head=trained, but {checkpoint.name} has {len(checkpoint.labels) if checkpoint.has_head else 'no head, not'}"
-            f" {outputs} outputs as {dataset.name} needs; set model.head=new to train one"
-        )
-    train_head = config.head == "new" or not fits
+    train_head = config.head == "new" or not head_fits
     shutil.rmtree(target, ignore_errors=True)  # of an attempt that came to nothing, perhaps with another model
     target.mkdir(parents=True)
-    for path in checkpoint.files:
+    for path in found.files:
         shutil.copyfile(path, target / path.name)
     return Base(
-        name=checkpoint.name,
-        revision=checkpoint.revision,
-        fingerprint=identity.files_hash([target / path.name for path in checkpoint.files]),
+        name=found.name,
+        revision=found.revision,
+        fingerprint=identity.files_hash([target / path.name for path in found.files]),
         preparation=preparation(config) if train_head else (),
     )
+
+
+def head_fits(found: Pretrained, config: ModelConfig, prefix: str, outputs: int, dataset: str) -> bool:
+    """Whether the model brings a task head with so many outputs.
+
+    Raises: ConfigError when it must, since model.head=trained.
+    """
+    has_head = found.has_head(prefix)
+    fits = has_head and len(found.labels) == outputs
+    if config.head == "trained" and not fits:
+        raise ConfigError(
+            f"model.head=trained, but {found.name} has {len(found.labels) if has_head else 'no head, not'}"
+            f" {outputs} outputs as {dataset} needs; set model.head=new to train one"
+        )
+    return fits
 
 
 def preparation(config: ModelConfig) -> tuple[Step, ...]:

@@ -8,10 +8,11 @@ operator is named in the config by its dotted path.
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from hpc_compress.config import ConfigError, build
-from hpc_compress.operators.context import Checkpoint, Context
-from hpc_compress.operators.deploying import Quantize, Sparsify, Threshold, TrimVocabulary
-from hpc_compress.operators.learning import Distill, FineTune, Training
-from hpc_compress.operators.pruning import DropLayers, MovementPrune, Prune, PruneHeads, PruneHidden
+from hpc_compress.context import Checkpoint, Context
+from hpc_compress.deployment.steps import Quantize, Sparsify, Threshold, TrimVocabulary
+from hpc_compress.pruning.steps import DropLayers, MovementPrune, Prune, PruneHeads, PruneHidden
+from hpc_compress.training.settings import Training
+from hpc_compress.training.steps import Distill, FineTune
 from hpc_compress.types import Record, Step
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hpc_compress.deployment import quantization
 from hpc_compress.models import artifact, surgery
 from hpc_compress.models.modeling_hpc_compress import PROGRAM, HpcCompressOnnxForSequenceClassification
-from hpc_compress.operators import quantization
 
 LARGEST = 2**31 - 2**24  # bytes of one protobuf message, and room for the graph
 

@@ -7,20 +7,32 @@ is off: it rises if training would make the unit's contribution larger, and fall
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hpc_compress.context import Context
 from hpc_compress.data.batches import Batch
 from hpc_compress.models import surgery
 from hpc_compress.models.gates import PerUnit, counts, gated
-from hpc_compress.operators import losses, training
-from hpc_compress.operators.context import Context
-from hpc_compress.operators.pruning import MovementPrune
+from hpc_compress.training import loop, losses
+from hpc_compress.training.settings import Training
 
 THRESHOLD = 0.1  # soft mode: a unit is removed if the sigmoid of its score is below (as published)
 SPAN = 20.0  # how far a score can move in a whole training, whatever the learning rate; the threshold is at -2.2
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is to be removed; either `share` or `regularisation` is given."""
+
+    units: Sequence[str]  # heads, ffn or both
+    share: float | None  # hard: of the heads, and of the neurons
+    regularisation: float | None  # soft: the cost of keeping a unit
+    cooldown: float  # share of the updates, at the end, in which nothing more is removed
+    ffn_multiple: int
 
 
 class Masks(nn.Module):
@@ -28,14 +40,14 @@ class Masks(nn.Module):
 
     done: torch.Tensor
 
-    def __init__(self, model: PreTrainedModel, step: MovementPrune, updates: int) -> None:
+    def __init__(self, model: PreTrainedModel, training: Training, goal: Goal, updates: int) -> None:
         super().__init__()
-        self.step, self.updates = step, updates
-        self.sizes: dict[str, list[int]] = {unit: counts(model, unit) for unit in step.units}
+        self.warmup, self.goal, self.updates = training.warmup, goal, updates
+        self.sizes: dict[str, list[int]] = {unit: counts(model, unit) for unit in goal.units}
         self.scores = nn.ParameterDict({unit: nn.Parameter(torch.zeros(sum(sizes))) for unit, sizes in self.sizes.items()})
         # Soft scores are compared with a fixed threshold, so their scale matters. AdamW moves a parameter by its learning rate
         # at most, on average half of that.
-        self.scale = 2 * SPAN / (step.learning_rate * updates)
+        self.scale = 2 * SPAN / (training.learning_rate * updates)
         self.register_buffer("done", torch.zeros(()))  # updates; a buffer, so that it comes back with a checkpoint
         for unit, sizes in self.sizes.items():
             # Once on the device: copying a list there makes every update wait for it.
@@ -44,7 +56,7 @@ class Masks(nn.Module):
     def progress(self) -> torch.Tensor:
         """The part of the goal that is due by now: `1 - (1 - t)^3`, t from 0 at the end of the warm-up to 1 where the cool-down
         begins (Zhu & Gupta 2017, eq. 1; Sanh et al. 2020, section 4)."""
-        begin, end = self.step.warmup * self.updates, (1 - self.step.cooldown) * self.updates
+        begin, end = self.warmup * self.updates, (1 - self.goal.cooldown) * self.updates
         return 1 - (1 - ((self.done - begin) / max(end - begin, 1)).clamp(0, 1)) ** 3
 
     def forward(self) -> tuple[PerUnit, torch.Tensor]:
@@ -56,8 +68,8 @@ class Masks(nn.Module):
             scores = self.scores[unit] + ((self.scale - 1) * self.scores[unit]).detach()
             through = (scores - scores.detach()).split(self.sizes[unit])
             gates[unit] = [mask + zero for mask, zero in zip(kept, through, strict=True)]
-            if self.step.regularisation is not None:
-                penalty = penalty + self.progress() * self.step.regularisation * scores.sigmoid().mean()
+            if self.goal.regularisation is not None:
+                penalty = penalty + self.progress() * self.goal.regularisation * scores.sigmoid().mean()
         self.done += 1
         return gates, penalty
 
@@ -67,12 +79,12 @@ class Masks(nn.Module):
         kept: PerUnit = {}
         for unit, sizes in self.sizes.items():
             scores = self.scores[unit]
-            if self.step.share is not None:
-                stays = _rank(scores) < ((1 - self.step.share * self.progress()) * len(scores)).round()
+            if self.goal.share is not None:
+                stays = _rank(scores) < ((1 - self.goal.share * self.progress()) * len(scores)).round()
             else:
                 stays = (self.scale * scores).sigmoid() > THRESHOLD * self.progress()
             wanted = torch.stack([layer.sum() for layer in stays.split(sizes)])
-            multiple = self.step.ffn_multiple if unit == "ffn" else 1
+            multiple = self.goal.ffn_multiple if unit == "ffn" else 1
             widths = rounded(wanted, self.get_buffer(f"sizes_of_{unit}"), multiple)
             kept[unit] = [
                 (_rank(layer) < width).to(scores.dtype) for layer, width in zip(scores.split(sizes), widths, strict=True)
@@ -96,26 +108,28 @@ def rounded(wanted: torch.Tensor, sizes: torch.Tensor, multiple: int) -> torch.T
     return torch.where(wanted == sizes, sizes, torch.minimum(blocks * multiple, sizes))
 
 
-def learn(model: PreTrainedModel, step: MovementPrune, context: Context) -> PerUnit:
+def learn(model: PreTrainedModel, context: Context, training: Training, goal: Goal) -> PerUnit:
     """Train the weights and the scores, in place.
 
     Returns: what stays in the end, 1 or 0 for each unit.
     Raises: ValueError for heads that can't be cut one by one.
     """
-    if "heads" in step.units and surgery.family(model).shared_bias:
+    if "heads" in goal.units and surgery.family(model).shared_bias:
         raise ValueError(
             f"the layers of {model.config.model_type} share a position bias for their heads, so heads can't go one by one; "
             "set units=[ffn]"
         )
-    updates = max(1, round(step.epochs * math.ceil(len(context.train) / step.batch_size)))
-    masks = Masks(model, step, updates).to(context.device)
+    updates = max(1, round(training.epochs * math.ceil(len(context.train) / training.batch_size)))
+    masks = Masks(model, training, goal, updates).to(context.device)
+
+    task_loss = losses.task_loss(context.problem)
 
     def loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         gates, penalty = masks()
         with gated(model, gates):
-            return losses.task_loss(model, batch) + penalty
+            return task_loss(model, batch) + penalty
 
-    training.fit(model, context.train, loss, step, context.seed, context.device, context.progress, context.checkpoint, [masks])
+    loop.fit(model, context.train, loss, training, context.seed, context.device, context.progress, context.checkpoint, [masks])
     return masks.kept()
 
 

@@ -3,25 +3,21 @@
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from hpc_compress import identity
-from hpc_compress.config import locate
+from hpc_compress.calibration import Walk
+from hpc_compress.context import Context
 from hpc_compress.data.batches import Batch
 from hpc_compress.models import surgery
 from hpc_compress.models.gates import counts
 from hpc_compress.models.modeling_hpc_compress import linear_of
-from hpc_compress.operators import criteria, obs
-from hpc_compress.operators.allocation import Place, allocate, levels
-from hpc_compress.operators.context import Context
-from hpc_compress.operators.learning import Distill
-
-if TYPE_CHECKING:
-    from hpc_compress.operators.pruning import DropLayers, Prune, PruneHeads, PruneHidden
+from hpc_compress.problems import Problem
+from hpc_compress.pruning import criteria, obs
+from hpc_compress.pruning.allocation import Place, allocate, levels
 
 UnitArrays = dict[str, list[np.ndarray]]  # of each kind of unit, layer by layer: scores, or the positions of those that stay
 
@@ -39,78 +35,111 @@ class Price:
         return float(self.heads(heads).sum() + self.ffn(ffn).sum() + self.layer * len(heads))
 
 
-def drop_layers(model: PreTrainedModel, how: "DropLayers", context: Context) -> PreTrainedModel:
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """How units are scored."""
+
+    criterion: str  # one of ours, or the dotted path of a user's own
+    units: Sequence[str]  # kinds of units, as in `models.gates`
+
+    def of(self, model: PreTrainedModel, problem: Problem, batches: Sequence[Batch]) -> UnitArrays:
+        """Raises: ValueError for scores of the wrong number, or that are not finite."""
+        found = criteria.criterion(self.criterion, problem)(model, batches, self.units)
+        scores = {unit: [np.asarray(score.detach().cpu().double()) for score in found[unit]] for unit in self.units}
+        for unit in self.units:
+            sizes, wanted = [len(score) for score in scores[unit]], counts(model, unit)
+            if sizes != wanted or not all(np.isfinite(score).all() for score in scores[unit]):
+                raise ValueError(
+                    f"criterion {self.criterion} gave {sizes} finite scores for {unit}; one for each of {wanted} is needed"
+                )
+        return scores
+
+
+def drop_layers(
+    model: PreTrainedModel, context: Context, count: int, criterion: str | None, sentences: int, repair: bool
+) -> PreTrainedModel:
+    """criterion: by which the least important layers go; None: the last ones go."""
     total = len(surgery.layers(model))
-    if how.count >= total:
-        raise ValueError(f"count={how.count} would leave no layer of {total}")
-    batches = context.batches(how.sentences)
+    if count >= total:
+        raise ValueError(f"count={count} would leave no layer of {total}")
+    batches = context.batches(sentences)
     order = np.arange(total)[::-1]
-    if how.criterion != "last":
-        order = np.argsort(_score(model, how.criterion, batches, ["layers"])["layers"][0], kind="stable")
-    return _cut_once(model, {"layers": [np.sort(order[how.count :])]}, batches, how)
+    if criterion is not None:
+        scores = Scores(criterion, ["layers"]).of(model, context.problem, batches)["layers"][0]
+        order = np.argsort(scores, kind="stable")
+    return _cut_once(model, {"layers": [np.sort(order[count:])]}, batches, repair)
 
 
-def prune_heads(model: PreTrainedModel, how: "PruneHeads", context: Context) -> PreTrainedModel:
-    batches = context.batches(how.sentences)
-    scores = _score(model, how.criterion, batches, ["heads"])["heads"]
+def prune_heads(
+    model: PreTrainedModel, context: Context, count: int, criterion: str, where: str, sentences: int, repair: bool
+) -> PreTrainedModel:
+    """where: "last", in the last layer; "any", wherever the scores are lowest."""
+    batches = context.batches(sentences)
+    scores = Scores(criterion, ["heads"]).of(model, context.problem, batches)["heads"]
     if surgery.family(model).shared_bias:
         raise ValueError("the layers of this encoder share one position bias, so all must lose the same heads: use prune")
-    layers = range(len(scores))[-1:] if how.where == "last" else range(len(scores))
+    layers = range(len(scores))[-1:] if where == "last" else range(len(scores))
     order = sorted((float(score), layer, head) for layer in layers for head, score in enumerate(scores[layer]))
-    if how.count > len(order):
-        raise ValueError(f"count={how.count} heads can't be removed: there are {len(order)} in {how.where} layer")
-    going = {(layer, head) for _, layer, head in order[: how.count]}
+    if count > len(order):
+        raise ValueError(f"count={count} heads can't be removed: there are {len(order)} in {where} layer")
+    going = {(layer, head) for _, layer, head in order[:count]}
     kept = [np.array([head for head in range(len(s)) if (at, head) not in going], dtype=int) for at, s in enumerate(scores)]
-    return _cut_once(model, {"heads": kept}, batches, how)
+    return _cut_once(model, {"heads": kept}, batches, repair)
 
 
-def prune_hidden(model: PreTrainedModel, how: "PruneHidden", context: Context) -> PreTrainedModel:
+def prune_hidden(
+    model: PreTrainedModel, context: Context, share: float, criterion: str, multiple: int, sentences: int
+) -> PreTrainedModel:
     width = surgery.hidden_size(model)
-    stays = max(1, round((1 - how.share) * width / how.multiple)) * how.multiple
+    stays = max(1, round((1 - share) * width / multiple)) * multiple
     if stays >= width:
-        raise ValueError(f"share={how.share} of {width} is less than multiple={how.multiple}; raise the one or lower the other")
-    scores = _score(model, how.criterion, context.batches(how.sentences), ["hidden"])["hidden"][0]
-    surgery.prune_hidden(model, np.argsort(scores, kind="stable")[: width - stays].tolist())
+        raise ValueError(f"share={share} of {width} is less than multiple={multiple}; raise the one or lower the other")
+    scores = Scores(criterion, ["hidden"]).of(model, context.problem, context.batches(sentences))
+    surgery.prune_hidden(model, np.argsort(scores["hidden"][0], kind="stable")[: width - stays].tolist())
     return model
 
 
-def prune(model: PreTrainedModel, how: "Prune", context: Context) -> PreTrainedModel:
-    batches = context.batches(how.sentences)
-    price = _parameters(model) if how.cost == "parameters" else _times(context)
+def prune(
+    model: PreTrainedModel,
+    context: Context,
+    shares: Sequence[float],
+    scores: Scores,
+    sentences: int,
+    scope: str,
+    cost: str,
+    ffn_multiple: int,
+    repair: bool,
+    between: Callable[[PreTrainedModel, Context], PreTrainedModel] | None,
+) -> PreTrainedModel:
+    """Cut in rounds, each scored anew.
+
+    shares: of the encoder, gone after each round. scope: "local" takes the same share everywhere, "global" decides by the
+    scores. cost: "parameters" or "time", what a share is counted in. between: a training between two rounds.
+    """
+    batches = context.batches(sentences)
+    price = _parameters(model) if cost == "parameters" else _times(context)
     whole, first = price.of(model), {unit: counts(model, unit) for unit in ("heads", "ffn")}
-    dense, left_of_it = _before(model, how), None
-    for done in range(1, how.rounds + 1):
-        scores = _score(model, how.criterion, batches, how.units)
-        left = 1 - how.share_after(done)
-        if how.scope == "local":
-            kept = _alike(model, scores, first, left, how.ffn_multiple)
+    dense, left_of_it = copy.deepcopy(model) if repair else None, None
+    for done, share in enumerate(shares, 1):
+        found, left = scores.of(model, context.problem, batches), 1 - share
+        if scope == "local":
+            kept = _alike(model, found, first, left, ffn_multiple)
         else:
-            kept = _cheapest(model, scores, price, left * whole, how.ffn_multiple)
+            kept = _cheapest(model, found, price, left * whole, ffn_multiple)
         _cut(model, kept)
         left_of_it = kept if left_of_it is None else _composed(left_of_it, kept)
         if dense is not None:
             # The target is the model before all rounds: errors of one round are not what the next one aims at.
             _repair(model, dense, left_of_it, batches)
-        if how.training is not None and done < how.rounds:
+        if between is not None and done < len(shares):
             seed = identity.derive(context.seed, "round", done)
-            model = Distill(**how.training)(model, dataclasses.replace(context, seed=seed, checkpoint=None))
+            model = between(model, dataclasses.replace(context, seed=seed, checkpoint=None))
             # A repair must not undo what was learnt, so the trained model is the next target.
-            dense, left_of_it = _before(model, how), None
+            dense, left_of_it = copy.deepcopy(model) if repair else None, None
     return model
 
 
 # --- what goes ---
-
-
-def _score(model: PreTrainedModel, criterion: str, batches: Sequence[Batch], units: Sequence[str]) -> UnitArrays:
-    """Raises: ValueError for scores of the wrong number, or that are not finite."""
-    found = (criteria.CRITERIA.get(criterion) or locate(criterion))(model, batches, units)
-    scores = {unit: [np.asarray(score.detach().cpu().double()) for score in found[unit]] for unit in units}
-    for unit in units:
-        sizes, wanted = [len(score) for score in scores[unit]], counts(model, unit)
-        if sizes != wanted or not all(np.isfinite(score).all() for score in scores[unit]):
-            raise ValueError(f"criterion {criterion} gave {sizes} finite scores for {unit}; one for each of {wanted} is needed")
-    return scores
 
 
 def _parameters(model: PreTrainedModel) -> Price:
@@ -146,7 +175,7 @@ def _alike(model: PreTrainedModel, scores: UnitArrays, first: dict[str, list[int
 
 
 @dataclasses.dataclass(frozen=True)
-class _Site:
+class Site:
     """Heads or neurons that can be removed: those of one layer, or of all layers that share the choice."""
 
     unit: str
@@ -180,11 +209,11 @@ def _cheapest(model: PreTrainedModel, scores: UnitArrays, price: Price, budget: 
     return kept
 
 
-def _sites(model: PreTrainedModel, scores: UnitArrays, multiple: int) -> list[_Site]:
+def _sites(model: PreTrainedModel, scores: UnitArrays, multiple: int) -> list[Site]:
     if "blocks" in scores:
         sizes = {"heads": counts(model, "heads"), "ffn": counts(model, "ffn")}
         return [
-            _Site(unit, (layer,), np.ones(n), np.array([n, 0]), np.array([0.0, scores["blocks"][layer][at]]))
+            Site(unit, (layer,), np.ones(n), np.array([n, 0]), np.array([0.0, scores["blocks"][layer][at]]))
             for at, unit in enumerate(sizes)
             for layer, n in enumerate(sizes[unit])
         ]
@@ -195,9 +224,9 @@ def _sites(model: PreTrainedModel, scores: UnitArrays, multiple: int) -> list[_S
             # All layers that have heads lose the same ones; their scores are sums over those layers.
             having = tuple(layer for layer, score in enumerate(per_layer) if len(score))
             total = np.sum([per_layer[layer] for layer in having], axis=0)
-            sites += [_Site(unit, having, total, stays[having[0]], levels(total, stays[having[0]]))] if having else []
+            sites += [Site(unit, having, total, stays[having[0]], levels(total, stays[having[0]]))] if having else []
         else:
-            sites += [_Site(unit, (at,), s, n, levels(s, n)) for at, (s, n) in enumerate(zip(per_layer, stays, strict=True))]
+            sites += [Site(unit, (at,), s, n, levels(s, n)) for at, (s, n) in enumerate(zip(per_layer, stays, strict=True))]
     return sites
 
 
@@ -214,22 +243,12 @@ def _best(scores: np.ndarray, count: int) -> np.ndarray:
 # --- the cut ---
 
 
-def _cut_once(
-    model: PreTrainedModel, kept: UnitArrays, batches: Sequence[Batch], how: "DropLayers | PruneHeads"
-) -> PreTrainedModel:
-    dense = _before(model, how)
+def _cut_once(model: PreTrainedModel, kept: UnitArrays, batches: Sequence[Batch], repair: bool) -> PreTrainedModel:
+    dense = copy.deepcopy(model) if repair else None
     _cut(model, kept)
     if dense is not None:
         _repair(model, dense, kept, batches)
     return model
-
-
-def _before(model: PreTrainedModel, how: "DropLayers | Prune | PruneHeads") -> PreTrainedModel | None:
-    """A copy whose outputs the repair reproduces; None where there is no repair.
-
-    A unit that is removed because it is similar to another one leaves its work to that one, and the repair hands it over.
-    """
-    return copy.deepcopy(model) if how.repair or how.criterion == "similarity" else None
 
 
 def _composed(before: UnitArrays, kept: UnitArrays) -> UnitArrays:
@@ -257,13 +276,13 @@ def _repair(model: PreTrainedModel, dense: PreTrainedModel, kept: UnitArrays, ba
 
     kept: what is left of `dense`.
     """
-    before, after = obs.Walk(dense, batches), obs.Walk(model, batches)
+    before, after = Walk(dense, batches), Walk(model, batches)
     changed = False
     for index, origin, name, stays in _outputs(model, dense, kept):
         linear, whole = linear_of(surgery.layers(model)[index], name), linear_of(surgery.layers(dense)[origin], name)
         changed = changed or linear.in_features < whole.in_features or index != origin
         if changed:  # with no input left, the bias still takes over what the inputs contributed on average
-            at, now = _site(dense, origin, name, kept), _site(model, index, name, kept)
+            at, now = _output(dense, origin, name, kept), _output(model, index, name, kept)
             seen = obs.moments(before, at, after, now)
             weight, bias = obs.refit(whole.weight, whole.bias, seen, torch.from_numpy(stays).to(whole.weight.device))
             linear.weight.copy_(weight)
@@ -271,8 +290,9 @@ def _repair(model: PreTrainedModel, dense: PreTrainedModel, kept: UnitArrays, ba
                 linear.bias.copy_(bias)
 
 
-def _site(model: PreTrainedModel, layer: int, name: str, kept: UnitArrays) -> obs.Site:
-    return obs.Site(layer, surgery.path(model, layer, name), surgery.stream(model, layer, name) if "layers" in kept else None)
+def _output(model: PreTrainedModel, layer: int, name: str, kept: UnitArrays) -> obs.OutputLinear:
+    stream = surgery.stream(model, layer, name) if "layers" in kept else None
+    return obs.OutputLinear(layer, surgery.path(model, layer, name), stream)
 
 
 def _outputs(model: PreTrainedModel, dense: PreTrainedModel, kept: UnitArrays) -> Iterator[tuple[int, int, str, np.ndarray]]:

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hpc_compress import calibration
 from hpc_compress.data.batches import Batch
 from hpc_compress.models import surgery
 from hpc_compress.models.modeling_hpc_compress import linear_of
-from hpc_compress.operators import obs
 
 Pattern = Literal["unstructured", "2:4"]
 BLOCK = 128  # input columns among which the weights to go are chosen at once, as in SparseGPT
@@ -39,7 +39,7 @@ def sparsify(
     """
     if seed is not None:
         _reorder(model, np.random.default_rng(seed))
-    walk = obs.Walk(model, batches or [])
+    walk = calibration.Walk(model, batches or [])
     for index, layer in enumerate(surgery.layers(model)):
         linears = {path: linear_of(layer, path) for path in surgery.family(model).linears}
         linears = {path: linear for path, linear in linears.items() if _fits(linear, pattern)}
@@ -74,7 +74,7 @@ def surgeon(weight: torch.Tensor, product: torch.Tensor, pattern: Pattern, share
     product: (in_features, in_features). Returns: the new weights, (out_features, in_features), in double precision.
     """
     # Row j of the upper Cholesky factor of H^-1 is row j of H_F^-1, divided by the root of its first element.
-    factor = torch.linalg.cholesky(obs.damped_inverse(product.double()), upper=True)
+    factor = torch.linalg.cholesky(calibration.damped_inverse(product.double()), upper=True)
     roots = factor.diagonal()
     weight = weight.to(factor, copy=True)
     rows, columns = weight.shape
@@ -99,7 +99,7 @@ def surgeon(weight: torch.Tensor, product: torch.Tensor, pattern: Pattern, share
     return weight
 
 
-def refitted(weight: torch.Tensor, sparse: torch.Tensor, product: torch.Tensor, steps: int = obs.STEPS) -> torch.Tensor:
+def refitted(weight: torch.Tensor, sparse: torch.Tensor, product: torch.Tensor, steps: int = calibration.STEPS) -> torch.Tensor:
     """The weights that are left in `sparse`, brought nearer to the least squares fit of the dense linear's outputs.
 
     That fit is what OBS gives when all of a row's weights go at once (Frantar & Alistarh 2022, section 4, group OBS); column
@@ -107,8 +107,8 @@ def refitted(weight: torch.Tensor, sparse: torch.Tensor, product: torch.Tensor, 
 
     Returns: new weights with the zeros of `sparse`, (out_features, in_features), in double precision.
     """
-    hessian = obs.damped(product.double())
-    return obs.solve_sparse(sparse.to(hessian), hessian, weight.to(hessian) @ hessian, steps)
+    hessian = calibration.damped(product.double())
+    return calibration.solve_sparse(sparse.to(hessian), hessian, weight.to(hessian) @ hessian, steps)
 
 
 def _smallest(scores: torch.Tensor, count: int) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""Deployment: precisions, zeros and vocabularies of the model that will run."""

@@ -1,0 +1,20 @@
+"""Kinds of problems: what a dataset asks of a model, one object a kind. Nothing else asks which kind a dataset is."""
+
+from hpc_compress.config import ConfigError
+from hpc_compress.problems.classification import Classification
+from hpc_compress.problems.problem import Problem
+from hpc_compress.problems.regression import Regression
+
+__all__ = ["PROBLEMS", "Problem", "problem"]
+
+PROBLEMS: dict[str, Problem] = {"classification": Classification(), "regression": Regression()}
+
+
+def problem(name: str) -> Problem:
+    """The problem that `dataset.problem` names.
+
+    Raises: ConfigError when there is none of this name.
+    """
+    if name not in PROBLEMS:
+        raise ConfigError(f"dataset.problem={name!r} is not a known problem; choose one of {', '.join(PROBLEMS)}")
+    return PROBLEMS[name]

@@ -1,0 +1,121 @@
+"""What every kind of problem must say. Imports torch only where a method computes with tensors."""
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import pandas as pd
+
+from hpc_compress.config import ConfigError, DatasetConfig
+from hpc_compress.types import Dataset
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from hpc_compress.data.batches import Batch, Encoded
+
+
+class Problem(ABC):
+    """One kind of problem. It has no state: what differs between datasets is in `Dataset`.
+
+    "outputs" are the numbers that a model gives for one example: logits of classes, or one number for a regression.
+    "targets" are what they are compared with: class ids, or real numbers.
+    """
+
+    metrics: ClassVar[tuple[str, ...]]  # of `data.metrics`; a dataset chooses among them
+    auto_class: ClassVar[str]  # of transformers: loads the base model, and the exported one
+    head: ClassVar[str]  # how names of a checkpoint's weights begin when it brings a task head
+    pipeline_tag: ClassVar[str]  # of a model card on the hub
+
+    # --- rows ---
+
+    def check(self, config: DatasetConfig) -> None:
+        """Raises: ConfigError for settings that this kind of problem can't have."""
+        if odd := [name for name in config.metrics if name not in self.metrics]:
+            raise ConfigError(
+                f"dataset: metrics={list(config.metrics)} do not fit problem={config.problem}, which has no {odd[0]}; "
+                f"use {', '.join(self.metrics)}"
+            )
+
+    @abstractmethod
+    def columns(self, config: DatasetConfig) -> dict[str, str]:
+        """The columns of a table that are read, by the names that they get in the run folder."""
+
+    @abstractmethod
+    def labels(self, train: pd.DataFrame, config: DatasetConfig) -> tuple[str, ...]:
+        """Class names in the order of their ids; empty where there are no classes. Raises: ConfigError."""
+
+    @abstractmethod
+    def targets(self, label: pd.Series, labels: tuple[str, ...], config: DatasetConfig, split: str) -> pd.Series:
+        """What the column of labels becomes in the run folder. Raises: ConfigError for a label that has no meaning."""
+
+    def positive(self, labels: tuple[str, ...], config: DatasetConfig) -> str | None:
+        """The class that f1 is computed for; None without f1. Raises: ConfigError."""
+        return None
+
+    # --- scores ---
+
+    @abstractmethod
+    def score(self, dataset: Dataset, targets: np.ndarray, outputs: np.ndarray) -> dict[str, float]:
+        """The dataset's metrics. targets: (n,); outputs: (n, width)."""
+
+    @abstractmethod
+    def trivial(self, dataset: Dataset, targets: np.ndarray) -> dict[str, float]:
+        """The best score on each metric of a model that always gives the same answer."""
+
+    # --- tensors ---
+
+    @abstractmethod
+    def encode(self, tokenizer: Any, rows: pd.DataFrame, dataset: Dataset) -> "Encoded":
+        """Tokenised rows of a split, as they lie in the run folder."""
+
+    @abstractmethod
+    def width(self, model: "PreTrainedModel") -> int:
+        """How many outputs a model gives for one example."""
+
+    @abstractmethod
+    def outputs(self, answer: Any, batch: "Batch") -> "torch.Tensor":
+        """(batch, width) from what the model returned for the batch. Evaluation, stored teacher outputs, losses and
+        criteria all use these."""
+
+    @abstractmethod
+    def task_loss(self, outputs: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
+        """Mean over the batch. outputs: (batch, width); targets: (batch,)."""
+
+    @abstractmethod
+    def response_loss(
+        self, student: "torch.Tensor", teacher: "torch.Tensor", weight: float | None, temperature: float
+    ) -> "torch.Tensor | None":
+        """L_pred of a distillation: how far the student's outputs are from the teacher's, (batch, width) each.
+
+        weight: of this loss; None stands for the published one. Returns: None when the loss plays no part.
+        """
+
+    def differentiated(self, outputs: "torch.Tensor") -> "torch.Tensor":
+        """(batch, width) numbers whose squared change a Gauss-Newton criterion estimates."""
+        return outputs.float()
+
+    # --- models ---
+
+    @abstractmethod
+    def head_width(self, labels: Sequence[str]) -> int:
+        """How many outputs a task head must have for these labels."""
+
+    @abstractmethod
+    def configure(self, config: "PreTrainedConfig", labels: Sequence[str]) -> None:
+        """Write into a stock config what the task head is to be."""
+
+    def load_base(self, folder: Path, labels: Sequence[str], new_head: bool, seed: int) -> "PreTrainedModel":
+        """The base model in `folder` as a stock model. A new head is drawn from `seed`."""
+        from hpc_compress.models import artifact
+
+        configure = functools.partial(self.configure, labels=labels)
+        return artifact.load_base(folder, self.auto_class, configure, new_head, seed)
+
+    @abstractmethod
+    def example(self, path: str, dataset: Dataset) -> str:
+        """Python lines that load an exported model and use it."""

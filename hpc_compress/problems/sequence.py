@@ -1,0 +1,60 @@
+"""What problems with one label for each text, or pair of texts, share. transformers calls them sequence classification."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from hpc_compress.config import DatasetConfig
+from hpc_compress.data import metrics
+from hpc_compress.problems.problem import Problem
+from hpc_compress.types import Dataset
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from hpc_compress.data.batches import Batch, Encoded
+
+EXAMPLE = """from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained({path!r}, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({path!r})
+logits = model(**tokenizer({text}, return_tensors="pt")).logits"""
+
+
+class SequenceProblem(Problem):
+    """One label a text or a pair of texts; what the label is, a subclass says."""
+
+    auto_class = "AutoModelForSequenceClassification"
+    head = "classifier."
+    pipeline_tag = "text-classification"
+
+    def columns(self, config: DatasetConfig) -> dict[str, str]:
+        wanted = {"text": config.text, "text2": config.text2, "label": config.label}
+        return {name: column for name, column in wanted.items() if column is not None}
+
+    def score(self, dataset: Dataset, targets: np.ndarray, outputs: np.ndarray) -> dict[str, float]:
+        return metrics.compute(dataset.metrics, targets, outputs)
+
+    def encode(self, tokenizer: Any, rows: pd.DataFrame, dataset: Dataset) -> "Encoded":
+        from hpc_compress.data.batches import encode
+
+        text2 = rows["text2"].tolist() if dataset.pair else None
+        return encode(tokenizer, rows["text"].tolist(), text2, rows["label"].to_numpy(), dataset.max_length)
+
+    def width(self, model: "PreTrainedModel") -> int:
+        return int(model.config.num_labels)
+
+    def outputs(self, answer: Any, batch: "Batch") -> "torch.Tensor":
+        return answer.logits
+
+    def head_width(self, labels: Sequence[str]) -> int:
+        return len(labels) or 1
+
+    def configure(self, config: "PreTrainedConfig", labels: Sequence[str]) -> None:
+        config.num_labels = self.head_width(labels)
+
+    def example(self, path: str, dataset: Dataset) -> str:
+        return EXAMPLE.format(path=path, text='"a text", "a second text"' if dataset.pair else '"a text"')

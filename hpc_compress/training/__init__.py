@@ -1,0 +1,1 @@
+"""Training: fine-tuning, distillation, and the loop that they share."""
