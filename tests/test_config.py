@@ -69,7 +69,7 @@ def test_every_option_composes_validates_and_names_what_exists(compose: Compose,
     assert callable(config.build(parts["objective"], "objective"))
     whole = {**parts["strategy"], "shape": Shape(heads=(12,) * 6), "score": lambda measurement: 0.0}
     strategy = config.build(whole, "strategy")
-    groups = (strategy.mutations, strategy.vocabularies, strategy.quantizations)
+    groups = (getattr(strategy, name, {}) for name in ("mutations", "vocabularies", "quantizations"))
     choices = [choice for group in groups for choice in group.values()]  # those of weight 0 as well
     steps = [*strategy.steps, *strategy.deploys, *(choice.step for choice in choices)]
     for step in [*steps, Step(operator="fine_tune", params=settings.model.fine_tune)]:
