@@ -1,49 +1,119 @@
-"""What may be said of `prune` against its peers, counted from the csv of `compression.py`. README quotes what this prints.
+"""What the documents say about results, rendered from the csv files in results/. Knows pandas and scipy, nothing of models.
 
-    python benchmarks/claims.py results/compression.csv
+    python benchmarks/claims.py
 
-A case is a dataset and a cut: ours against the best peer of it, seeds averaged. Cases within 0.0005 are level.
+rewrites what is between the marks `<!-- claims: NAME -->` and `<!-- /claims -->` in the documents. NAME is a key of `BLOCKS`.
 
-The test is Wilcoxon's signed-rank test, two-sided. Its pairs are a dataset and a seed, the difference averaged over the cuts:
-cuts of one base model on the same sentences are no independent evidence. It asks for no common scale and no normal
+A case is a dataset and a cut: ours against the best peer of this case, seeds averaged. Cases within 0.0005 are level.
+
+The test is Wilcoxon's signed-rank test, two-sided. Its pairs are a dataset and a seed, with the difference averaged over the
+cuts: cuts of one base model on the same sentences are no independent evidence. The test needs no common scale and no normal
 distribution, since the datasets have different metrics. Seeds of one dataset still share a base model and validation rows,
-so the true p is somewhat larger; the best peer is chosen on the same figures, which counts against ours.
+so the true p is somewhat larger. The best peer is chosen on the same figures, which counts against ours.
 """
 
-import argparse
+import re
 import textwrap
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-# What stands between these marks in a text is what `sentences` says of results/NAME.csv.
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+DOCUMENTS = ("README.md", "docs/measurements.md", "results/compression.md", "results/compression_peers.md")
 BEGIN, END = "<!-- claims: {name} -->", "<!-- /claims -->"
 OURS, BY_TIME, BASE = "ours, by parameters", "ours, by time", "base"
 LEVEL = 0.0005
 NOISE = 0.01
 AMOUNTS = {0.33: "a third", 0.5: "half"}
 COLUMNS = ["dataset", "cut", "peer", "seed", "lead"]
+# What a genome's steps are called in the table of the demo. Every cut is followed by a training, which goes without saying.
+STEPS = {
+    "prune_0.25": "cut by a quarter",
+    "fine_tune": "",
+    "distill": "distilled",
+    "trim_vocabulary": "vocabulary trimmed",
+    "quantize_onnx_int8": "int8 for ONNX Runtime",
+}
+TIMES = {1: "", 2: " twice", 3: " three times"}
+DATASETS = {"sst2": "SST-2", "trec6": "TREC-6", "stsb": "STS-B", "qqp_sample": "QQP sample", "cola": "CoLA"}
+METHODS = {
+    OURS: "`prune` by parameters",
+    "Torch-Pruning Taylor": "Torch-Pruning Taylor, local",
+    "last layers": "last layers dropped at once",
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("csv", type=Path)
-    path = parser.parse_args().csv
-    print(section(read(path), path.stem))
+    for name in DOCUMENTS:
+        path = ROOT / name
+        path.write_text(rendered(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def rendered(text: str) -> str:
+    """A document with every block as the csv files have it now."""
+    pattern = re.escape(BEGIN).replace(re.escape("{name}"), "(.+?)") + ".*?" + re.escape(END)
+    return re.sub(pattern, lambda found: block(found[1], BLOCKS[found[1]]()), text, flags=re.DOTALL)
+
+
+def block(name: str, content: str) -> str:
+    return f"{BEGIN.format(name=name)}\n{content}\n{END}"
+
+
+def demo(report: pd.DataFrame) -> str:
+    """The report of the demo as the README shows it."""
+    rows = [
+        (
+            row["method"] if row["method"] == "base model" else f"{row['method']}: {_described(row['genome'])}",
+            f"{row['quality']:.3f}",
+            f"{row['encoder_m']:.2f}",
+            f"{row['mb']:.1f}",
+            f"{row['latency_ms']:.0f}",
+            "" if row["method"] == "base model" else f"{row['speed_up']:.2f}x",
+        )
+        for row in report.to_dict("records")
+    ]
+    columns = ["", report["metric"].iloc[0], "encoder, M", "size, MB", "inference, ms", "speed-up"]
+    return pd.DataFrame(rows, columns=columns).to_markdown(index=False, disable_numparse=True)
+
+
+def _described(genome: str) -> str:
+    """A genome in words, such as `cut by a quarter twice, vocabulary trimmed`."""
+    counts = Counter(genome.split(" > "))
+    return ", ".join(STEPS[step] + TIMES[count] for step, count in counts.items() if STEPS[step])
+
+
+def most_cut(table: pd.DataFrame, share: float = 0.8) -> str:
+    """Quality before and after the epoch of distillation, and speed-up, where most of the encoder is removed."""
+    means = table.groupby(["dataset", "method", "share"])[["before", "quality", "speed_up"]].mean()
+    rows: dict[str, list[str]] = {label: [label] for label in METHODS.values()}
+    for dataset in DATASETS:
+        cells = means.loc[dataset].xs(share, level="share").loc[list(METHODS)]
+        best = cells.max()
+        for method, row in cells.iterrows():
+            before, after = (
+                f"**{row[name]:.3f}**" if row[name] == best[name] else f"{row[name]:.3f}" for name in ("before", "quality")
+            )
+            rows[METHODS[str(method)]].append(f"{before} / {after}, {row['speed_up']:.1f}x")
+    bases = [means.loc[(dataset, BASE, 0), "quality"] for dataset in DATASETS]
+    titles = [f"{title} (base {base:.3f})" for title, base in zip(DATASETS.values(), bases, strict=True)]
+    columns = [f"{100 * share:.0f} % of the encoder removed: before / after the epoch", *titles]
+    return pd.DataFrame(rows.values(), columns=columns).to_markdown(index=False, disable_numparse=True)
 
 
 def section(table: pd.DataFrame, name: str) -> str:
     return f"""## Ours against the best of the others
 
-{BEGIN.format(name=name)}
-{sentences(table)}
-{END}
+{block(name, sentences(table))}
 
-A case is a dataset and a cut; differences in quality, seeds averaged. At equal latency: ours cut by time, between its two
-neighbours in latency (linear). The test is Wilcoxon's signed-rank test, two-sided; a pair is a dataset and a seed, averaged
-over the cuts. Seeds of a dataset share the base model, so the true p is somewhat larger.
+A case is a dataset and a cut. A lead is a difference in quality, averaged over the seeds. At equal latency, ours is cut by
+time; its quality at the peer's latency is interpolated linearly between its two neighbours in latency. The test is
+Wilcoxon's signed-rank test, two-sided. A pair is a dataset and a seed, averaged over the cuts. Seeds of a dataset share the
+base model, so the true p is somewhat larger.
 
 {cases(table)}
 
@@ -60,21 +130,30 @@ def read(path: Path) -> pd.DataFrame:
 
 
 def sentences(table: pd.DataFrame) -> str:
-    """How often ours is ahead where half of the encoder goes or more, and where less goes."""
-    size, speed, said = at_equal_size(table), at_equal_latency(table), []
-    untrained = at_equal_size(table, "before") if "before" in table else size[:0]
+    """How often ours is ahead where half of the encoder or more is removed, and where less is removed."""
+    compared = {
+        "At equal size": at_equal_size(table),
+        "At equal size, before the distillation": at_equal_size(table, "before") if "before" in table else None,
+        "At equal latency": at_equal_latency(table),
+    }
+    found = {title: leads for title, leads in compared.items() if leads is not None}
+    parts = []
     for most in (True, False):
-        same_size, same_speed, before = (leads[(leads["cut"] >= 0.5) == most] for leads in (size, speed, untrained))
-        if len(same_size):
-            least = float(same_size["cut"].min())
-            amount = AMOUNTS.get(least, f"{100 * least:.0f} %")
-            place = f"Where {amount} of the encoder goes or more" if most else f"Where {amount} goes"
-            said.append(f"{place}, `prune` is ahead of the best peer of equal size {_counted(same_size)}")
-        if len(before):
-            said.append(f"Before the distillation it is ahead {_counted(before)}")
-        if len(same_speed):
-            said.append(f"At equal latency it is ahead of the best peer {_counted(same_speed)}")
-    return textwrap.fill(" ".join(said), 120, break_on_hyphens=False)
+        lines, least = [], 1.0
+        for title, leads in found.items():
+            chosen = leads[(leads["cut"] >= 0.5) == most]
+            if len(chosen):
+                least = min(least, float(chosen["cut"].min()))
+                lines.append(f"{title}, `prune` is {_counted(chosen)}")
+        amount = AMOUNTS.get(least, f"{100 * least:.0f} %")
+        if lines:
+            parts.append(f"When {amount} of the encoder {'or more ' if most else ''}is removed:\n\n{_listed(lines)}")
+    return "\n\n".join(parts)
+
+
+def _listed(lines: list[str]) -> str:
+    wrap = textwrap.TextWrapper(110, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
+    return "\n".join(wrap.fill(line) for line in lines)
 
 
 def at_equal_size(table: pd.DataFrame, figure: str = "quality") -> pd.DataFrame:
@@ -125,14 +204,16 @@ def _counted(leads: pd.DataFrame) -> str:
     leads = best(leads)
     means = leads.groupby(["dataset", "cut"], sort=False)["lead"].mean()
     ahead, behind = means[means >= LEVEL], means[means <= -LEVEL]
-    text = f"in {len(ahead)} of {len(means)} cases (by more than {NOISE} in {int((ahead > NOISE).sum())})"
+    text = (
+        f"ahead of the best peer in {len(ahead)} of {len(means)} cases (by more than {NOISE} in {int((ahead > NOISE).sum())})"
+    )
     if level := len(means) - len(ahead) - len(behind):
         text += f", level in {level}"
     if len(behind):
         named = [f"{dataset} {100 * cut:.0f} %: {lead:+.3f}" for (dataset, cut), lead in behind.items()]
         text += f", behind in {len(behind)} ({', '.join(named)})"
     p, pairs = p_value(leads)
-    return f"{text}; mean lead {means.mean():+.3f}, p = {p:.2g} (Wilcoxon, {pairs} pairs of dataset and seed)."
+    return f"{text}. The mean lead is {means.mean():+.3f}, p = {p:.2g} (Wilcoxon, {pairs} pairs of dataset and seed)."
 
 
 def cases(table: pd.DataFrame) -> str:
@@ -159,6 +240,13 @@ def peers(table: pd.DataFrame) -> str:
     columns = ["peer", "ours ahead / level / behind", "mean lead", "p", "pairs"]
     return pd.DataFrame(rows, columns=columns).to_markdown(index=False, disable_numparse=True)
 
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "demo": lambda: demo(pd.read_csv(RESULTS / "report.csv")),
+    "compression": lambda: sentences(read(RESULTS / "compression.csv")),
+    "compression_peers": lambda: sentences(read(RESULTS / "compression_peers.csv")),
+    "most cut": lambda: most_cut(read(RESULTS / "compression.csv")),
+}
 
 if __name__ == "__main__":
     main()
