@@ -1,11 +1,11 @@
-# Two commands for people: `make demo` and `make test`. Everything is installed into .venv; nothing else is touched.
+# The two main commands are `make demo` and `make test`. Everything is installed into .venv, and nowhere else.
 PYTHON ?= python3.11
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo test check bench clean
 
-demo: .venv/ready ## compress MiniLM-L6 on tweets: under 6 minutes on two cores
+demo: .venv/ready ## compress MiniLM-L6 on tweets: 3 to 7 minutes on two cores
 	$(BIN)/hpc-compress search experiment=demo
 
 test: .venv/ready ## all tests that this machine can run
@@ -18,7 +18,7 @@ check: .venv/ready ## formatter, linter, type checker, who may import whom
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/ready ## DATA=folder with sst2, trec6, stsb, qqp_sample and cola: train and dev as tsv or parquet; hours on two cores
+bench: .venv/ready ## the benchmarks; takes hours on two cores. DATA: a folder with sst2, trec6, stsb, qqp_sample and cola, each with train and dev as tsv or parquet
 	$(if $(wildcard $(DATA)/sst2/train.*),,$(error make bench DATA=folder that holds sst2/train.tsv or .parquet and the others))
 	$(BIN)/pip install --quiet -e '.[demo,bench]'
 	$(BIN)/python benchmarks/training.py --data $(wildcard $(DATA)/sst2/train.*) --validation $(wildcard $(DATA)/sst2/dev.*) --out results

@@ -23,16 +23,16 @@ from hpc_compress.store import private_umask, write_atomically
 
 USAGE = """hpc-compress COMMAND ...
 
-Find the best compressed BERT-like model for the device that it will run on.
+Find the best compressed BERT-like model for the device that it will run on. RUN is a run folder, such as results/demo.
 
-  search [KEY=VALUE ...]    run a search, or go on with it                                  hpc-compress search --help
-  status RUN [--follow]     where a run stands
-  cancel RUN                end a run's jobs and its driver, and no other
-  report RUN [RUN ...]      tables and a picture of what was found                          hpc-compress report --help
-  export RUN FOLDER         a model with tokenizer and card, ready to be loaded anywhere    hpc-compress export --help
+  search [KEY=VALUE ...]    start a search, or resume it                                    hpc-compress search --help
+  status RUN [--follow]     show the state of a run                                         hpc-compress status --help
+  cancel RUN                end the jobs and the driver of a run, and no others             hpc-compress cancel --help
+  report RUN [RUN ...]      write tables and a picture of what was found                    hpc-compress report --help
+  export RUN FOLDER         write a model with tokenizer and card that loads anywhere       hpc-compress export --help
 
-  prefetch [KEY=VALUE ...]  fetch a search's model and dataset where there is a network     hpc-compress prefetch --help
-  doctor [KEY=VALUE ...]    what could be wrong with a cluster, before a long run           hpc-compress doctor --help
+  prefetch [KEY=VALUE ...]  download the model and the dataset of a search                  hpc-compress prefetch --help
+  doctor [KEY=VALUE ...]    look for problems of a cluster before a long run                hpc-compress doctor --help
 """
 
 log = logging.getLogger("hpc_compress")
@@ -389,10 +389,11 @@ class Console:
 
 def _status(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        "hpc-compress status", description="Where a run stands, from its files alone: works on any machine that sees them."
+        "hpc-compress status",
+        description="Show the state of a run. Reads only files, and works on every machine that sees them.",
     )
     parser.add_argument("run", type=Path, help="run folder, such as results/demo")
-    parser.add_argument("--follow", action="store_true", help="again and again, until the run ends or Ctrl-C")
+    parser.add_argument("--follow", action="store_true", help="repeat until the run ends or you press Ctrl-C")
     options = parser.parse_args(arguments)
     from hpc_compress import analysis
 
@@ -415,7 +416,7 @@ def _status(arguments: list[str]) -> None:
 def _cancel(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         "hpc-compress cancel",
-        description="End a run's jobs and its driver, and no other. Nothing is lost: the same search command goes on with it.",
+        description="End the jobs and the driver of a run, and no others. Nothing is lost: the same search command resumes it.",
     )
     parser.add_argument("run", type=Path, help="run folder, such as results/demo")
     root = parser.parse_args(arguments).run
@@ -457,8 +458,8 @@ def _require_own_run(root: Path) -> None:
 def _report(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         "hpc-compress report",
-        description="The base model and the fittest candidates, measured on the report split; writes report.md, report.csv, "
-        "candidates.csv (one row a candidate) and candidates.png.",
+        description="Show the base model and the fittest candidates, measured on the report split. Writes report.md, "
+        "report.csv, candidates.csv (one row a candidate) and candidates.png.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders with runs below them")
     parser.add_argument("--out", type=Path, help="folder for the files; default: the run's own, or results/ for several runs")
@@ -473,16 +474,19 @@ def _report(arguments: list[str]) -> None:
 
 def _export(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        "hpc-compress export", description="A model with tokenizer, loading code and card, ready to be loaded anywhere."
+        "hpc-compress export",
+        description="Write a model with tokenizer, loading code and card, so that it can be loaded anywhere.",
     )
     parser.add_argument("run", type=Path, help="run folder, such as results/demo")
-    parser.add_argument("folder", type=Path, help="where to; a new folder, or an earlier export")
-    parser.add_argument("--candidate", help="id, or its first digits, from candidates.csv; default: the best of the run")
+    parser.add_argument("folder", type=Path, help="target folder: a new one, or an earlier export")
+    parser.add_argument(
+        "--candidate", help="id from candidates.csv, or its first digits; default: the best candidate of the run"
+    )
     parser.add_argument(
         "--trust",
         action="store_true",
-        help="run your own operators and criteria that the run names, read its corpus files, and ship their files; "
-        "for runs of people whom you trust",
+        help="run the operators and criteria outside this package that the run names, read the corpus files that it names, "
+        "and export the files that these operators wrote; use it only for runs of people whom you trust",
     )
     options = parser.parse_args(arguments)
     from hpc_compress import export
@@ -496,16 +500,16 @@ def _export(arguments: list[str]) -> None:
 
 PREFETCH = """hpc-compress prefetch [--to=FOLDER] [KEY=VALUE ...]
 
-Fetch the model, tokenizer and dataset of a search with the same words, on a machine with a network, into FOLDER (default:
-HF_HOME, or ~/.cache/huggingface), which the machine of the driver must see. Jobs need no network: the driver copies what
-they need into the run folder.
+Download the model, tokenizer and dataset of a search. Give the same words as for the search, on a machine with a network.
+The machine of the driver must be able to see FOLDER (default: HF_HOME, or ~/.cache/huggingface). Jobs need no network: the
+driver copies what they need into the run folder.
 
   hpc-compress prefetch model=bert_base dataset=cola --to=/shared/hf"""
 
 DOCTOR = """hpc-compress doctor [KEY=VALUE ...]
 
-Look at everything that a search with the same words needs on the cluster: commands, partition, GPUs, disk, the run folder as
-a node sees it, CUDA, bitsandbytes, clocks, and a task of every kind of step. Exit code 1 when something is wrong.
+Check everything that a search with the same words needs on the cluster: commands, partition, GPUs, disk, the run folder as
+seen from a node, CUDA, bitsandbytes, clocks, and a task of every kind of step. The exit code is 1 when something is wrong.
 
   hpc-compress doctor cluster=msu270 cluster.partition=gpu model=bert_base dataset=cola"""
 
