@@ -93,9 +93,18 @@ def commands(page: Path) -> Iterator[Command]:
         if block.language in ("", "sh", "bash"):
             lines = filter(None, joined(block.text))
             yield from (Command(f"{page.name}:{block.line}", parsed(line)) for line in lines)
-    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
-        spans = re.findall(rf"`((?:{'|'.join(PROGRAMS)}) [^`]+)`", line)
-        yield from (Command(f"{page.name}:{number}", parsed(span)) for span in spans)
+    text = prose(page)
+    for span in re.finditer(rf"`((?:{'|'.join(PROGRAMS)})\s[^`]+)`", text):
+        yield Command(f"{page.name}:{text.count(chr(10), 0, span.start()) + 1}", parsed(" ".join(span[1].split())))
+
+
+def prose(page: Path) -> str:
+    """A document with empty lines in place of its code."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    for block in blocks(page):
+        begin, end = block.line - 1, block.line - 1 + len(block.text.splitlines())
+        lines[begin:end] = [""] * (end - begin)
+    return "\n".join("" if line.strip().startswith("```") else line for line in lines)
 
 
 def joined(text: str) -> list[str]:
@@ -117,7 +126,7 @@ COMMANDS = [command for page in (*PAGES, *EXAMPLES) for command in commands(page
 def test_commands_are_found_wherever_they_stand(tmp_path: Path):
     page = tmp_path / "page.md"
     page.write_text(
-        "Give `hpc-compress cancel` or `--follow`:\n\n    make demo # now\n    python a.py \\\n        --b 'c d'\n\n"
+        "Give `hpc-compress\ncancel` or `--follow`:\n\n    make demo # now\n    python a.py \\\n        --b 'c d'\n\n"
         "1. Then\n   on:\n\n       pip install x\n\n```python\nimport os\n```\n\n```sh\n.venv/bin/pytest -x\n```\n"
     )
     found = [command.words for command in commands(page)]
