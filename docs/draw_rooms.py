@@ -2,7 +2,8 @@
 
     python docs/draw_rooms.py
 
-The lines come from the import contract in pyproject.toml, the words from the modules' docstrings, the arrows from their imports.
+The lines come from the import contract in pyproject.toml, the words from the docstrings of the modules, and the arrows from
+their imports.
 """
 
 import ast

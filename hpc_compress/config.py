@@ -30,8 +30,8 @@ class ModelConfig(Record):
     revision: str | None = Field(default=None, description="commit, tag or branch on the hub")
     head: Literal["auto", "trained", "new"] = Field(
         default="auto",
-        description="trained: use the checkpoint's; new: fine-tune first, with a fresh head where that does not fit; "
-        "auto: trained where it fits",
+        description="trained: use the checkpoint's head; new: fine-tune first, with a new head if the checkpoint's does not fit; "
+        "auto: trained if it fits",
     )
     fine_tune: Params = Field(default={}, description="parameters of the step `fine_tune` that trains a new head")
 
@@ -39,9 +39,9 @@ class ModelConfig(Record):
 class DatasetConfig(Record):
     """Where rows come from and which columns matter."""
 
-    name: str = Field(min_length=1, description="how reports call it")
+    name: str = Field(min_length=1, description="name of the dataset in reports")
     path: str | None = Field(default=None, description="dataset on the hub or a folder that `datasets` can load")
-    subset: str | None = Field(default=None, description="the dataset's configuration, as `cola` of GLUE")
+    subset: str | None = Field(default=None, description="configuration of the dataset on the hub, such as `cola` of GLUE")
     train: str = Field(default="train", description="split of `path`; without `path` a csv, tsv or parquet file")
     validation: str | None = Field(default=None, description="official validation split or file, kept for the report")
     text: str = Field(default="text", description="column of the text")
@@ -52,7 +52,7 @@ class DatasetConfig(Record):
         default=("accuracy",), min_length=1, description="the first one is the quality of the search"
     )
     positive: str | None = Field(
-        default=None, description="class that metric f1 is of; null: class 1, or a name such as duplicate"
+        default=None, description="the class of the metric f1; null: class 1, or a class with a name such as duplicate"
     )
     where: str | None = Field(default=None, description="keep the rows for which this pandas query holds")
     encoding: str = Field(default="utf-8", description="of a csv or tsv file")
@@ -62,7 +62,7 @@ class DatasetConfig(Record):
         description="score candidates on rows held out of train, or, as published, on the official validation split",
     )
     search_rows: float = Field(
-        default=0.1, gt=0, description="held out of train: a number of rows, or a share below 1 of those that can be held out"
+        default=0.1, gt=0, description="rows held out of train: a number, or a share below 1 of the rows that can be held out"
     )
     report_rows: float = Field(default=0.1, gt=0, description="the same for a report split, when there is no validation")
     max_train_rows: int | None = Field(default=None, ge=1, description="use a random part of train")
@@ -80,7 +80,7 @@ class RunConfig(Record):
 
     name: str = Field(min_length=1, description="the run folder is results/NAME")
     seed: int = Field(default=0, ge=0, description="every random choice follows from it")
-    generations: int = Field(default=10, ge=0, lt=10**9, description="at the most")
+    generations: int = Field(default=10, ge=0, lt=10**9, description="the largest number of generations")
     select_after: float = Field(
         default=1.0,
         gt=0,
@@ -90,7 +90,7 @@ class RunConfig(Record):
     timings: int = Field(
         default=3,
         ge=1,
-        description="a survivor is timed again in each generation until it has so many timings; the median counts",
+        description="a survivor is timed again in each generation until it has this many timings; the median counts",
     )
     required_quality: float | None = Field(
         default=None, description="stop once a candidate smaller than the base model reaches this quality on the search split"
@@ -101,7 +101,7 @@ class RunConfig(Record):
     teacher_gb: float = Field(
         default=8.0,
         ge=0,
-        description="the most that the teacher's stored outputs may take; if they need more, each training asks the teacher",
+        description="limit for the teacher's stored outputs; if they need more, each training computes them again",
     )
     model: ModelConfig
     dataset: DatasetConfig

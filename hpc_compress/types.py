@@ -143,7 +143,7 @@ class MeasurementProtocol(Record):
     """How a deployed model is measured. Measurements of different protocols are never compared."""
 
     device: Literal["any", "cpu", "cuda"] = Field(
-        default="any", description="what candidates are measured on; any: the job's GPU, or the CPU of a job without one"
+        default="any", description="device on which candidates are measured; any: the job's GPU, or its CPU if it has no GPU"
     )
     batch_size: int = Field(default=32, ge=1, description="sentences a batch, padded to the longest of them")
     base_precision: Literal["fp32", "fp16", "bf16", "best"] = Field(
@@ -159,9 +159,9 @@ class MeasurementProtocol(Record):
         default=0.01,
         gt=0,
         lt=1,
-        description="stop when the ratio to the base model's time is known this well (95 % interval)",
+        description="stop when half the 95 % confidence interval of the ratio to the base model's time is this small",
     )
-    max_seconds: float = Field(default=30.0, gt=0, description="stop timing a model and the base model after so long")
+    max_seconds: float = Field(default=30.0, gt=0, description="longest time for timing a model and the base model beside it")
 
     @model_validator(mode="after")
     def _ordered(self) -> "MeasurementProtocol":

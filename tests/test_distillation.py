@@ -473,7 +473,7 @@ def distilled(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Pat
     data = examples(regression=variant["regression"])
     teacher = load(tiny_checkpoint("bert", layers=3), variant["regression"], noise=1)
     small = tiny_checkpoint("bert", layers=2, hidden=variant["hidden_size"])
-    outputs = written(tmp_path / "teacher", teacher, data) if variant["disk"] else None
+    stored = written(tmp_path / "teacher", teacher, data).answer if variant["disk"] else None
     told = teacher.state_dict()
     before = {name: tensor.clone() for name, tensor in told.items()}
 
@@ -483,7 +483,7 @@ def distilled(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Pat
             if done == until:
                 raise InterruptError
 
-        around = context(teacher, data, seed, taught=lambda: outputs.answer, progress=progress, checkpoint=checkpoint)
+        around = context(teacher, data, seed, taught=lambda: stored, progress=progress, checkpoint=checkpoint)
         student = load(small, variant["regression"])
         torch.manual_seed(seed + 100)  # the caller's generator must play no part
         try:

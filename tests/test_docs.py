@@ -288,9 +288,9 @@ def searches(words: list[str], launcher: type = object) -> None:
         for step in (*whole.steps, *whole.deploys):
             assert callable(operator(step))
         if settings.dataset.path is None and not settings.dataset.train.startswith("package:"):
-            from hpc_compress.data import source
+            from hpc_compress import splits
 
-            source.load(settings.dataset, 0)
+            splits.load(settings.dataset, 0)
 
 
 def each_of_sweep(words: list[str]) -> list[list[str]]:

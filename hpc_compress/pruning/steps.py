@@ -27,7 +27,10 @@ SCORABLE = {
     "apoz": {"heads", "ffn"},
     "similarity": {"heads", "ffn"},
 }
-REPAIR = "refit the output weights of what is left by least squares; criterion=similarity always does"
+REPAIR = (
+    "refit the remaining output weights by least squares, so that each layer reproduces its original output; "
+    "criterion=similarity always does"
+)
 
 
 def _require_criterion(criterion: str, units: set[str]) -> None:
@@ -49,9 +52,9 @@ class DropLayers(Record):
     """Remove encoder layers: the last ones (K1 of the published method), or the least important ones."""
 
     count: int = Field(default=1, ge=1)
-    criterion: str = Field(default="last", description="last, or a criterion by which the least important ones go")
-    sentences: int = Field(default=256, ge=1, description="training sentences that the criterion and the repair see")
-    repair: bool = Field(default=False, description="refit the output weights of what is left by least squares")
+    criterion: str = Field(default="last", description="last, or a criterion; the layers with the lowest scores are removed")
+    sentences: int = Field(default=256, ge=1, description="training sentences that the criterion and the repair use")
+    repair: bool = Field(default=False, description="refit the remaining output weights by least squares")
 
     @field_validator("criterion")
     @classmethod
@@ -73,7 +76,7 @@ class PruneHeads(Record):
     count: int = Field(default=1, ge=1)
     criterion: str = "fisher"
     where: Literal["last", "any"] = Field(default="last", description="the last layer, or wherever the least important are")
-    sentences: int = Field(default=256, ge=1, description="training sentences that the criterion and the repair see")
+    sentences: int = Field(default=256, ge=1, description="training sentences that the criterion and the repair use")
     repair: bool = Field(default=False, description=REPAIR)
 
     @field_validator("criterion")
@@ -91,7 +94,7 @@ class PruneHeads(Record):
 class Prune(Record):
     """Remove a share of the encoder, wherever the scores are lowest."""
 
-    share: float = Field(gt=0, lt=1, description="of the encoder's parameters, or of its blocks' time, that goes")
+    share: float = Field(gt=0, lt=1, description="share of the encoder's parameters, or of its blocks' time, to remove")
     units: tuple[Literal["heads", "ffn", "blocks", "layers"], ...] = Field(
         default=("heads", "ffn"),
         min_length=1,
@@ -102,17 +105,19 @@ class Prune(Record):
         default="global", description="global: the scores decide where; local: the same share everywhere"
     )
     cost: Literal["parameters", "time"] = Field(
-        default="parameters", description="what a unit is worth: its parameters, or its time on this device"
+        default="parameters", description="cost of a unit: its parameters, or its time on this device"
     )
-    ffn_multiple: int = Field(default=64, ge=1, description="FFN widths are cut to multiples of this, which kernels like")
-    rounds: int = Field(default=1, ge=1, description="cuts, each scored anew; 1: one-shot")
+    ffn_multiple: int = Field(
+        default=64, ge=1, description="FFN widths are cut to multiples of this, since kernels are faster then"
+    )
+    rounds: int = Field(default=1, ge=1, description="number of cuts; the scores are computed again for each")
     schedule: Literal["cubic", "linear"] = Field(
         default="cubic", description="how the share grows over the rounds; cubic (AGP) cuts most at first"
     )
     training: dict[str, Any] | None = Field(
         default=None, description="parameters of `distill` between two rounds; null: no training there"
     )
-    sentences: int = Field(default=512, ge=1, description="training sentences that the criterion and the repair see")
+    sentences: int = Field(default=512, ge=1, description="training sentences that the criterion and the repair use")
     repair: bool = Field(default=False, description=REPAIR)
 
     @model_validator(mode="after")
@@ -153,10 +158,10 @@ class PruneHidden(Record):
     """Remove the least important dimensions of the residual stream, everywhere at once. The LayerNorms then go over fewer
     features, so the cut model is not the masked one: distill it."""
 
-    share: float = Field(gt=0, lt=1, description="of the hidden size that goes")
+    share: float = Field(gt=0, lt=1, description="share of the hidden size to remove")
     criterion: str = "fisher"
     multiple: int = Field(default=32, ge=1, description="the hidden size is cut to a multiple of this")
-    sentences: int = Field(default=512, ge=1, description="training sentences that the criterion sees")
+    sentences: int = Field(default=512, ge=1, description="training sentences that the criterion uses")
 
     @field_validator("criterion")
     @classmethod
@@ -177,13 +182,17 @@ class MovementPrune(Training):
 
     share: float | None = Field(default=None, gt=0, lt=1, description="hard: of the heads, and of the neurons, to remove")
     regularisation: float | None = Field(
-        default=None, gt=0, description="soft, in place of share: the cost of keeping a unit; 1 removed a third of MiniLM"
+        default=None,
+        gt=0,
+        description="soft, instead of share: the cost of keeping a unit (with 1, a third of MiniLM was removed)",
     )
     units: tuple[Literal["heads", "ffn"], ...] = Field(default=("heads", "ffn"), min_length=1)
     cooldown: float = Field(
         default=0.3, ge=0, lt=1, description="share of the updates, at the end, in which nothing more is removed"
     )
-    ffn_multiple: int = Field(default=64, ge=1, description="FFN widths are cut to multiples of this, which kernels like")
+    ffn_multiple: int = Field(
+        default=64, ge=1, description="FFN widths are cut to multiples of this, since kernels are faster then"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "MovementPrune":

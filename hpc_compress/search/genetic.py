@@ -60,8 +60,8 @@ class Genetic(Record):
     redraw: int = Field(
         default=20,
         ge=0,
-        description="more draws when a child is known already or equals its parent; 0, as published: it is trained anyway, "
-        "with random numbers of its own",
+        description="further draws if a child is already known or equals its parent; 0, as published: it is trained anyway, "
+        "with its own seed",
     )
     _seen: set[str] = PrivateAttr(default_factory=set)
     _drawn: Counter[str] = PrivateAttr(default_factory=Counter)  # how often a step was drawn for the same parent

@@ -36,15 +36,15 @@ class Distill(Training):
         "from its output for regression; null: as published 1, but 0 for regression",
     )
     temperature: float = Field(default=2.0, gt=0, description="divides the logits in L_pred; higher: softer probabilities")
-    hidden: float = Field(default=1.0, ge=0, description="weight of L_hidn, how far the last hidden states are apart")
-    layers: float = Field(default=0.0, ge=0, description="weight of the same for every layer, mean over layers")
+    hidden: float = Field(default=1.0, ge=0, description="weight of L_hidn, the distance between the last hidden states")
+    layers: float = Field(default=0.0, ge=0, description="weight of the mean distance over all layers")
     matching: Literal["fixed", "dynamic"] = Field(
         default="fixed",
-        description="with `layers`, each layer learns from: the teacher's layer that it was; or, "
-        "dynamic, the one that fits best on each batch, in order",
+        description="with `layers`; fixed: a layer learns from the teacher's layer that it was; dynamic: from the best match "
+        "on each batch, in order",
     )
     hidden_distance: Literal["cosine", "mse"] = Field(
-        default="cosine", description="how far hidden states are apart: 1 - cosine, or mean squared difference"
+        default="cosine", description="distance between hidden states: 1 - cosine, or the mean squared difference"
     )
     online: bool = Field(default=False, description="a copy of the teacher is trained on the task along with the student")
 
