@@ -375,6 +375,7 @@ def _plan(
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
+        old, new = ({identity.FIRST_NAMES.get(key, key): value for key, value in side.items()} for side in (old, new))
         keys = sorted(old.keys() | new.keys())
         return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
     return [] if identity.canonical(old) == identity.canonical(new) else [f"{path}: was {old}, now {new}"]
