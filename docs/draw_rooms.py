@@ -22,8 +22,8 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 PICTURE, PAGE = ROOT / "docs/rooms.png", ROOT / "docs/architecture.md"
 BEGIN, END = "<!-- rooms -->", "<!-- /rooms -->"
-WIDTH, HEIGHT = 2.55, 0.62  # inches of a box
-GAP = 0.52  # between two lines
+WIDTH, HEIGHT, STEP = 3.0, 0.7, 3.35  # inches: of a box, and from one box to the next
+GAP = 0.38  # between two lines
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _reachable(direct: dict[str, set[str]], room: str) -> set[str]:
 def _says(room: str) -> str:
     path = ROOT / "hpc_compress" / room
     text = ast.get_docstring(ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()))
-    return re.split(r"(?<=[.:])\s", " ".join((text or "").split()))[0].rstrip(":.")
+    return re.split(r"(?<=\.)\s", " ".join((text or "").split()))[0].rstrip(".")
 
 
 def table(found: list[Room]) -> str:
@@ -99,35 +99,49 @@ def drawn() -> str:
         return str(picture.info.get("Description"))
 
 
+def placed(found: list[Room], width: float) -> dict[str, tuple[float, float]]:
+    """The centre of each box: on its line, near the rooms that it imports from or is imported by, so that few arrows cross."""
+    lines = max(room.line for room in found) + 1
+    near = {room.name: set(room.imports) for room in found}
+    for room in found:
+        for other in room.imports:
+            near[other].add(room.name)
+    x = {room.name: width * (0.25 + 0.5 * (number % 2)) for number, room in enumerate(found)}
+    for _ in range(30):
+        for number in range(lines):
+            here = [room.name for room in found if room.line == number]
+            wish = {name: sum(x[other] for other in near[name]) / max(1, len(near[name])) for name in here}
+            here.sort(key=wish.__getitem__)
+            first = sum(wish.values()) / len(here) - (len(here) - 1) / 2 * STEP
+            first = min(max(first, STEP / 2), width - STEP * (len(here) - 0.5))
+            x |= {name: first + index * STEP for index, name in enumerate(here)}
+    return {room.name: (x[room.name], (lines - room.line - 0.5) * (HEIGHT + GAP)) for room in found}
+
+
 def draw(found: list[Room]) -> None:
     lines = max(room.line for room in found) + 1
-    most = max(sum(room.line == number for room in found) for number in range(lines))
-    width, height = most * (WIDTH + 0.35), lines * (HEIGHT + GAP)
+    width, height = 3 * STEP, lines * (HEIGHT + GAP)
     figure = Figure(figsize=(width, height), layout="none")
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(0, height))
     axes.axis("off")
-    places = {}
-    for number in range(lines):
-        here = [room for room in found if room.line == number]
-        for index, room in enumerate(here):
-            x = width / 2 + (index - (len(here) - 1) / 2) * (WIDTH + 0.35)
-            places[room.name] = x, height - (number + 0.5) * (HEIGHT + GAP)
+    places = placed(found, width)
     for room in found:
         for other in room.imports:
             (x, y), (u, v) = places[room.name], places[other]
-            bend = 0.0 if x != u or abs(y - v) < 1.5 * (HEIGHT + GAP) else 0.35
-            arrow = {"arrowstyle": "-|>", "color": "0.62", "lw": 0.9, "connectionstyle": f"arc3,rad={bend}"}
+            # An arrow over several lines goes around the boxes between.
+            bend = 0.0 if y - v < 1.5 * (HEIGHT + GAP) else (0.28 if x + u < width else -0.28)
+            arrow = {"arrowstyle": "-|>", "color": "#8aa4bd", "lw": 0.8, "connectionstyle": f"arc3,rad={bend}"}
             axes.annotate("", (u, v + HEIGHT / 2), (x, y - HEIGHT / 2), arrowprops=arrow, zorder=1)
     for room in found:
         x, y = places[room.name]
         corner = x - WIDTH / 2, y - HEIGHT / 2
-        box = FancyBboxPatch(corner, WIDTH, HEIGHT, boxstyle="round,pad=0,rounding_size=0.08", fc="#eef4fb", ec="#2b5c8a")
-        axes.add_patch(box)
-        axes.text(x, y + 0.14, room.name, ha="center", va="center", fontsize=10, weight="bold", color="#16324f")
-        says = textwrap.shorten(room.says, 92, placeholder=" ...")
-        axes.text(x, y - 0.12, textwrap.fill(says, 48), ha="center", va="center", fontsize=5.6, color="0.2")
-    figure.savefig(PICTURE, dpi=150, metadata={"Description": digest(found)})
+        shape = "round,pad=0,rounding_size=0.08"
+        axes.add_patch(FancyBboxPatch(corner, WIDTH, HEIGHT, boxstyle=shape, fc="#eef4fb", ec="#2b5c8a", zorder=2))
+        axes.text(x, y + 0.17, room.name, ha="center", va="center", fontsize=11, weight="bold", color="#16324f", zorder=3)
+        says = textwrap.fill(textwrap.shorten(room.says, 96, placeholder=" ..."), 50)
+        axes.text(x, y - 0.12, says, ha="center", va="center", fontsize=7, color="0.15", zorder=3)
+    figure.savefig(PICTURE, dpi=110, metadata={"Description": digest(found)})
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """The changes that docs/extending.md teaches, each applied to a copy of the project and run there; and who may import whom."""
 
+import importlib
 import os
 import re
 import shlex
@@ -52,7 +53,18 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
-def test_the_five_changes_of_a_newcomer_are_taught():
+def test_the_picture_and_the_table_of_the_rooms_are_drawn_from_the_code(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    draw_rooms = importlib.import_module("draw_rooms")
+    rooms = draw_rooms.rooms()
+    assert draw_rooms.drawn() == draw_rooms.digest(rooms), "python docs/draw_rooms.py draws it again"
+    assert draw_rooms.table(rooms) in (ROOT / "docs/architecture.md").read_text()
+    assert {path.stem for path in (ROOT / "hpc_compress").iterdir() if path.stem[0].isalpha()} - {"py"} == {
+        room.name for room in rooms
+    }
+
+
+def test_the_changes_of_a_newcomer_are_taught():
     assert [change.title for change in changes()] == [
         "An encoder family",
         "A strategy",

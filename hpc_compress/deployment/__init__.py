@@ -1,1 +1,1 @@
-"""Deployment: precisions, zeros and vocabularies of the model that will run."""
+"""Lower precisions, zeros and smaller vocabularies for the model that will run."""

@@ -1,4 +1,4 @@
-"""Kinds of problems: what a dataset asks of a model, one object a kind. Nothing else asks which kind a dataset is."""
+"""What a dataset asks of a model, one object for each kind of problem. Nothing else asks which kind it is."""
 
 from hpc_compress.config import ConfigError
 from hpc_compress.problems.classification import Classification

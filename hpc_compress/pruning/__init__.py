@@ -1,1 +1,1 @@
-"""Pruning: criteria, where to cut how much, and the cut with its repair."""
+"""Scores units, decides how much to cut where, cuts, and repairs what is left."""

@@ -1,1 +1,1 @@
-"""Training: fine-tuning, distillation, and the loop that they share."""
+"""Fine-tuning, distillation, and the training loop that all operators share."""
