@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from hpc_compress.config import ConfigError, build
 from hpc_compress.context import Checkpoint, Context
 from hpc_compress.deployment.steps import Quantize, Sparsify, Threshold, TrimVocabulary
-from hpc_compress.pruning.steps import DropLayers, MovementPrune, Prune, PruneHeads, PruneHidden
+from hpc_compress.pruning.steps import Carve, DropLayers, MovementPrune, Prune, PruneHeads, PruneHidden
 from hpc_compress.training.settings import Training
 from hpc_compress.training.steps import Distill, FineTune
 from hpc_compress.types import Record, Step
@@ -40,6 +40,7 @@ OPERATORS: dict[str, type[Record]] = {
     "drop_layers": DropLayers,
     "prune_heads": PruneHeads,
     "prune": Prune,
+    "carve": Carve,
     "prune_hidden": PruneHidden,
     "movement_prune": MovementPrune,
     "fine_tune": FineTune,

@@ -29,6 +29,7 @@ LEARNING = {
     "drop_layers": {"count": 1, "criterion": "fisher", "repair": True},
     "prune_heads": {"count": 2, "where": "any"},
     "prune": {"share": 0.5, "ffn_multiple": 8, "repair": True},
+    "carve": {"heads": [2, 2, 2], "ffn": [24, 0, 56], "sentences": 24},
     "prune_hidden": {"share": 0.25, "multiple": 16},
     "movement_prune": {"share": 0.4, "ffn_multiple": 8, **TRAINING},
     "fine_tune": TRAINING,

@@ -18,6 +18,7 @@ from hpc_compress.models.modeling_hpc_compress import linear_of
 from hpc_compress.problems import Problem
 from hpc_compress.pruning import criteria, obs
 from hpc_compress.pruning.allocation import Place, allocate, levels
+from hpc_compress.search.space import Structure
 
 UnitArrays = dict[str, list[np.ndarray]]  # of each kind of unit, layer by layer: scores, or the positions of those that stay
 
@@ -136,6 +137,41 @@ def prune(
             model = between(model, dataclasses.replace(context, seed=seed, checkpoint=None))
             # A repair must not undo what was learnt, so the trained model is the next target.
             dense, left_of_it = copy.deepcopy(model) if repair else None, None
+    return model
+
+
+def carve(
+    model: PreTrainedModel, context: Context, structure: Structure, criterion: str, sentences: int, repair: bool, drift: bool
+) -> PreTrainedModel:
+    """Cut an uncut model to a structure in one go; of each layer the units with the highest scores stay.
+
+    drift: the repair also makes up for what the residual stream has lost before a linear, not for the linear's output alone
+    (Park et al. 2024, K-prune, section 4.3, https://arxiv.org/abs/2308.03449).
+
+    Raises: ValueError for a structure that the model can't have.
+    """
+    batches, depth = context.batches(sentences), len(surgery.layers(model))
+    layers = range(depth) if structure.layers is None else structure.layers
+    wanted = {"heads": dict(zip(layers, structure.heads, strict=True)), "ffn": dict(zip(layers, structure.ffn, strict=True))}
+    units = ["heads", "ffn"] if structure.hidden is None else ["heads", "ffn", "hidden"]
+    scores = Scores(criterion, units).of(model, context.problem, batches)
+    if surgery.family(model).shared_bias:  # all layers that have heads keep the same ones
+        scores["heads"] = [np.sum(scores["heads"], axis=0)] * depth
+    kept: UnitArrays = {}
+    for unit, counts_ in wanted.items():
+        whole = counts(model, unit)
+        if more := [layer for layer, count in counts_.items() if layer >= depth or count > whole[layer]]:
+            raise ValueError(f"carve wants {counts_[more[0]]} {unit} in layer {more[0]} of a model that has {whole}")
+        kept[unit] = [_best(scores[unit][layer], counts_.get(layer, whole[layer])) for layer in range(depth)]
+    if structure.layers is not None:
+        kept["layers"] = [np.array(layers)]
+    dense = copy.deepcopy(model) if repair else None
+    _cut(model, kept)
+    if dense is not None:
+        _repair(model, dense, kept, batches, drift)
+    if structure.hidden is not None:
+        order = np.argsort(scores["hidden"][0], kind="stable")
+        surgery.prune_hidden(model, order[: surgery.hidden_size(model) - structure.hidden].tolist())
     return model
 
 
@@ -270,11 +306,13 @@ def _cut(model: PreTrainedModel, kept: UnitArrays) -> None:
 
 
 @torch.no_grad()
-def _repair(model: PreTrainedModel, dense: PreTrainedModel, kept: UnitArrays, batches: Sequence[Batch]) -> None:
+def _repair(
+    model: PreTrainedModel, dense: PreTrainedModel, kept: UnitArrays, batches: Sequence[Batch], drift: bool = False
+) -> None:
     """Refit every output linear, first layer first, so that it reproduces its output in `dense` from its present inputs.
     Where whole layers were removed, the linears that follow add what those layers contributed.
 
-    kept: what is left of `dense`.
+    kept: what is left of `dense`. drift: linears add what the stream has lost before them wherever it was.
     """
     before, after = Walk(dense, batches), Walk(model, batches)
     changed = False
@@ -282,7 +320,8 @@ def _repair(model: PreTrainedModel, dense: PreTrainedModel, kept: UnitArrays, ba
         linear, whole = linear_of(surgery.layers(model)[index], name), linear_of(surgery.layers(dense)[origin], name)
         changed = changed or linear.in_features < whole.in_features or index != origin
         if changed:  # with no input left, the bias still takes over what the inputs contributed on average
-            at, now = _output(dense, origin, name, kept), _output(model, index, name, kept)
+            look = drift or "layers" in kept
+            at, now = _output(dense, origin, name, look), _output(model, index, name, look)
             seen = obs.moments(before, at, after, now)
             weight, bias = obs.refit(whole.weight, whole.bias, seen, torch.from_numpy(stays).to(whole.weight.device))
             linear.weight.copy_(weight)
@@ -290,8 +329,9 @@ def _repair(model: PreTrainedModel, dense: PreTrainedModel, kept: UnitArrays, ba
                 linear.bias.copy_(bias)
 
 
-def _output(model: PreTrainedModel, layer: int, name: str, kept: UnitArrays) -> obs.OutputLinear:
-    stream = surgery.stream(model, layer, name) if "layers" in kept else None
+def _output(model: PreTrainedModel, layer: int, name: str, look: bool) -> obs.OutputLinear:
+    """look: at the stream too."""
+    stream = surgery.stream(model, layer, name) if look else None
     return obs.OutputLinear(layer, surgery.path(model, layer, name), stream)
 
 

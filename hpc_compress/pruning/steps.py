@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from hpc_compress.config import validate
 from hpc_compress.context import Context
+from hpc_compress.search.space import Structure
 from hpc_compress.training.settings import Training
 from hpc_compress.training.steps import Distill
 from hpc_compress.types import Record
@@ -152,6 +153,27 @@ class Prune(Record):
             repair=repairs(self),
             between=None if self.training is None else Distill(**self.training),
         )
+
+
+class Carve(Structure):
+    """Cut the base model to a structure that is given in full, in one go. It must come before every other cut."""
+
+    criterion: str = "gauss_newton"
+    sentences: int = Field(default=512, ge=1, description="training sentences that the criterion and the repair use")
+    repair: bool = Field(default=True, description=REPAIR)
+    drift: bool = Field(
+        default=True, description="the repair also makes up for what the residual stream has lost in the layers before"
+    )
+
+    @model_validator(mode="after")
+    def _scored(self) -> "Carve":
+        _require_criterion(self.criterion, {"heads", "ffn"} | ({"hidden"} if self.hidden else set()))
+        return self
+
+    def __call__(self, model: "PreTrainedModel", context: Context) -> "PreTrainedModel":
+        from hpc_compress.pruning import cutting
+
+        return cutting.carve(model, context, self, self.criterion, self.sentences, self.repair, self.drift)
 
 
 class PruneHidden(Record):

@@ -1,9 +1,32 @@
 """The space of genomes around one base model: its shape, and what steps do to it. Knows nothing of weights."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
 
 from hpc_compress.types import Record, Step
+
+
+class Structure(Record):
+    """What is left of the base model's encoder; enough to cut it from there in one go, whatever the history."""
+
+    heads: tuple[Annotated[int, Field(ge=0)], ...]  # kept in each layer that is left; 0: no attention there
+    ffn: tuple[Annotated[int, Field(ge=0)], ...]  # neurons kept in each layer that is left; 0: no FFN there
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None  # that are left, counted from 0; None: all
+    hidden: int | None = Field(default=None, ge=1)  # dimensions of the residual stream; None: all
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Structure":
+        depth = len(self.heads) if self.layers is None else len(self.layers)
+        if not len(self.heads) == len(self.ffn) == depth or depth == 0:
+            raise ValueError(
+                f"heads has {len(self.heads)} numbers and ffn {len(self.ffn)}; each needs one for each of the {depth} layers "
+                "that are left"
+            )
+        if self.layers is not None and list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"layers={list(self.layers)} must rise and name no layer twice")
+        return self
 
 
 class Shape(Record):
@@ -35,6 +58,8 @@ class Shape(Record):
         node.
         """
         count = step.params.get("count", 1)
+        if step.operator == "carve":
+            return self._with(tuple(step.params.get("heads", self.heads)))
         if step.operator == "drop_layers":
             return self._with(self.heads[:-count]) if count < len(self.heads) else None
         if step.operator == "prune_heads" and step.params.get("where", "last") == "last":
