@@ -30,8 +30,8 @@ class ModelConfig(Record):
     revision: str | None = Field(default=None, description="commit, tag or branch on the hub")
     head: Literal["auto", "trained", "new"] = Field(
         default="auto",
-        description="trained: use the checkpoint's head; new: fine-tune first, with a new head if the checkpoint's does not fit; "
-        "auto: trained if it fits",
+        description="trained: use the checkpoint's head; new: fine-tune first, with a new head if the checkpoint's does not "
+        "fit; auto: trained if it fits",
     )
     fine_tune: Params = Field(default={}, description="parameters of the step `fine_tune` that trains a new head")
 
