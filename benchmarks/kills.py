@@ -44,9 +44,8 @@ from omegaconf import OmegaConf
 from searches import Setup, story, tiny
 
 from hpc_compress import cli, config, defaults
-from hpc_compress.dispatch import Heartbeat
 from hpc_compress.launch.local import Debug
-from hpc_compress.launch.slurm import Submission
+from hpc_compress.records import Heartbeat, Submission
 from hpc_compress.store import Store
 
 POPULATION = 16

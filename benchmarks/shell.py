@@ -49,8 +49,8 @@ from simulated import SimulatedSlurm, nothing_to_load
 from hpc_compress import cli, config, defaults, driver
 from hpc_compress.analysis import Reader, load_runs, status_of
 from hpc_compress.dispatch import Dispatch
-from hpc_compress.launch.commands import Commands
-from hpc_compress.launch.slurm import Cluster, Slurm
+from hpc_compress.launch.slurm import Cluster, Commands, Slurm
+from hpc_compress.records import Generation, Plan
 from hpc_compress.search.space import Shape
 from hpc_compress.store import Store
 from hpc_compress.types import Base, Dataset, Genome, MeasurementProtocol, Step, Task
@@ -119,7 +119,7 @@ def _counted(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-for _name in ("submit", "attach", "squeue", "sacct", "accounted", "cancel", "sleep"):
+for _name in ("submit", "attach", "queue", "accounting", "accounted", "cancel", "sleep"):
     setattr(Timed, _name, _counted(getattr(Timed, _name)))
 
 
@@ -168,8 +168,8 @@ def _simulate(args: argparse.Namespace, share: float) -> dict[str, Any]:
         launcher = Slurm(cluster=Cluster(array_parallelism=args.nodes), poll_seconds=30)
         launcher._commands = slurm  # type: ignore[assignment]
         progress = Marks(slurm)
-        settings = config.validate(config.RunConfig, values)
-        driver.search(settings, parts["strategy"], parts["objective"], config.build, launcher, folder / "run", progress)
+        run = config.validate(config.RunConfig, values)
+        driver.search(driver.SearchSettings(run, parts["strategy"], parts["objective"], launcher), folder / "run", progress)
         marks = progress.marks
         (cpu_start, start), (cpu_end, end) = marks["generation 1"], marks["report"]
         full = slurm.last_full  # before the report, which is of few tasks
@@ -305,7 +305,7 @@ def _sbatch(args: argparse.Namespace, elements: int, root: Path, what: str) -> s
 
 def _drain(commands: Commands, name: str) -> None:
     """Wait until none of these jobs is left, so that the next ones find the cluster free."""
-    while any(row.name.startswith(name) for row in commands.squeue()):
+    while any(row.name.startswith(name) for row in commands.queue()):
         time.sleep(0.5)
 
 
@@ -361,9 +361,7 @@ def _long_run(folder: Path, count: int, generation_size: int) -> tuple[Store, li
     store = Store(folder)
     objective = {"_target_": "hpc_compress.search.objective.Product"}
     shape = Shape(heads=(4, 4))
-    plan = driver.Plan(
-        config=settings, strategy={}, objective=objective, base=template.base, dataset=template.dataset, shape=shape
-    )
+    plan = Plan(config=settings, strategy={}, objective=objective, base=template.base, dataset=template.dataset, shape=shape)
     store.write("run.json", plan)
     # Without the fsync of a real writer: this is not what is measured.
     with mock.patch("os.fsync"):
@@ -377,7 +375,7 @@ def _long_run(folder: Path, count: int, generation_size: int) -> tuple[Store, li
     for number, start in enumerate(range(1, count - generation_size, generation_size), 1):
         born = tuple(ids[start : start + generation_size])
         parents = (ids[0],) * len(born)
-        generation = driver.Generation(number=number, born_ids=born, parents=parents, told=born, population=born[:100])
+        generation = Generation(number=number, born_ids=born, parents=parents, told=born, population=born[:100])
         store.write(f"generations/{number:04d}.json", generation)
     return store, late
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import difflib
 import errno
 import io
@@ -14,12 +15,16 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpc_compress.config import ConfigError, check_name
 from hpc_compress.door import PASSING, DamageError, one_line
-from hpc_compress.launch import find_own_modules, variable
+from hpc_compress.launch import SCHEDULERS, before_sweep, find_own_modules, installed, variable
 from hpc_compress.store import private_umask, write_atomically
+from hpc_compress.types import SearchError
+
+if TYPE_CHECKING:
+    from hpc_compress.driver import SearchSettings
 
 USAGE = """hpc-compress COMMAND ...
 
@@ -95,8 +100,6 @@ def _exit_code(error: Exception) -> int | None:
     from omegaconf.errors import OmegaConfBaseException
     from submitit.core.utils import FailedSubmissionError, UncompletedJobError  # of the drivers of a sweep
 
-    from hpc_compress.dispatch import SearchError
-
     if isinstance(error, (ConfigError, DamageError, UnicodeError, HydraException, OmegaConfBaseException)):
         return 2
     if isinstance(error, OSError):
@@ -142,12 +145,10 @@ def _search(arguments: list[str]) -> None:
     find_own_modules()
     _refuse_unknown_keys(arguments)
     if (sweep := _sweep(arguments)) is not None:
-        from hpc_compress import driver
-        from hpc_compress.launch import commands
+        from hpc_compress import guard
 
-        driver.require_sweep(Path(sweep.hydra.sweep.dir))
-        if sweep.hydra.launcher._target_.endswith(".SlurmLauncher"):
-            commands.leave_out_wckey()
+        guard.require_sweep(Path(sweep.hydra.sweep.dir))
+        before_sweep(str(sweep.hydra.launcher._target_))
     notes = Path("results", f".failed-{secrets.token_hex(4)}").absolute()
     told = str(notes).replace("'", "\\'")
     # Beside another word: argparse takes all words from one place, before or after the options.
@@ -249,20 +250,20 @@ def _run(cfg: Any) -> None:
     from hydra.types import RunMode
     from omegaconf import OmegaConf
 
-    from hpc_compress import analysis, config, defaults, driver, export
+    from hpc_compress import analysis, defaults, driver, export
 
     hydra = HydraConfig.get()
     root = Path(hydra.runtime.output_dir)
 
     def accepted() -> None:
-        log.info(defaults.describe(settings.protocol, strategy))
+        log.info(defaults.describe(settings.config.protocol, settings.strategy))
         write_atomically(root / ".hydra/config.yaml", OmegaConf.to_yaml(cfg))
         write_atomically(root / ".hydra/overrides.yaml", OmegaConf.to_yaml(hydra.overrides.task))
 
     try:
-        settings, strategy, objective, launcher, retries = _settings(cfg)
+        settings = _settings(cfg)
         with Console() as progress:
-            driver.search(settings, strategy, objective, config.build, launcher, root, progress, retries, accepted=accepted)
+            driver.search(settings, root, progress, accepted=accepted)
         _answer(root, analysis, export)
     except KeyboardInterrupt:
         log.error(f"interrupted; the same command goes on with it. Jobs on a cluster go on: hpc-compress cancel {_short(root)}")
@@ -276,11 +277,12 @@ def _run(cfg: Any) -> None:
         write_atomically(Path(os.environ[NOTES], f"{code}-{secrets.token_hex(8)}"), line)
 
 
-def _settings(cfg: Any) -> tuple[Any, dict[str, Any], dict[str, Any], Any, int]:
-    """A Hydra config as the driver takes it: run config, strategy, objective, launcher, retries."""
+def _settings(cfg: Any) -> "SearchSettings":
+    """A Hydra config as the driver takes it."""
     from omegaconf import OmegaConf
 
     from hpc_compress import config, defaults
+    from hpc_compress.driver import SearchSettings
     from hpc_compress.problems import problem
 
     values: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -300,10 +302,10 @@ def _settings(cfg: Any) -> tuple[Any, dict[str, Any], dict[str, Any], Any, int]:
     if unknown:
         known = sorted([*config.RunConfig.model_fields, *parts])
         raise ConfigError(f"{unknown[0]} is not a known key; allowed here: {', '.join(known)}")
-    settings = config.validate(config.RunConfig, values)
-    problem(settings.dataset.problem).check(settings.dataset)
-    check_name(settings.name)
-    return settings, parts["strategy"], parts["objective"], launcher, retries
+    run = config.validate(config.RunConfig, values)
+    problem(run.dataset.problem).check(run.dataset)
+    check_name(run.name)
+    return SearchSettings(run, parts["strategy"], parts["objective"], launcher, retries)
 
 
 def _compose(arguments: list[str]) -> Any:
@@ -420,27 +422,27 @@ def _cancel(arguments: list[str]) -> None:
     )
     parser.add_argument("run", type=Path, help="run folder, such as results/demo")
     root = parser.parse_args(arguments).run
-    from hpc_compress.dispatch import CANCELLED, Heartbeat
-    from hpc_compress.launch import slurm
-    from hpc_compress.launch.commands import CommandError, Commands
-    from hpc_compress.store import Store, write_atomically
+    from hpc_compress.launch.arrays import cancel_all
+    from hpc_compress.launch.scheduler import CommandError
+    from hpc_compress.records import CANCELLED, Heartbeat
+    from hpc_compress.store import Store
 
     _require_own_run(root)
     store = Store(root)
     write_atomically(store.root / CANCELLED, "")  # takes the place of a link, and does not follow it
-    heartbeat = store.read("driver.json", Heartbeat)
-    own_job = (heartbeat.job_id, heartbeat.job_name) if heartbeat and heartbeat.job_id else None
     try:
-        done = slurm.cancel(store, Commands(), own_job)
+        done = cancel_all(store, store.read("driver.json", Heartbeat))
     except CommandError as error:
-        if list(root.glob("jobs/*/submission.json")) or own_job:
-            print(f"hpc-compress cancel: its jobs could not be cancelled: {error}", file=sys.stderr)
-            sys.exit(1)
-        print("this run has no Slurm jobs; a driver that is at work stops when it next looks at its jobs")
+        print(f"hpc-compress cancel: its jobs could not be cancelled: {error}", file=sys.stderr)
+        sys.exit(1)
+    if not done:
+        print("this run has no jobs on a cluster; a driver that is at work stops when it next looks at its jobs")
         return
-    print(f"{done.cancelled} jobs cancelled; a driver that is at work stops when it next looks at its jobs")
-    if done.left:
-        print(f"hpc-compress cancel: {done.left} jobs go on ({done.trouble}); give the command again", file=sys.stderr)
+    cancelled, left = sum(each.cancelled for each in done), sum(each.left for each in done)
+    print(f"{cancelled} jobs cancelled; a driver that is at work stops when it next looks at its jobs")
+    if left:
+        trouble = "; ".join(each.trouble for each in done if each.left)
+        print(f"hpc-compress cancel: {left} jobs go on ({trouble}); give the command again", file=sys.stderr)
         sys.exit(1)
 
 
@@ -526,7 +528,7 @@ def _prefetch(arguments: list[str]) -> None:
     from hpc_compress.models import pretrained
 
     words = [word for word in arguments if not word.startswith("--to=")]
-    settings = _settings(_compose(words))[0]
+    settings = _settings(_compose(words)).config
     found = pretrained.find(settings.model)
     print(f"model    {found.name}: {sum(path.stat().st_size for path in found.files) / 1e6:.1f} MB in {found.folder}")
     dataset, tables, counts = splits.load(settings.dataset, settings.seed)
@@ -543,23 +545,26 @@ def _doctor(arguments: list[str]) -> None:
         print(DOCTOR)
         return
     find_own_modules()
-    words = arguments if any(word.startswith("launcher=") for word in arguments) else ["launcher=slurm", *arguments]
+    words = arguments
+    if not any(word.startswith("launcher=") for word in arguments):
+        words = [f"launcher={installed()}", *arguments]
     from rich.console import Console as Terminal
 
-    from hpc_compress import config, doctor, driver
-    from hpc_compress.launch.slurm import Slurm
+    from hpc_compress import doctor, driver
+    from hpc_compress.launch.arrays import ArrayLauncher
     from hpc_compress.models import pretrained
 
-    settings, strategy, objective, launcher, _ = _settings(_compose(words))
-    if not isinstance(launcher, Slurm):
-        raise ConfigError("doctor looks at clusters; leave launcher= out, and choose cluster=")
+    settings = _settings(_compose(words))
+    launcher, strategy = settings.launcher, settings.strategy
+    if not isinstance(launcher, ArrayLauncher):
+        raise ConfigError(f"doctor looks at clusters; leave launcher= out, or choose launcher={' or '.join(SCHEDULERS)}")
     root = Path("results").absolute() / f".doctor-{secrets.token_hex(4)}"
 
     def canary() -> None:
         with Console() as progress:
-            driver.search(settings, strategy, objective, config.build, launcher, root, progress, retries=0, only_probe=True)
+            driver.search(dataclasses.replace(settings, retries=0), root, progress, only_probe=True)
 
-    files = pretrained.find(settings.model).files
+    files = pretrained.find(settings.config.model).files
     model_bytes = sum(path.stat().st_size for path in files if path.suffix == ".safetensors")
     population = int(strategy.get("population") or 1)
     need_bytes = 2 * model_bytes * (1 + population + int(strategy.get("survivors") or population))

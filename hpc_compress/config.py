@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from hpc_compress.types import MeasurementProtocol, Params, Record
+from hpc_compress.types import MeasurementProtocol, Params, Record, Step
 
 B = TypeVar("B", bound=BaseModel)
 NAME_BYTES = 255  # of a part of a path, on every common filesystem
@@ -34,6 +34,11 @@ class ModelConfig(Record):
         "fit; auto: trained if it fits",
     )
     fine_tune: Params = Field(default={}, description="parameters of the step `fine_tune` that trains a new head")
+
+    @property
+    def preparation(self) -> tuple[Step, ...]:
+        """How a new head is trained."""
+        return (Step(operator="fine_tune", params=self.fine_tune),)
 
 
 class DatasetConfig(Record):

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hpc_compress.config import ConfigError
+from hpc_compress.launch.arrays import ArrayLauncher
 from hpc_compress.launch.local import visible_gpus
-from hpc_compress.launch.slurm import Slurm
 
 KINDS = {"cuda", "cpu", "cpu_onnx", "cpu_bf16"}  # of devices, as keys of a setting
 
@@ -24,13 +24,10 @@ def chosen(values: Mapping[str, Any], launcher: Any) -> dict[str, Any]:
     Raises: ConfigError when a setting has no value for the device.
     """
     wanted = values["protocol"].get("device", "any")
-    elsewhere = isinstance(launcher, Slurm)
+    elsewhere = isinstance(launcher, ArrayLauncher)
     if wanted == "any":
-        if isinstance(launcher, Slurm):
-            gpus = launcher.cluster.gpus_per_node if launcher.cluster.require_cuda else 0
-        else:
-            gpus = len(visible_gpus())
-        wanted = "cuda" if gpus else "cpu"
+        on_gpu = launcher.needs_gpu if isinstance(launcher, ArrayLauncher) else bool(visible_gpus())
+        wanted = "cuda" if on_gpu else "cpu"
     plain = resolved(values, ("cuda",) if wanted == "cuda" else _cpu_kinds(elsewhere))
     plain["protocol"]["device"] = wanted
     return plain

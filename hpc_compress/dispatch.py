@@ -1,26 +1,17 @@
 """From tasks to outcomes: sends what the store can't answer, reads what came of it, sends the lost again. Imports no torch."""
 
 import os
-import platform
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from pydantic import Field
-
-from hpc_compress import door, identity
-from hpc_compress.launch import Jobs, Process
-from hpc_compress.search.objective import speed_up
+from hpc_compress import door, guard, identity
+from hpc_compress.launch import Jobs
+from hpc_compress.records import CANCELLED, HEARTBEAT_SECONDS, Heartbeat
 from hpc_compress.store import Store
-from hpc_compress.types import Failure, Measurement, Outcome, Record, SpentError, Task
-
-HEARTBEAT_SECONDS = 15.0  # between two signs of life of a driver that has no news
-CANCELLED = "cancelled"  # a file in the run folder that asks the driver to stop
-
-
-class SearchError(RuntimeError):
-    """The run can't go on; the message says why and what to do."""
+from hpc_compress.summary import describe, figures
+from hpc_compress.types import Failure, Outcome, SearchError, SpentError, Task
 
 
 class Progress(Protocol):
@@ -30,33 +21,6 @@ class Progress(Protocol):
     def working(self, what: str, done: int, total: int) -> None: ...
 
 
-class Heartbeat(Record):
-    """What the driver is doing; RUN/driver.json, whose time of writing is its last sign of life."""
-
-    host: str
-    pid: int
-    started: int | None = None  # of this process, in clock ticks after the machine's start
-    job_id: str | None  # of the Slurm job that the driver lives in; 17_3 for an element of an array
-    job_name: str | None
-    doing: str = "starting"
-    done: int = 0  # tasks of it that are settled
-    total: int = 0
-    jobs: Mapping[str, int] = Field(default={})  # by state
-    ended: bool = False  # the driver has let go of the run; its process may live on
-
-    def same_driver(self, other: "Heartbeat") -> bool:
-        return (self.host, self.pid, self.started) == (other.host, other.pid, other.started)
-
-    @classmethod
-    def here(cls) -> "Heartbeat":
-        job_id, job_name = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_JOB_NAME")
-        if "SLURM_ARRAY_JOB_ID" in os.environ:
-            # In the last element of an array SLURM_JOB_ID is the id of the whole array.
-            job_id = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ.get('SLURM_ARRAY_TASK_ID', '0')}"
-        process = Process.here()
-        return cls(host=platform.node(), pid=process.pid, started=process.started, job_id=job_id, job_name=job_name)
-
-
 class Dispatch:
     """The tasks of one run that have been sent, and those among them that are still open."""
 
@@ -64,7 +28,7 @@ class Dispatch:
         self.store, self.jobs, self.progress, self.retries = store, jobs, progress, retries
         self.open: dict[str, Task] = {}
         self.losses: Counter[str] = Counter()
-        self.heartbeat, self.beaten = Heartbeat.here(), 0.0
+        self.heartbeat, self.beaten = guard.here(), 0.0
         self.wanted: set[str] = set()  # what was sent last
 
     def send(self, tasks: Sequence[Task], what: str, again: bool = False) -> list[str]:
@@ -191,16 +155,6 @@ def _bundles(tasks: Mapping[str, Task]) -> list[tuple[str, ...]]:
     for task_id, task in tasks.items():
         bundles.setdefault(identity.master_key(task), []).append(task_id)
     return [tuple(ids) for ids in bundles.values()]
-
-
-def describe(failure: Failure) -> str:
-    return f"{failure.kind} while at {failure.stage}: {failure.message}"
-
-
-def figures(measurement: Measurement) -> str:
-    name, quality = next(iter(measurement.metrics.items()))
-    best = f" ({speed_up(measurement, 'best'):.2f}x of {precision})" if (precision := measurement.base_best_precision) else ""
-    return f"{name} {quality:.3f}, {measurement.model_bytes / 1e6:.1f} MB, {speed_up(measurement):.2f}x speed{best}"
 
 
 def _outcome_line(outcome: Outcome) -> str:

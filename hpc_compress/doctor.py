@@ -15,27 +15,16 @@ from pathlib import Path
 
 from hpc_compress import door
 from hpc_compress.door import one_line
-from hpc_compress.launch.commands import CommandError, Commands, RefusedError, ask, call, run
+from hpc_compress.launch.arrays import ArrayLauncher
 from hpc_compress.launch.local import driver_version
-from hpc_compress.launch.slurm import Slurm
+from hpc_compress.launch.scheduler import Check, CommandError, Names, RefusedError
 from hpc_compress.types import Record
 
-COMMANDS = ("sbatch", "srun", "squeue", "sacct", "scancel", "scontrol", "sinfo")
 NODE_MINUTES = 10.0  # that the first job may take to come back; a full cluster takes longer
 SKEW_SECONDS = 5.0  # between two clocks that nobody would notice
 # The oldest driver on which each major version of CUDA runs: https://docs.nvidia.com/deploy/cuda-compatibility
 OLDEST_DRIVERS = {11: 450, 12: 525, 13: 580}
 SCHEMES, RESTS = ("int8", "nf4", "fp4"), ("fp32", "bf16")  # what a search makes with bitsandbytes
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was looked at."""
-
-    name: str
-    ok: bool
-    found: str
-    advice: str = ""  # what to do when it is not ok
 
 
 class Node(Record):
@@ -134,20 +123,23 @@ def _try_precision(scheme: str, rest: str) -> None:
                 raise FloatingPointError(f"{rows} rows give numbers that are not finite")
 
 
-def examine(
-    settings: Slurm, folder: Path, need_bytes: int, canary: Callable[[], None], commands: Commands | None = None
-) -> Iterator[Check]:
+def examine(launcher: ArrayLauncher, folder: Path, need_bytes: int, canary: Callable[[], None]) -> Iterator[Check]:
     """Look at everything that a search needs, cheapest first; ends early where the rest can't work.
 
     folder: where runs are kept. need_bytes: that the search may take there. canary: runs a task of every kind of step on
     the cluster and raises when one fails.
     """
-    commands = commands or Commands()
-    missing = [name for name in COMMANDS if shutil.which(name) is None]
-    yield Check("commands", not missing, ", ".join(missing or COMMANDS), "start from a login node; or load Slurm's module")
+    names = launcher.names
+    missing = [name for name in names.programs if shutil.which(name) is None]
+    yield Check(
+        "commands",
+        not missing,
+        ", ".join(missing or names.programs),
+        f"start from a login node; or load {names.system}'s module",
+    )
     if missing:
         return
-    yield from _partition(settings)
+    yield from launcher.checks()
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     yield Check(
@@ -156,114 +148,82 @@ def examine(
         f"{free / 1e9:.1f} GB free on {folder}, the search may need {need_bytes / 1e9:.1f} GB (a quota is not seen here)",
         "free some, choose a folder on a larger filesystem, or lower strategy.population",
     )
-    trouble = ""
-    try:
-        call("sacct", "-nX", "--starttime=now-1minutes")
-    except CommandError as error:
-        trouble = str(error)
-    yield Check(
-        "accounting",
-        not trouble,
-        trouble or "answers",
-        "without sacct it takes launcher.accounting_seconds until a dead job is noticed, and its reason is not known",
-    )
     came_back = True
-    for check in _node(settings, folder, commands):
+    for check in _node(launcher, folder):
         came_back = check.ok or check.name != "job"
         yield check
     if came_back:
         yield _canary(canary)
 
 
-def _partition(settings: Slurm) -> Iterator[Check]:
-    cluster = settings.cluster
-    chosen = [f"--partition={cluster.partition}"] if cluster.partition else []
-    lines = [
-        line for line in _lines("sinfo", "--noheader", "--all", *chosen, "--format=%P|%D|%G|%l|%m|%c") if line.count("|") == 5
-    ]
-    names = sorted({line.rstrip("*") for line in _lines("sinfo", "--noheader", "--all", "--format=%P")})
-    yield Check(
-        "partition",
-        bool(lines),
-        f"{cluster.partition or 'the default one'}: {'; '.join(lines) or 'not there'}",
-        f"set cluster.partition to one of {', '.join(names) or 'those that sinfo shows'}",
-    )
-    if cluster.gpus_per_node:
-        gres = sorted({line.split("|")[2] for line in lines})
-        wanted = f"gpu:{cluster.gpu_type}" if cluster.gpu_type else "gpu"
-        has = any(wanted in item for item in gres)
-        yield Check(
-            "gres", has, f"{wanted} in {', '.join(gres) or 'none'}", "set cluster.gpu_type as sinfo -o %G names it, or null"
-        )
-    words = {**cluster.request(cluster.mem_mb(cluster.mem_gb), ()), **cluster.sbatch}
-    flags = [f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}") for key, value in words.items()]
-    try:
-        tested = run("sbatch", "--test-only", *flags, "--wrap=true")
-        admitted = tested.returncode == 0
-        said = one_line(tested.stderr.strip().replace("sbatch: ", "").replace("error: ", ""))
-    except CommandError as error:
-        admitted, said = False, str(error)
-    yield Check("sbatch", admitted, said, "mend account, qos, timeout_min, cpus_per_task, mem_gb or sbatch of cluster")
-
-
-def _node(settings: Slurm, folder: Path, commands: Commands) -> Iterator[Check]:
+def _node(launcher: ArrayLauncher, folder: Path) -> Iterator[Check]:
     """A job of its own, to see the run folder, the GPU and the clock of a node."""
     room = folder / f".doctor-{secrets.token_hex(4)}"
     room.mkdir(mode=0o700)
     (room / "hello").touch()
-    cluster = settings.cluster
-    options = cluster.options(room.name.lstrip("."), room, cluster.mem_mb(cluster.mem_gb), ())
-    begin = time.time()
+    names, begin = launcher.names, time.time()
     try:
-        job_id = commands.submit(room, [Look(str(room))], {**options, "ntasks_per_node": 1, "time": 10})
+        options = launcher.options_to_look(room.name.lstrip("."), room)
+        job_id = launcher.commands.submit(room, [Look(str(room))], options)
     except RefusedError as error:
-        yield Check("job", False, f"sbatch: {error}", "mend what it names among the keys of cluster")
+        yield Check("job", False, f"{names.submit}: {error}", f"mend what it names among the keys of {names.keys}")
         return
     try:
-        state = _wait_for(commands, job_id, room / "node.json")
+        state = _wait_for(launcher, job_id, room / "node.json")
         if not (room / "node.json").exists():
-            logs = [path for path in sorted(room.iterdir()) if path.suffix in (".log", ".err", ".out") and path.stat().st_size]
-            tail = one_line(" | ".join(line for path in logs for line in door.tail(path).splitlines()[-3:]))
-            advice = (
-                "the cluster is full or the request can't be met: try again later, or see `squeue --start`"
-                if state == "PENDING"
-                else f"see that {folder} and {sys.executable} are on a filesystem that the nodes share, and that "
-                "cluster.modules and cluster.setup do what Python needs"
-            )
-            yield Check("job", False, f"job {job_id} is {state} and left nothing; {tail or 'no log'}", advice)
+            yield _without_a_trace(launcher, room, job_id, state)
             return
         seen = time.time()
         node = door.record(room / "node.json", Node)
         if node is None:
             raise door.DamageError(f"{room / 'node.json'} was there and is gone; run the doctor again")
-        yield Check("job", True, f"ran on {node.host} with Python {node.python}, {seen - begin:.0f} s after sbatch")
-        yield Check(
-            "shared folder", node.seen, f"{folder} seen and written from {node.host}", "keep results/ on a shared filesystem"
-        )
-        yield Check(
-            "locks",
-            node.locks,
-            "work on the run folder" if node.locks else "do not work there",
-            "two jobs may compute the same; no harm but time. Ask for flock on that mount",
-        )
-        skew = max(begin - node.time, node.time - seen, 0.0)
-        yield Check(
-            "clock", skew < SKEW_SECONDS, f"{skew:.0f} s apart at the least", "nothing breaks; but logs will be out of order"
-        )
-        yield _cuda(node, wanted=cluster.gpus_per_node > 0 and cluster.require_cuda)
-        yield Check(
-            "bitsandbytes",
-            not node.bitsandbytes,
-            node.bitsandbytes or f"{', '.join(SCHEMES)} work with a rest of {' and '.join(RESTS)}",
-            "install the bitsandbytes of pyproject.toml; or leave these precisions out: strategy.mutations.int8.weight=0",
-        )
+        yield Check("job", True, f"ran on {node.host} with Python {node.python}, {seen - begin:.0f} s after {names.submit}")
+        yield from _on(node, launcher, folder, begin, seen)
     finally:
         with contextlib.suppress(CommandError):  # most likely it has ended
-            commands.cancel([job_id])
+            launcher.commands.cancel([job_id])
         shutil.rmtree(room, ignore_errors=True)
 
 
-def _cuda(node: Node, wanted: bool) -> Check:
+def _without_a_trace(launcher: ArrayLauncher, room: Path, job_id: str, state: str) -> Check:
+    """Of a job that has not left what it was to leave."""
+    logs = [path for path in sorted(room.iterdir()) if path.suffix in (".log", ".err", ".out") and path.stat().st_size]
+    tail = one_line(" | ".join(line for path in logs for line in door.tail(path).splitlines()[-3:]))
+    names = launcher.names
+    advice = (
+        f"the cluster is full or the request can't be met: try again later, or see `{names.estimate}`"
+        if state == launcher.states.waiting
+        else f"see that {room.parent} and {sys.executable} are on a filesystem that the nodes share, and that "
+        f"{names.keys}.modules and {names.keys}.setup do what Python needs"
+    )
+    return Check("job", False, f"job {job_id} is {state} and left nothing; {tail or 'no log'}", advice)
+
+
+def _on(node: Node, launcher: ArrayLauncher, folder: Path, begin: float, seen: float) -> Iterator[Check]:
+    """What a job saw on its node. begin, seen: when it was submitted, and when its answer was seen, by the clock here."""
+    yield Check(
+        "shared folder", node.seen, f"{folder} seen and written from {node.host}", "keep results/ on a shared filesystem"
+    )
+    yield Check(
+        "locks",
+        node.locks,
+        "work on the run folder" if node.locks else "do not work there",
+        "two jobs may compute the same; no harm but time. Ask for flock on that mount",
+    )
+    skew = max(begin - node.time, node.time - seen, 0.0)
+    yield Check(
+        "clock", skew < SKEW_SECONDS, f"{skew:.0f} s apart at the least", "nothing breaks; but logs will be out of order"
+    )
+    yield _cuda(node, launcher.names, wanted=launcher.needs_gpu)
+    yield Check(
+        "bitsandbytes",
+        not node.bitsandbytes,
+        node.bitsandbytes or f"{', '.join(SCHEMES)} work with a rest of {' and '.join(RESTS)}",
+        "install the bitsandbytes of pyproject.toml; or leave these precisions out: strategy.mutations.int8.weight=0",
+    )
+
+
+def _cuda(node: Node, names: Names, wanted: bool) -> Check:
     """Whether torch sees the GPU; if not, whether the driver, the build of torch or the job is to blame."""
     build = f"torch is built for {f'CUDA {node.cuda}' if node.cuda else 'CPUs'}"
     driver = f"NVIDIA driver {node.driver}" if node.driver else "no NVIDIA driver"
@@ -272,7 +232,7 @@ def _cuda(node: Node, wanted: bool) -> Check:
         return Check("CUDA", True, found)
     oldest = OLDEST_DRIVERS.get(int(node.cuda.partition(".")[0] or 0), 0)
     if not node.driver:
-        advice = "choose a cluster.partition with GPUs, and set cluster.gpu_type as the gres of its nodes has it"
+        advice = names.gpu_advice
     elif not node.cuda:
         advice = "install a CUDA build of torch (https://pytorch.org/get-started)"
     elif int(node.driver.partition(".")[0]) < oldest:
@@ -285,22 +245,22 @@ def _cuda(node: Node, wanted: bool) -> Check:
     else:
         advice = (
             f"the driver is new enough, and torch says: {node.refusal or 'nothing'}. See that the job was given a GPU "
-            "(cluster.gpus_per_node, cluster.gpu_type) and that no module or setup line hides it"
+            f"({names.gpu_keys}) and that no module or setup line hides it"
         )
     return Check("CUDA", False, found, advice)
 
 
-def _wait_for(commands: Commands, job_id: str, path: Path) -> str:
+def _wait_for(launcher: ArrayLauncher, job_id: str, path: Path) -> str:
     """The state of the job when it has left the file, is over, or has taken too long."""
-    state, end = "PENDING", time.monotonic() + 60 * NODE_MINUTES
+    commands, state, end = launcher.commands, launcher.states.waiting, time.monotonic() + 60 * NODE_MINUTES
     while time.monotonic() < end and not path.exists():
         time.sleep(1)
         os.listdir(path.parent)
         try:
-            rows = [row.state for row in commands.squeue() if row.job_id == job_id]
+            rows = [row.state for row in commands.queue() if row.job_id == job_id]
             if not rows:
                 time.sleep(2)  # for what it wrote to be seen here
-                return next((row.state for row in commands.sacct([job_id])), "over")
+                return next((row.state for row in commands.accounting([job_id])), "over")
             state = rows[0]
         except CommandError:
             continue
@@ -314,7 +274,3 @@ def _canary(canary: Callable[[], None]) -> Check:
     except Exception as error:  # every error is a result here
         return Check("canary", False, str(error), "mend it and run the doctor again")
     return Check("canary", True, f"a task of every kind of step, {time.monotonic() - begin:.0f} s")
-
-
-def _lines(*command: str) -> list[str]:
-    return [one_line(line.strip()) for line in ask(*command).splitlines() if line.strip()]

@@ -5,58 +5,32 @@ outcome already are not sent. Every choice follows from the seed and the outcome
 """
 
 import errno
-import grp
-import logging
 import math
-import os
-import pwd
 import re
-import shlex
-import stat
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from pydantic import model_validator
 
-from hpc_compress import identity, splits
-from hpc_compress.config import ConfigError, RunConfig, check_name
-from hpc_compress.data import metrics
-from hpc_compress.dispatch import CANCELLED, HEARTBEAT_SECONDS, Dispatch, Heartbeat, Progress, SearchError, describe, figures
-from hpc_compress.launch import Launcher, Process
+from hpc_compress import guard, identity, splits
+from hpc_compress.config import ConfigError, RunConfig, build, check_name
+from hpc_compress.dispatch import Dispatch, Progress
+from hpc_compress.launch import Launcher
 from hpc_compress.models import pretrained
 from hpc_compress.operators import Particular, operator
 from hpc_compress.problems import problem
+from hpc_compress.records import Generation, Plan, Result
 from hpc_compress.search.objective import quality_of, with_timing
 from hpc_compress.search.space import Shape
-from hpc_compress.store import Store, private_umask, touching
-from hpc_compress.types import (
-    Base,
-    Candidate,
-    Dataset,
-    Genome,
-    Measurement,
-    Outcome,
-    Proposal,
-    Record,
-    Rows,
-    Split,
-    Step,
-    Task,
-)
+from hpc_compress.store import Store
+from hpc_compress.summary import describe, figures, learnt
+from hpc_compress.types import Candidate, Genome, Measurement, Outcome, Proposal, SearchError, Split, Step, Task
 
-# Settings that a resumed run may change; conf/config.yaml leaves them out of the folder names of a sweep too.
-FREE = {"name", "generations", "required_quality", "report_candidates", "probe", "teacher_gb", "force"}
-CERTAIN_ROWS = 100  # with fewer, a base model that scores like a constant answer may still have learnt something
 Objective = Callable[[Measurement, Measurement], float]
-OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
-SYSTEM = (0, 65534)  # root, and how a container without privileges shows it
-
-log = logging.getLogger(__name__)
 
 
 class Strategy(Protocol):
@@ -72,223 +46,53 @@ class Strategy(Protocol):
     # `tell` returns the survivors, fittest first. At the end it is given no candidates, only new timings of the population.
 
 
-class Plan(Record):
-    """What a run searches, in full. Kept as run.json; a resumed run must agree with it."""
+@dataclass(frozen=True)
+class SearchSettings:
+    """One search, as its user has set it."""
 
     config: RunConfig
-    strategy: dict[str, Any]
-    objective: dict[str, Any]
-    base: Base
-    dataset: Dataset
-    shape: Shape
-    rows: Rows | None = None  # None in runs of earlier versions
-
-    def differences(self, config: RunConfig, strategy: Mapping[str, Any], objective: Mapping[str, Any]) -> list[str]:
-        """Settings that a resumed run may not change, where they changed. A run may be prolonged and reported anew."""
-        old = {
-            **self.config.model_dump(mode="json", exclude=FREE),
-            "strategy": self.strategy,
-            "objective": self.objective,
-        }
-        new = {**config.model_dump(mode="json", exclude=FREE), "strategy": dict(strategy), "objective": dict(objective)}
-        if self.base.preparation:  # it is taken from run.json, and its operators are imported
-            old["preparation"] = [step.model_dump(mode="json") for step in self.base.preparation]
-            new["preparation"] = [step.model_dump(mode="json") for step in pretrained.preparation(config.model)]
-        return _differences(old, new)
-
-
-class Generation(Record):
-    """Who was born and who survived, by candidate id. Genomes stand in the tasks."""
-
-    number: int
-    born_ids: tuple[str, ...]
-    parents: tuple[str | None, ...]  # in the order of `born_ids`
-    told: tuple[str, ...]  # candidates judged now: late arrivals of earlier generations included, unfinished ones excluded
-    timed: tuple[str, ...] = ()  # tasks that timed a survivor again, and that this selection is the first to use
-    population: tuple[str, ...]  # survivors, fittest first
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_earlier_versions(cls, values: Any) -> Any:
-        """They kept whole proposals."""
-        if not isinstance(values, dict) or not isinstance(values.get("born"), list):
-            return values
-        parents = [proposal.get("parent") if isinstance(proposal, dict) else None for proposal in values["born"]]
-        return {**{key: value for key, value in values.items() if key != "born"}, "parents": parents}
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "Generation":
-        if len(self.parents) != len(self.born_ids) or not self.population:
-            raise ValueError("each of born_ids needs a parent, and population can't be empty")
-        return self
-
-
-class Result(Record):
-    """The end of a search."""
-
-    best: str  # candidate id
-    base: str
-    reported: tuple[str, ...]  # candidate ids measured on the report split, fittest first
-    timed: tuple[str, ...] = ()  # tasks that timed the fittest candidates again after the last generation
-    generations: int
-    stopped: str  # why
+    strategy: Mapping[str, Any]  # config node with a `_target_`
+    objective: Mapping[str, Any]  # the same
+    launcher: Launcher
+    retries: int = 2  # new jobs for a task whose job died without an outcome
 
 
 def search(
-    config: RunConfig,
-    strategy_settings: Mapping[str, Any],
-    objective_settings: Mapping[str, Any],
-    make: Callable[[Mapping[str, Any], str], Any],
-    launcher: Launcher,
+    settings: SearchSettings,
     root: Path,
     progress: Progress,
-    retries: int = 2,
     only_probe: bool = False,
     accepted: Callable[[], None] = lambda: None,
 ) -> Result | None:
     """Run a search in `root` from its start, or on from wherever it was left.
 
-    make: builds the object of a config node, as `config.build`.
     only_probe: end when every kind of step has worked on a few sentences; returns None.
     accepted: called once the settings are accepted, before any job.
 
     Raises: ConfigError before any work for what a user can mend; SearchError when work goes on to fail.
     """
-    check_name(config.name)
+    check_name(settings.config.name)
     store = Store(root)
-    with _alone(store), _room(store.root):
-        objective: Objective = make(objective_settings, "objective")
-        plan = _plan(store, config, strategy_settings, objective_settings, progress)
+    with guard.alone(store), _room(store.root):
+        objective: Objective = build(settings.objective, "objective")
+        plan = _plan(store, settings, progress)
 
         def strategy(score: Callable[[Measurement], float]) -> Strategy:
-            return make({**strategy_settings, "shape": plan.shape, "score": score}, "strategy")
+            return build({**settings.strategy, "shape": plan.shape, "score": score}, "strategy")
 
         rehearsal = strategy(lambda measurement: 0.0)
         for step in (*plan.base.preparation, *rehearsal.steps, *rehearsal.deploys):
             if isinstance(chosen := operator(step), Particular):
-                chosen.check(config.protocol.device, len(plan.shape.heads), plan.shape.widths)
-        with launcher.open(store.root, progress.working, progress.say) as jobs:
+                chosen.check(settings.config.protocol.device, len(plan.shape.heads), plan.shape.widths)
+        with settings.launcher.open(store.root, progress.working, progress.say) as jobs:
             store.write("run.json", plan)  # after the last check: what is written can't be changed any more
             accepted()
-            run = _Search(store, plan, config, objective, strategy, Dispatch(store, jobs, progress, retries), progress)
+            dispatch = Dispatch(store, jobs, progress, settings.retries)
+            run = _Search(store, plan, objective, strategy, dispatch, progress)
             if only_probe:
                 run.probe(rehearsal)
                 return None
             return run.run(rehearsal)
-
-
-@contextmanager
-def _alone(store: Store) -> Iterator[None]:
-    """Be the only driver of a run folder, to which nobody else may write.
-
-    Raises: ConfigError when others may write there, SearchError when another driver is at work.
-    """
-    _require_ours(store)
-    with private_umask():  # which the nodes get from the driver
-        store.root.mkdir(parents=True, exist_ok=True)
-        if not (store.root / "run.json").exists():
-            store.root.chmod(0o700)
-        _require_own(store.root)
-        with store.lock("driver", wait=False) as held:
-            if not held or _has_driver(store):
-                raise SearchError(f"another driver is at work in {store.root}; wait for it, or choose another name=")
-            store.delete(CANCELLED)
-            store.write("driver.json", Heartbeat.here())
-            with _beating(store.root / "driver.json"):
-                yield
-
-
-def require_sweep(root: Path) -> None:
-    """Raises: ConfigError for a folder that holds something else than a sweep or a run, or a start of one."""
-    if not (root / "multirun.yaml").exists():  # which Hydra writes first
-        _require_ours(Store(root))
-
-
-def _require_ours(store: Store) -> None:
-    """Raises: ConfigError for a folder that holds something else than a run, or a start of one."""
-    # The log, the locks, what Hydra keeps of a sweep and the draft of the first sign of life may be there before the rest.
-    early = {".hydra", "search.log", "locks", "multirun.yaml", ".submitit"}
-    found = set(os.listdir(store.root)) - early if store.root.exists() else set()
-    found -= {name for name in found if re.fullmatch(r"\.driver\.json\.[0-9a-f]{8}", name)}
-    if found and store.read("driver.json", Heartbeat) is None and store.read("run.json", Plan) is None:
-        raise ConfigError(
-            f"{store.root} holds something else than a run of this program, such as {min(found)}; choose another name="
-        )
-
-
-def _require_own(root: Path) -> None:
-    """See that nobody else can change what nodes run.
-
-    The run folder and what lies in jobs/ must be the user's, and no group may write there. Whoever can write to a folder
-    above can put another folder in the place of the run's, unless that folder is sticky, as /tmp is. So none above may be
-    writable by everybody, and those below the current folder, where this program makes them, must be the user's (or
-    root's) and not writable by a group. Further up a warning is enough: a project's folders often belong to its head, and
-    its group writes there on purpose.
-
-    Raises: ConfigError.
-    """
-    for path in (root, *_below(root / "jobs")):
-        status = path.stat(follow_symlinks=False)
-        if status.st_uid != os.getuid() or (status.st_mode & OTHERS_WRITE and not stat.S_ISLNK(status.st_mode)):
-            what = "is not yours" if status.st_uid != os.getuid() else "can be written to by others"
-            raise ConfigError(
-                f"{path} {what}, and what lies there runs on the nodes in your name; choose another name=, or "
-                f"chmod -R go-w {shlex.quote(str(root))} (colleagues may read it: chmod -R g+rX)"
-            )
-    here = Path.cwd()
-    of_others: list[str] = []
-    for path in root.absolute().parents:
-        status, quoted = path.stat(), shlex.quote(str(path))
-        if status.st_mode & stat.S_ISVTX:
-            continue
-        if status.st_mode & stat.S_IWOTH:
-            who, mend = "everybody", f", or chmod o-w {quoted}"
-        elif status.st_uid not in (os.getuid(), *SYSTEM):
-            who, mend = "another user, its owner,", ""
-        elif status.st_mode & stat.S_IWGRP and not _is_private(status.st_gid):
-            who, mend = "a group", f", or chmod g-w {quoted}"
-        else:
-            continue
-        if who == "everybody" or here in path.parents:
-            raise ConfigError(
-                f"{who} can write to {path}, and so put another folder in the place of the run's, from which nodes run code "
-                f"in your name; choose another folder{mend}"
-            )
-        of_others.append(f"{path} ({who.removesuffix(',')})")
-    if of_others:
-        log.warning("others can exchange the run folder, from which nodes run code: they write to %s", ", ".join(of_others))
-
-
-def _is_private(gid: int) -> bool:
-    """Whether a group is the one that many systems make for each user, with no other member."""
-    try:
-        user, group = pwd.getpwuid(os.getuid()), grp.getgrgid(gid)
-    except KeyError:  # a container without their names
-        return False
-    # The group does not list those whose primary group it is, and a directory service may list no users at all: hence the name.
-    members = {*group.gr_mem, *(entry.pw_name for entry in pwd.getpwall() if entry.pw_gid == gid)}
-    return gid == user.pw_gid and group.gr_name == user.pw_name and members <= {user.pw_name}
-
-
-def _below(folder: Path) -> Iterator[Path]:
-    if folder.is_dir():
-        yield folder
-        for parent, folders, files in os.walk(folder):
-            yield from (Path(parent, name) for name in (*folders, *files))
-
-
-@contextmanager
-def _beating(path: Path) -> Iterator[None]:
-    """Give signs of life while the driver is busy with something else, such as a task in its own process."""
-    try:
-        with touching(path, HEARTBEAT_SECONDS):
-            yield
-    finally:
-        store = Store(path.parent)
-        with suppress(OSError):  # it must not hide what ended the driver
-            last = store.read(path.name, Heartbeat)
-            if last is not None and last.same_driver(Heartbeat.here()):
-                store.write(path.name, last.model_copy(update={"ended": True}))
 
 
 @contextmanager
@@ -304,39 +108,13 @@ def _room(root: Path) -> Iterator[None]:
         ) from None
 
 
-def _has_driver(store: Store) -> bool:
-    """Whether another driver shows signs of life. Many shared filesystems have locks within one node only, or none at all."""
-    path, last, here = store.root / "driver.json", store.read("driver.json", Heartbeat), Heartbeat.here()
-    if last is None or last.ended or last.same_driver(here):
-        return False
-    if last.host == here.host:
-        return Process(last.pid, last.started).lives()
-    beat = path.stat().st_mtime_ns
-    # By the filesystem's own clock on both sides: those of two nodes differ.
-    probe = store.root / ".clock"
-    probe.touch()
-    patience = 3 * HEARTBEAT_SECONDS - (probe.stat().st_mtime_ns - beat) / 1e9
-    probe.unlink()
-    while patience > 0:
-        time.sleep(1)
-        patience -= 1
-        if path.stat().st_mtime_ns != beat:
-            return True
-    return False
-
-
-def _plan(
-    store: Store,
-    config: RunConfig,
-    strategy: Mapping[str, Any],
-    objective: Mapping[str, Any],
-    progress: Progress,
-) -> Plan:
+def _plan(store: Store, settings: SearchSettings, progress: Progress) -> Plan:
+    config = settings.config
     old = store.read("run.json", Plan)
     if old is None and (store.root / "run.json").exists():
         raise ConfigError(f"{store.root}/run.json can't be read, perhaps it is of another version; choose another name=")
     if old is not None:
-        changed = old.differences(config, strategy, objective)
+        changed = old.differences(config, settings.strategy, settings.objective)
         if changed:
             raise ConfigError(
                 f"{store.root} holds a run with other settings:\n  "
@@ -364,37 +142,13 @@ def _plan(
         progress.say(line)
     return Plan(
         config=config,
-        strategy=dict(strategy),
-        objective=dict(objective),
+        strategy=dict(settings.strategy),
+        objective=dict(settings.objective),
         base=base,
         dataset=dataset,
         shape=shape,
         rows=rows,
     )
-
-
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        old, new = ({identity.FIRST_NAMES.get(key, key): value for key, value in side.items()} for side in (old, new))
-        keys = sorted(old.keys() | new.keys())
-        return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
-    return [] if identity.canonical(old) == identity.canonical(new) else [f"{path}: was {old}, now {new}"]
-
-
-def learnt(plan: Plan, outcome: Outcome) -> tuple[str, bool] | None:
-    """A warning about a base model that is hardly better than the best constant answer, and whether that is certain."""
-    rows, measurement, split = plan.rows, outcome.measurement, outcome.task.split
-    count = next((found.rows for found in rows.overlaps if found.split == split), 0) if rows else 0
-    if rows is None or measurement is None or not count:
-        return None
-    name, score = next(iter(measurement.metrics.items()))
-    constant = rows.trivial[split].get(name, 0.0)
-    if score > constant + metrics.noise(name, constant, count):
-        return None
-    better = "is no better" if score <= constant else "is hardly better"
-    figures = f"{name} {score:.3f} against {constant:.3f} on {count} {split} rows"
-    line = f"the base model {better} than always giving the same answer: {figures}"
-    return line, score <= constant and count >= CERTAIN_ROWS
 
 
 class _Search:
@@ -404,13 +158,12 @@ class _Search:
         self,
         store: Store,
         plan: Plan,
-        config: RunConfig,
         objective: Objective,
         strategy: Callable[[Callable[[Measurement], float]], Strategy],
         dispatch: Dispatch,
         progress: Progress,
     ) -> None:
-        self.store, self.plan, self.config = store, plan, config
+        self.store, self.plan, self.config = store, plan, plan.config
         self.objective, self.strategy = objective, strategy
         self.dispatch, self.progress = dispatch, progress
         self.candidates: dict[str, Candidate] = {}  # every one that was ever told

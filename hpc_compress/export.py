@@ -10,7 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from hpc_compress import door, identity, runs
+from hpc_compress import door, identity
+from hpc_compress.analysis import runs
 from hpc_compress.config import ConfigError
 from hpc_compress.door import DamageError
 from hpc_compress.operators import foreign

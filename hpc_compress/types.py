@@ -1,5 +1,6 @@
 """The frozen types that every room speaks. Knows no torch, no disk and no Slurm; checks what it is built from."""
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -266,6 +267,13 @@ class Proposal(Record):
 
     genome: Genome
     parent: str | None = None
+
+
+OnProgress = Callable[[str, int, int], None]  # is told what is being done, units done, units in all
+
+
+class SearchError(RuntimeError):
+    """The run can't go on; the message says why and what to do."""
 
 
 class SpentError(RuntimeError):

@@ -28,7 +28,7 @@ from hpc_compress.problems import problem
 from hpc_compress.problems.outputs import Teacher
 from hpc_compress.store import Store
 from hpc_compress.training import teaching
-from hpc_compress.types import Failure, Genome, Measurement, Outcome, SpentError, Step, Task
+from hpc_compress.types import Failure, Genome, Measurement, OnProgress, Outcome, SpentError, Step, Task
 
 log = logging.getLogger(__name__)
 # How CUDA says that an operator gave a kernel what it can't work on, such as an index that is out of bounds.
@@ -37,13 +37,12 @@ ASSERTION = "device-side assert triggered"
 NO_MEMORY = re.compile(r"CUDA error: out of memory|_STATUS_(ALLOC_FAILED|INSUFFICIENT_RESOURCES)|DefaultCPUAllocator")
 SAME_QUALITY = 5e-5  # two figures that are nearer to each other are the same in four digits
 T = TypeVar("T")
-Report = Callable[[str, int, int], None]  # what is being done, units done, units in all
 
 
 def run(
     root: str,
     task_ids: Sequence[str],
-    report: Report | None = None,
+    report: OnProgress | None = None,
     interrupts: tuple[type[Exception], ...] = (),
     checkpoint_seconds: float = 300.0,
 ) -> Iterator[str]:
@@ -96,7 +95,7 @@ class Job:
     def __init__(
         self,
         store: Store,
-        report: Report,
+        report: OnProgress,
         interrupts: tuple[type[Exception], ...] = (),
         checkpoint_seconds: float = 300.0,
     ) -> None:

@@ -68,7 +68,7 @@ MUTANTS = (
         "test_launch.py",
     ),
     Mutant("launch/__init__.py", "bundles = bundles[rank::ranks]", "bundles = bundles[rank:]", "test_launch.py"),
-    Mutant("launch/slurm.py", "min(2 * self.chunk, self.limits.array_size)", "2 * self.chunk", "test_launch.py"),
+    Mutant("launch/arrays.py", "min(2 * self.chunk, self.limits.array_size)", "2 * self.chunk", "test_launch.py"),
     # data
     Mutant("data/batches.py", "real = column < lengths", "real = column <= lengths", "test_data.py"),
     Mutant("data/metrics.py", 'average="macro"', 'average="micro"', "test_data.py"),

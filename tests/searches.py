@@ -10,6 +10,7 @@ import pandas as pd
 
 from hpc_compress import analysis, config, driver, identity
 from hpc_compress.launch.local import Debug
+from hpc_compress.records import Result
 from hpc_compress.store import Store
 
 
@@ -32,14 +33,12 @@ class Setup:
     overrides: list[str]
     compose: Callable[..., dict[str, Any]]
 
-    def run(self, root: Path, *more: str, launcher: Any = None, progress: Any = None) -> driver.Result:
+    def run(self, root: Path, *more: str, launcher: Any = None, progress: Any = None) -> Result:
         values = self.compose(*self.overrides, *more)
         parts = {name: values.pop(name) for name in ("strategy", "objective", "launcher", "cluster", "retries")}
-        settings = config.validate(config.RunConfig, values)
-        launcher, progress = launcher or Debug(), progress or Silent()
-        return driver.search(
-            settings, parts["strategy"], parts["objective"], config.build, launcher, root, progress, parts["retries"]
-        )
+        run = config.validate(config.RunConfig, values)
+        settings = driver.SearchSettings(run, parts["strategy"], parts["objective"], launcher or Debug(), parts["retries"])
+        return driver.search(settings, root, progress or Silent())
 
 
 def tiny(folder: Path, model: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""A Slurm in virtual time that stands in for `launch.commands.Commands`: days of a cluster in seconds, and every fault at will.
+"""A Slurm in virtual time that stands in for `launch.slurm.Commands`: days of a cluster in seconds, and every fault at will.
 
 A node runs one element of an array at a time. What a fault does begins half-way through the work of an element:
 
@@ -21,14 +21,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import light
 import numpy as np
 from safetensors.numpy import save_file
 
 from hpc_compress.launch import Work
-from hpc_compress.launch.commands import CommandError, Limits, RefusedError, Row
+from hpc_compress.launch.scheduler import CommandError, Limits, Options, Row
+from hpc_compress.launch.slurm import refusal as refused
 from hpc_compress.store import Store
 
 PAUSE = 300.0  # that a suspension lasts
@@ -71,7 +71,7 @@ class Element:
     number: int  # over all submissions, from 0
     job_id: str
     index: int
-    options: dict[str, Any]
+    options: Options
     work: Work | None
     state: str = "PENDING"
     reason: str = "Priority"
@@ -105,7 +105,7 @@ class SimulatedSlurm:
         self.serial = itertools.count()
         self.elements: list[Element] = []  # every one that was ever taken
         self.jobs: dict[str, list[Element]] = {}  # those that Slurm remembers
-        self.queue: dict[Element, None] = {}  # those that have not ended
+        self.queued: dict[Element, None] = {}  # those that have not ended
         self.foreign: list[Row] = []
         self.running: Counter[str] = Counter()
         self.answers: Counter[str] = Counter()  # by task id: how often it was worked off
@@ -120,41 +120,41 @@ class SimulatedSlurm:
 
     # --- what Commands has ---
 
-    def submit(self, folder: Path, works: Sequence[Work], options: dict[str, Any]) -> str:
+    def submit(self, folder: Path, works: Sequence[Work], options: Options) -> str:
         self.sizes.append(len(works))
         self.point()
         refusal = self.refusals.pop(0) if self.refusals else ""
-        if not refusal and self.admitted.submitted is not None and len(self.queue) + len(works) > self.admitted.submitted:
+        if not refusal and self.admitted.submitted is not None and len(self.queued) + len(works) > self.admitted.submitted:
             refusal = "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
         if not refusal and len(works) > self.admitted.array_size:
             refusal = "Invalid job array specification"
         if refusal and not refusal.startswith("taken: "):
-            raise RefusedError(refusal)
+            raise refused(refusal)
         job_id = str(1 + len(self.jobs))
         numbers = itertools.count(len(self.elements))
         made = [Element(next(numbers), job_id, index, options, None, submitted=self.clock) for index in range(len(works))]
         self.jobs[job_id] = made
         self.elements += made
-        self.queue |= dict.fromkeys(made)
+        self.queued |= dict.fromkeys(made)
         self.point()
         if refusal:
-            raise RefusedError(refusal.removeprefix("taken: "))
-        self.attach(folder, works, job_id, 0)
+            raise refused(refusal.removeprefix("taken: "))
+        self.attach(folder, works, job_id, options)
         self.point()
         return job_id
 
-    def attach(self, folder: Path, works: Sequence[Work], job_id: str, timeout_min: int) -> None:
+    def attach(self, folder: Path, works: Sequence[Work], job_id: str, options: Options) -> None:
         for element, work in zip(self.jobs[job_id], works, strict=True):
             if element.work is None:
                 element.work = work
 
-    def squeue(self) -> list[Row]:
+    def queue(self) -> list[Row]:
         self._fail("squeue")
-        shown = [element for element in self.queue if element.number not in self.hidden]
+        shown = [element for element in self.queued if element.number not in self.hidden]
         node = [element.lives[-1].node if element.state == "RUNNING" else "" for element in shown]
         return self.foreign + [Row(e.job_id, e.index, e.name, e.state, n, e.reason) for e, n in zip(shown, node, strict=True)]
 
-    def sacct(self, job_ids: Sequence[str]) -> list[Row]:
+    def accounting(self, job_ids: Sequence[str]) -> list[Row]:
         self._fail("sacct")
         rows, then = [row for row in self.foreign if row.job_id in job_ids], self.clock - self.lag
         for element in (element for job_id in job_ids for element in self.jobs.get(job_id, ())):
@@ -179,7 +179,7 @@ class SimulatedSlurm:
         self.cancelled += ids
         ids, immune = [id for id in ids if id not in self.immune], self.immune & set(ids)
         self.foreign = [row for row in self.foreign if not {row.job_id, f"{row.job_id}_{row.index}"} & set(ids)]
-        for element in [e for e in self.queue if {e.job_id, f"{e.job_id}_{e.index}"} & set(ids)]:
+        for element in [e for e in self.queued if {e.job_id, f"{e.job_id}_{e.index}"} & set(ids)]:
             if element.state == "PENDING":
                 element.lives.append(Life("None assigned", self.clock))
             self._end(element, element.lives[-1], "CANCELLED", "0:15")
@@ -213,7 +213,7 @@ class SimulatedSlurm:
         heapq.heappush(self.events, (self.clock + seconds, next(self.serial), action))
 
     def _schedule(self) -> None:
-        for element in [e for e in self.queue if e.state == "PENDING" and e.reason == "Priority"] if self.free else ():
+        for element in [e for e in self.queued if e.state == "PENDING" and e.reason == "Priority"] if self.free else ():
             excluded = element.options.get("exclude", "").split(",")
             node = next((node for node in self.free if node not in excluded), None)
             if node and self.running[element.job_id] < element.options["array_parallelism"]:
@@ -247,7 +247,7 @@ class SimulatedSlurm:
         if life.ended is None:
             life.ended, life.state, life.exit_code, life.alive = self.clock, state, exit_code, False
             element.state = state
-            self.queue.pop(element, None)
+            self.queued.pop(element, None)
             if life.node.startswith("n"):
                 self.free.append(life.node)
                 self.running[element.job_id] -= 1
@@ -255,7 +255,7 @@ class SimulatedSlurm:
 
     def _queue(self, element: Element, reason: str) -> None:
         element.state, element.reason = "PENDING", reason
-        self.queue[element] = None
+        self.queued[element] = None
 
     def _strike(self, element: Element, life: Life, kind: str, *details: str) -> None:
         if life.ended is not None:

@@ -25,15 +25,16 @@ from simulated import nothing_to_load
 from submitit import SlurmExecutor
 from submitit.core.utils import UncompletedJobError
 
-from hpc_compress import cli, config, defaults, driver, runs, store
+from hpc_compress import cli, config, defaults, guard, store
+from hpc_compress.analysis import runs
 from hpc_compress.config import ConfigError, ModelConfig, RunConfig
-from hpc_compress.dispatch import SearchError
 from hpc_compress.door import DamageError
 from hpc_compress.models import inspection, pretrained
 from hpc_compress.search.genetic import Genetic
 from hpc_compress.search.objective import Product
 from hpc_compress.search.space import Shape
 from hpc_compress.store import Store
+from hpc_compress.types import SearchError
 
 
 @dataclass(frozen=True)
@@ -178,10 +179,10 @@ def test_a_folder_that_holds_something_else_is_left_as_it_is(ask: Ask, tmp_path:
 def test_the_draft_of_a_killed_drivers_first_file_is_no_foreign_file(tmp_path: Path):
     with store._draft(tmp_path / "driver.json", "{"):
         assert [path.name.startswith(".driver.json.") for path in tmp_path.iterdir()] == [True]
-        driver._require_ours(Store(tmp_path))
+        guard._require_ours(Store(tmp_path))
     (tmp_path / ".driver.json.mine").touch()
     with pytest.raises(ConfigError, match="something else than a run"):
-        driver._require_ours(Store(tmp_path))
+        guard._require_ours(Store(tmp_path))
 
 
 def test_a_refused_start_leaves_the_record_of_the_run_alone(ask: Ask, tmp_path: Path, rows: list[str]):

@@ -23,6 +23,7 @@ from hpc_compress.config import ConfigError, DatasetConfig, ModelConfig, RunConf
 from hpc_compress.launch.local import Debug, Local
 from hpc_compress.launch.slurm import Cluster, Slurm
 from hpc_compress.operators import operator
+from hpc_compress.records import FREE
 from hpc_compress.search.genetic import Genetic
 from hpc_compress.search.objective import Product
 from hpc_compress.search.space import Shape
@@ -49,7 +50,7 @@ def overrides(option: str) -> list[str]:
 
 def test_a_sweep_goes_on_in_the_same_folders_with_what_a_resumed_run_may_change():
     sweep = yaml.safe_load((CONF / "config.yaml").read_text())["hydra"]["job"]["config"]["override_dirname"]
-    assert {key for key in sweep["exclude_keys"] if key in RunConfig.model_fields} == driver.FREE
+    assert {key for key in sweep["exclude_keys"] if key in RunConfig.model_fields} == FREE
 
 
 def test_every_group_is_there():
@@ -296,21 +297,17 @@ def test_a_run_with_a_mistake_leaves_no_run_behind(compose: Compose, tmp_path: P
     pd.DataFrame({"text": [f"row {i}" for i in range(40)], "label": [0, 1] * 20}).to_csv(tmp_path / "rows.csv", index=False)
     path = f"model.path={checkpoint_for_the_driver(tmp_path / 'model')}"
     values = compose("dataset=file", f"dataset.train={tmp_path / 'rows.csv'}", "model=custom", path, mistake)
-    parts = {name: values.pop(name) for name in PARTS}
-    retries = values.pop("retries")
     with pytest.raises(ConfigError) as error:
-        driver.search(
-            config.validate(RunConfig, values),
-            parts["strategy"],
-            parts["objective"],
-            config.build,
-            Debug(),
-            tmp_path / "run",
-            Silent(),
-            retries,
-        )
+        search(values, tmp_path / "run")
     assert [word for word in words if word not in str(error.value)] == [], str(error.value)
     assert not (tmp_path / "run/run.json").exists()
+
+
+def search(values: dict[str, Any], root: Path) -> None:
+    parts = {name: values.pop(name) for name in PARTS}
+    retries = values.pop("retries")
+    run = config.validate(RunConfig, values)
+    driver.search(driver.SearchSettings(run, parts["strategy"], parts["objective"], Debug(), retries), root, Silent())
 
 
 @pytest.mark.parametrize("path", ["no.such.Thing", "hpc_compress.launch.Nothing", "nodots", ""])
@@ -362,7 +359,10 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__
 LIGHT = {
     "cli",
     "driver",
-    "runs",
+    "guard",
+    "records",
+    "summary",
+    "process",
     "analysis",
     "export",
     "dispatch",

@@ -282,16 +282,17 @@ def searches(words: list[str], launcher: type = object) -> None:
     launcher: of which class the launcher must be.
     """
     for chosen in each_of_sweep(words):
-        settings, strategy, objective, built, _ = cli._settings(cli._compose(chosen))
-        assert isinstance(built, launcher)
-        assert callable(config.build(objective, "objective"))
-        whole = config.build({**strategy, "shape": Shape(heads=(12,) * 6), "score": lambda measurement: 0.0}, "strategy")
+        found = cli._settings(cli._compose(chosen))
+        assert isinstance(found.launcher, launcher)
+        assert callable(config.build(found.objective, "objective"))
+        whole = config.build({**found.strategy, "shape": Shape(heads=(12,) * 6), "score": lambda measurement: 0.0}, "strategy")
         for step in (*whole.steps, *whole.deploys):
             assert callable(operator(step))
-        if settings.dataset.path is None and not settings.dataset.train.startswith("package:"):
+        dataset = found.config.dataset
+        if dataset.path is None and not dataset.train.startswith("package:"):
             from hpc_compress import splits
 
-            splits.load(settings.dataset, 0)
+            splits.load(dataset, 0)
 
 
 def each_of_sweep(words: list[str]) -> list[list[str]]:

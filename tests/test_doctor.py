@@ -28,7 +28,7 @@ FINE = Node(
 
 
 def test_a_gpu_that_torch_sees_is_told_with_driver_and_build():
-    check = doctor._cuda(FINE, wanted=True)
+    check = doctor._cuda(FINE, Slurm.names, wanted=True)
     assert check.ok
     assert check.found == "NVIDIA A100; NVIDIA driver 580.65.06; torch is built for CUDA 13.0"
 
@@ -49,11 +49,11 @@ def test_a_gpu_that_torch_sees_is_told_with_driver_and_build():
 )
 def test_what_to_do_when_torch_sees_no_gpu(driver: str, cuda: str, advice: str):
     blind = {"device": "", "driver": driver, "cuda": cuda, "refusal": "No CUDA GPUs are available"}
-    check = doctor._cuda(FINE.model_copy(update=blind), wanted=True)
+    check = doctor._cuda(FINE.model_copy(update=blind), Slurm.names, wanted=True)
     assert not check.ok
     assert advice in check.advice
     assert (driver or "no NVIDIA driver") in check.found
-    assert doctor._cuda(FINE.model_copy(update=blind), wanted=False).ok
+    assert doctor._cuda(FINE.model_copy(update=blind), Slurm.names, wanted=False).ok
 
 
 def test_the_drivers_version_is_read_from_nvidia_smi_or_the_kernel(
@@ -95,20 +95,26 @@ class OneJob:
             (folder / name).write_text(text)
         return "17"
 
-    def squeue(self) -> list[Any]:
+    def queue(self) -> list[Any]:
         return []
 
-    def sacct(self, job_ids: Any) -> list[Any]:
+    def accounting(self, job_ids: Any) -> list[Any]:
         return []
 
     def cancel(self, ids: Any) -> None: ...
+
+
+def on(jobs: Any) -> Slurm:
+    launcher = Slurm()
+    launcher._commands = jobs
+    return launcher
 
 
 def test_the_end_of_a_log_of_any_size_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(Path, "read_text", lambda *arguments, **options: pytest.fail("a whole log was read"))
     jobs: Any = OneJob({"a.log": "a line\n" * 2**17 + "module: command not found\n"})
-    (check,) = doctor._node(Slurm(), tmp_path, jobs)
+    (check,) = doctor._node(on(jobs), tmp_path)
     assert not check.ok
     assert "left nothing; " in check.found
     assert check.found.endswith("module: command not found")
@@ -118,7 +124,7 @@ def test_what_a_node_left_and_is_gone_is_told(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(door, "record", lambda path, kind: None)
     jobs: Any = OneJob({"node.json": FINE.model_dump_json()})
     with pytest.raises(door.DamageError, match=r"node\.json was there and is gone"):
-        list(doctor._node(Slurm(), tmp_path, jobs))
+        list(doctor._node(on(jobs), tmp_path))
 
 
 @pytest.mark.slow

@@ -20,11 +20,12 @@ from safetensors.numpy import save_file
 from searches import Setup, artifacts
 
 import hpc_compress
-from hpc_compress import analysis, cli, door, export, identity, runs
+from hpc_compress import analysis, cli, door, export, identity
+from hpc_compress.analysis import runs
 from hpc_compress.config import ConfigError
 from hpc_compress.driver import Generation
 from hpc_compress.launch.local import Debug
-from hpc_compress.launch.slurm import End, Ends, Submission
+from hpc_compress.records import End, Ends, Submission
 from hpc_compress.store import Store
 from hpc_compress.types import Outcome, Task
 
@@ -428,7 +429,7 @@ def test_a_report_that_can_not_be_written_says_so(root: Path, monkeypatch: pytes
     def refuse(*arguments: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(analysis, "write_atomically", refuse)
+    monkeypatch.setattr(sys.modules["hpc_compress.analysis.report"], "write_atomically", refuse)
     monkeypatch.setattr(runs, "write_atomically", refuse)
     monkeypatch.setattr(runs, "SEEN_FROM", 1)
     assert len(hpc_compress.load_runs(root)) > 0  # from a folder that can only be read

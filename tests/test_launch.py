@@ -18,15 +18,17 @@ from hypothesis import strategies as st
 from searches import Setup, Silent, story
 from simulated import PAUSE, Element, SimulatedSlurm, nothing_to_load
 
-from hpc_compress import analysis, cli, driver, identity, store
+from hpc_compress import analysis, cli, guard, identity, store
 from hpc_compress.config import ConfigError
-from hpc_compress.dispatch import Dispatch, Heartbeat, SearchError
-from hpc_compress.launch import Work, commands, local, packed
-from hpc_compress.launch.commands import CommandError, Commands, Limits, RefusedError, Row, batch_lines
+from hpc_compress.dispatch import Dispatch
+from hpc_compress.launch import Work, local, packed, slurm
+from hpc_compress.launch.arrays import Arrays, _Nodes, cancel
 from hpc_compress.launch.local import Debug, visible_gpus
-from hpc_compress.launch.slurm import Arrays, Cluster, Ends, Slurm, Submission, _Nodes, cancel
+from hpc_compress.launch.scheduler import CommandError, Limits, Row, batch_lines
+from hpc_compress.launch.slurm import INDEX, RANKS, Cluster, Commands, Slurm, refusal
+from hpc_compress.records import Ends, Submission
 from hpc_compress.store import Store
-from hpc_compress.types import Base, Dataset, Genome, MeasurementProtocol, Outcome, SpentError, Step, Task
+from hpc_compress.types import Base, Dataset, Genome, MeasurementProtocol, Outcome, SearchError, SpentError, Step, Task
 
 Faults = Callable[[Element], str]
 
@@ -54,7 +56,7 @@ class Run:
         self.slurm, self.progress, self.store = slurm, Silent(), Store(root)
         self.settings = Slurm(**settings)
         self.settings._commands = slurm  # type: ignore[assignment]
-        self.arrays = Arrays(root, self.settings, slurm, self.progress.say)  # type: ignore[arg-type]
+        self.arrays = Arrays(root, self.settings, self.progress.say)
         self.dispatch = Dispatch(self.store, self.arrays, self.progress, retries)
 
     def settle(self, tasks: Sequence[Task]) -> list[Outcome]:
@@ -397,7 +399,7 @@ def test_nodes_are_taken_back_when_sbatch_finds_none_left(tmp_path: Path):
 
     def picky(folder: Path, works: Sequence[Work], options: dict[str, Any]) -> str:
         if "n0" in options.get("exclude", ""):
-            raise RefusedError("Batch job submission failed: Requested node configuration is not available")
+            raise refusal("Batch job submission failed: Requested node configuration is not available")
         return submit(folder, works, options)
 
     slurm.submit = picky  # type: ignore[method-assign]
@@ -414,7 +416,7 @@ def test_memory_that_no_node_has_is_not_asked_for_again(tmp_path: Path):
 
     def picky(folder: Path, works: Sequence[Work], options: dict[str, Any]) -> str:
         if options["mem"] != "4096M":
-            raise RefusedError("Batch job submission failed: Memory specification can not be satisfied")
+            raise refusal("Batch job submission failed: Memory specification can not be satisfied")
         return submit(folder, works, options)
 
     slurm.submit = picky  # type: ignore[method-assign]
@@ -502,7 +504,7 @@ SAYINGS = {
 
 @pytest.mark.parametrize(("message", "kind"), SAYINGS.items(), ids=range(len(SAYINGS)))
 def test_what_sbatch_means(message: str, kind: str):
-    assert RefusedError(f"sbatch: error: {message}").kind == kind
+    assert refusal(f"sbatch: error: {message}").kind == kind
 
 
 # --- drivers that die ---
@@ -598,11 +600,11 @@ def test_cancel_ends_the_jobs_of_this_run_and_no_others(tmp_path: Path):
         run.dispatch.send(made_up(9), "tasks")
         run.dispatch._turn()
     slurm.foreign.append(Row("77", 0, "run", "RUNNING", "n0"))
-    assert cancel(mine.store, slurm).cancelled == 9  # type: ignore[arg-type]
-    assert {element.name for element in slurm.queue} == {other.submissions[0].name}
+    assert cancel(mine.store, mine.settings).cancelled == 9
+    assert {element.name for element in slurm.queued} == {other.submissions[0].name}
     assert slurm.cancelled == [slurm.elements[-1].job_id]
-    assert cancel(mine.store, slurm, own_job=("77", "a-name-of-before")).cancelled == 0  # type: ignore[arg-type]
-    assert cancel(mine.store, slurm, own_job=("77", "run")).cancelled == 1  # type: ignore[arg-type]
+    assert cancel(mine.store, mine.settings, own_job=("77", "a-name-of-before")).cancelled == 0
+    assert cancel(mine.store, mine.settings, own_job=("77", "run")).cancelled == 1
     assert other.settle(made_up(9)) == answers(made_up(9))
 
 
@@ -613,7 +615,7 @@ def test_cancel_of_one_run_of_a_sweep_spares_the_other_drivers(tmp_path: Path, o
     drivers = [Row("77", index, "sweep", "RUNNING", "n0") for index in range(3)]
     slurm.foreign = list(drivers)
     run = Run(tmp_path, slurm)
-    done = cancel(run.store, slurm, own_job=(own_id, "sweep"))  # type: ignore[arg-type]
+    done = cancel(run.store, run.settings, own_job=(own_id, "sweep"))
     assert (done.cancelled, done.left) == (1, 0)
     assert slurm.cancelled == [own_id]
     assert slurm.foreign == [row for row in drivers if f"77_{row.index}" != own_id]
@@ -622,12 +624,12 @@ def test_cancel_of_one_run_of_a_sweep_spares_the_other_drivers(tmp_path: Path, o
 def test_a_driver_in_an_array_knows_its_element(monkeypatch: pytest.MonkeyPatch):
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
-    assert Heartbeat.here().job_id is None
+    assert guard.here().job_id is None
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    assert Heartbeat.here().job_id == "77"
+    assert guard.here().job_id == "77"
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "77")  # as in the last element of an array
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
-    assert Heartbeat.here().job_id == "77_2"
+    assert guard.here().job_id == "77_2"
 
 
 def test_cancel_tells_what_goes_on(tmp_path: Path):
@@ -636,13 +638,13 @@ def test_cancel_tells_what_goes_on(tmp_path: Path):
     run.dispatch.send(made_up(9), "tasks")
     run.dispatch._turn()
     slurm.immune = {"2"}
-    done = cancel(run.store, slurm)  # type: ignore[arg-type]
+    done = cancel(run.store, run.settings)
     assert (done.cancelled, done.left) == (5, 4)
     assert "permission denied" in done.trouble
     run.arrays.cancel()
     assert run.said("4 jobs could not be cancelled (scancel: error: Kill job error on job id 2")
     slurm.immune = set()
-    assert cancel(run.store, slurm).cancelled == 4  # type: ignore[arg-type]
+    assert cancel(run.store, run.settings).cancelled == 4
 
 
 def test_the_command_cancel_ends_with_1_where_jobs_go_on(
@@ -717,9 +719,9 @@ def test_a_driver_that_is_told_to_stop_takes_its_jobs_with_it(tmp_path: Path):
     run.dispatch.send(made_up(9), "tasks")
     run.dispatch._turn()
     (tmp_path / "cancelled").touch()
-    with pytest.raises(driver.SearchError, match="cancelled"):
+    with pytest.raises(SearchError, match="cancelled"):
         run.dispatch._turn()
-    assert not slurm.queue
+    assert not slurm.queued
     (tmp_path / "cancelled").unlink()
     assert Run(tmp_path, slurm).settle(made_up(9)) == answers(made_up(9))
 
@@ -739,7 +741,7 @@ def test_what_nobody_waits_for_any_more_can_be_dropped_while_slurm_does_not_answ
 
 def test_squeue_is_read(printing: Callable[..., Path]):
     arguments = printing("squeue", "17|3|RUNNING|n1|None|run-1\n17|4|PENDING||Resources|run-1\n18|N/A|RUNNING|n2|None|a|b\n")
-    assert Commands().squeue() == [
+    assert Commands().queue() == [
         Row("17", 3, "run-1", "RUNNING", "n1", "None"),
         Row("17", 4, "run-1", "PENDING", "", "Resources"),
         Row("18", 0, "a|b", "RUNNING", "n2", "None"),
@@ -760,7 +762,7 @@ def test_sacct_is_read(printing: Callable[..., Path]):
         "19|COMPLETED|0:0|n2",
     )
     arguments = printing("sacct", "\n".join(lines) + "\n")
-    assert Commands().sacct(["17", "18"]) == [
+    assert Commands().accounting(["17", "18"]) == [
         Row("17", 0, "run-1", "COMPLETED", "n1", "", "0:0", 65),
         Row("17", 1, "run-1", "CANCELLED", "n1", "", "0:15", 3),
         Row("17", 2, "run-1", "PREEMPTED", "n1", "", "0:0", 10),
@@ -776,12 +778,12 @@ def test_sacct_is_read(printing: Callable[..., Path]):
 def test_a_command_that_fails_says_nothing(printing: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
     printing("squeue", "17|3|RUNNING|n1|None|run-1\n", "slurm_load_jobs error: Unable to contact slurm controller", 1)
     with pytest.raises(CommandError, match="Unable to contact"):
-        Commands().squeue()
+        Commands().queue()
     printing("sacct", error="Slurm accounting storage is disabled", code=1)
-    assert Commands().sacct(["17"]) == []
+    assert Commands().accounting(["17"]) == []
     printing("sacct", error="sacct: error: slurm_persist_conn_open: Connection refused", code=1)
     with pytest.raises(CommandError, match="refused"):
-        Commands().sacct(["17"])
+        Commands().accounting(["17"])
     with pytest.raises(CommandError, match="refused"):
         Commands().accounted("run-1")
     printing("sacct", error="Slurm accounting storage is disabled", code=1)
@@ -791,7 +793,7 @@ def test_a_command_that_fails_says_nothing(printing: Callable[..., Path], monkey
         Commands().cancel(["17"])
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(CommandError, match="not on this machine"):
-        Commands().squeue()
+        Commands().queue()
 
 
 def test_a_job_is_found_by_its_name(printing: Callable[..., Path]):
@@ -819,10 +821,10 @@ def test_lines_that_describe_no_job_are_skipped(data: st.DataObject):
         before, after = data.draw(ODD_LINES), data.draw(ODD_LINES)
         text = "\n".join([*before, line, *after])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(commands, "call", lambda *words, text=text: text)
+            patch.setattr(slurm, "call", lambda *words, text=text: text)
             found: Any = {
-                "squeue": Commands().squeue,
-                "sacct": lambda: Commands().sacct(["17"]),
+                "squeue": Commands().queue,
+                "sacct": lambda: Commands().accounting(["17"]),
                 "accounted": lambda: [Commands().accounted("run-1")],
                 "limits": lambda: [Commands().limits(None, None, None)],
             }[name]()
@@ -837,7 +839,7 @@ def test_lines_that_describe_no_job_are_skipped(data: st.DataObject):
 def test_skipped_lines_are_told_once(printing: Callable[..., Path], caplog: pytest.LogCaptureFixture):
     printing("squeue", "Welcome\x1b[31m to the cluster!\n18|N/A|RUNNING|n2|None|odd\n name | x\n")
     ours = Commands()
-    assert ours.squeue() == ours.squeue() == [Row("18", 0, "odd", "RUNNING", "n2", "None")]
+    assert ours.queue() == ours.queue() == [Row("18", 0, "odd", "RUNNING", "n2", "None")]
     assert [record.getMessage() for record in caplog.records] == [
         "squeue prints lines that are skipped since they describe no job, such as: Welcome?[31m to the cluster!"
     ]
@@ -846,7 +848,7 @@ def test_skipped_lines_are_told_once(printing: Callable[..., Path], caplog: pyte
 def test_elements_that_have_not_begun(printing: Callable[..., Path]):
     for written, expected in (("[0-2,5,10-20:4%3]", [0, 1, 2, 5, 10, 14, 18]), ("[7]", [7]), ("[3-]", []), ("[x,1]", [1])):
         printing("sacct", f"17_{written}|PENDING|0:0|None assigned|0|run-1\n")
-        assert [row.index for row in Commands().sacct(["17"])] == expected
+        assert [row.index for row in Commands().accounting(["17"])] == expected
 
 
 def test_no_variable_of_a_user_or_an_outer_job_reaches_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -862,7 +864,7 @@ def test_no_variable_of_a_user_or_an_outer_job_reaches_a_command(tmp_path: Path,
         path.write_text(f'#!/bin/sh\nenv >{tmp_path}/{name}.env\necho "Submitted batch job 17"\n')
         path.chmod(0o755)
     ours = Commands()
-    ours.squeue(), ours.sacct(["17"]), ours.cancel(["17"]), ours.limits(None, None, None)
+    ours.queue(), ours.accounting(["17"]), ours.cancel(["17"]), ours.limits(None, None, None)
     options = Cluster(mem_gb=None).options("run-1", tmp_path, None, ())
     assert ours.submit(tmp_path, [Work(str(tmp_path), ())], options) == "17"
     for path in (path for path in tmp_path.glob("*.env") if path.name != "srun.env"):
@@ -899,7 +901,7 @@ def test_the_limits_of_a_cluster(printing: Callable[..., Path]):
     printing("sacctmgr", "20|normal\n")
     asked: list[Sequence[str]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commands, "ask", lambda *words: asked.append(words) or "")
+        patch.setattr(slurm, "ask", lambda *words: asked.append(words) or "")
         Commands().limits(None, None, None)
     (associations,) = [words for words in asked if "assoc" in words]
     assert f"user={pwd.getpwuid(os.getuid()).pw_name}" in associations, "sacctmgr knows users by their names only"
@@ -912,7 +914,7 @@ def test_the_limits_of_a_cluster(printing: Callable[..., Path]):
 def test_the_lines_before_python_work_in_a_folder_of_any_name(tmp_path: Path, name: str):
     folder = tmp_path / name
     folder.mkdir()
-    lines = batch_lines(folder, (), ['export GREETING="good day"'])
+    lines = batch_lines(folder, INDEX, (), ['export GREETING="good day"'])
     script = "\n".join([*lines, 'echo "$GREETING $HF_HUB_OFFLINE $PYTHONSAFEPATH ${HF_TOKEN-no token}"', "echo oh >&2"])
     environment = {"PATH": os.environ["PATH"], "SLURM_ARRAY_TASK_ID": "3", "HF_TOKEN": "hf_secret"}
     subprocess.run(["bash", "-c", script], env=environment, cwd=tmp_path, check=True)
@@ -923,7 +925,7 @@ def test_the_lines_before_python_work_in_a_folder_of_any_name(tmp_path: Path, na
 def test_a_module_that_can_not_be_loaded_ends_the_job(tmp_path: Path):
     define = 'module() { [ "$2" = "cuda/12 4" ]; }'
     for modules, code in ((["cuda/12 4"], 0), (["cuda/12 4", "gone"], 1)):
-        script = "\n".join([define, *batch_lines(tmp_path, modules, []), "exit 0"])
+        script = "\n".join([define, *batch_lines(tmp_path, INDEX, modules, []), "exit 0"])
         assert subprocess.run(["bash", "-c", script]).returncode == code
 
 
@@ -953,7 +955,7 @@ def record(root: str, task_ids: Sequence[str], **ignored: Any) -> Iterator[str]:
 def test_the_processes_of_a_job_share_its_bundles_and_gpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, visible: str | None, expected: list[str]
 ):
-    work = Work(str(tmp_path), (("a", "b"), ("c",), ("d",), ("e",)), worker="test_launch.record", shared=True)
+    work = Work(str(tmp_path), (("a", "b"), ("c",), ("d",), ("e",)), worker="test_launch.record", ranks=RANKS)
     monkeypatch.delenv("SLURM_LOCALID", raising=False)  # of the job that the tests may run in
     for rank in range(processes):
         monkeypatch.setenv("SLURM_PROCID", str(rank))
@@ -975,7 +977,7 @@ def test_a_process_takes_the_gpu_of_its_place_on_its_node(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    Work(str(tmp_path), (("a",), ("b",), ("c",), ("d",)), worker="test_launch.record", shared=True)()
+    Work(str(tmp_path), (("a",), ("b",), ("c",), ("d",)), worker="test_launch.record", ranks=RANKS)()
     assert (tmp_path / "3").read_text() == f"{gpu}: d"
 
 

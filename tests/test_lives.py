@@ -17,13 +17,15 @@ import pytest
 from searches import Setup, Silent
 from test_run import lightly
 
-from hpc_compress import driver, identity, launch, store
+from hpc_compress import driver, guard, identity, store
 from hpc_compress.config import ConfigError
-from hpc_compress.dispatch import Dispatch, Heartbeat, SearchError
-from hpc_compress.launch import Ended, Process, Work
+from hpc_compress.dispatch import Dispatch
+from hpc_compress.launch import Ended, Work
 from hpc_compress.launch.local import Local
+from hpc_compress.process import Process
+from hpc_compress.records import Heartbeat
 from hpc_compress.store import DRAFT_SECONDS, Store
-from hpc_compress.types import Base, Dataset, Failure, Genome, MeasurementProtocol, Outcome, Step, Task
+from hpc_compress.types import Base, Dataset, Failure, Genome, MeasurementProtocol, Outcome, SearchError, Step, Task
 
 TESTS = Path(__file__).parent
 
@@ -34,7 +36,7 @@ def another() -> subprocess.Popen:
 
 
 def beat_of(pid: int, **more: Any) -> Heartbeat:
-    return Heartbeat.here().model_copy(update={"pid": pid, "started": launch._started(pid), **more})
+    return guard.here().model_copy(update={"pid": pid, "started": Process.of(pid).started, **more})
 
 
 def test_a_process_is_known_by_its_number_and_its_start():
@@ -94,11 +96,11 @@ def test_a_driver_stops_when_another_one_has_gone_on_with_its_run(
 
 
 def test_a_driver_that_is_busy_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(driver, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(guard, "HEARTBEAT_SECONDS", 0.02)
     store = Store(tmp_path)
-    store.write("driver.json", Heartbeat.here())
+    store.write("driver.json", guard.here())
     os.utime(tmp_path / "driver.json", (0, 0))
-    with driver._beating(tmp_path / "driver.json"):
+    with guard._beating(tmp_path / "driver.json"):
         end = time.monotonic() + 20
         while (tmp_path / "driver.json").stat().st_mtime == 0 and time.monotonic() < end:
             time.sleep(0.01)
@@ -141,7 +143,7 @@ def test_nothing_that_nodes_run_is_written_for_a_group(setup: Setup, tmp_path: P
         assert os.umask(0o002) == 0o002
     finally:
         os.umask(before)
-    open_to_others = [path for path in (tmp_path / "run").rglob("*") if path.lstat().st_mode & driver.OTHERS_WRITE]
+    open_to_others = [path for path in (tmp_path / "run").rglob("*") if path.lstat().st_mode & guard.OTHERS_WRITE]
     assert open_to_others == []
 
 
@@ -170,7 +172,7 @@ def test_a_run_folder_that_everybody_could_exchange_is_refused(setup: Setup, tmp
 def test_a_group_is_refused_where_we_make_folders_and_only_named_further_up(
     setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    monkeypatch.setattr(driver, "_is_private", lambda gid: False)
+    monkeypatch.setattr(guard, "_is_private", lambda gid: False)
     project, run = tmp_path / "project", tmp_path / "project/mine/results/run"
     run.parent.mkdir(parents=True)
     project.chmod(0o2775)
@@ -180,7 +182,7 @@ def test_a_group_is_refused_where_we_make_folders_and_only_named_further_up(
     run.parent.chmod(0o775)
     with pytest.raises(ConfigError, match=r"a group can write to .*/results, .*chmod g-w .*/results"):
         lightly(setup, run)
-    monkeypatch.setattr(driver, "_is_private", lambda gid: True)
+    monkeypatch.setattr(guard, "_is_private", lambda gid: True)
     lightly(setup, run)
 
 
@@ -209,28 +211,28 @@ def test_another_user_is_refused_where_we_make_folders_and_only_named_further_up
 
 def test_a_private_group_has_one_member_and_its_name(monkeypatch: pytest.MonkeyPatch):
     def group(name: str, *members: str) -> None:
-        monkeypatch.setattr(driver.grp, "getgrgid", lambda gid: grp.struct_group((name, "x", gid, list(members))))
+        monkeypatch.setattr(guard.grp, "getgrgid", lambda gid: grp.struct_group((name, "x", gid, list(members))))
 
     def users(*found: tuple[str, int]) -> None:
         entries = [
             pwd.struct_passwd((name, "x", os.getuid() + at, gid, "", "/", "/bin/sh")) for at, (name, gid) in enumerate(found)
         ]
-        monkeypatch.setattr(driver.pwd, "getpwuid", lambda uid: entries[0])
-        monkeypatch.setattr(driver.pwd, "getpwall", lambda: entries)
+        monkeypatch.setattr(guard.pwd, "getpwuid", lambda uid: entries[0])
+        monkeypatch.setattr(guard.pwd, "getpwall", lambda: entries)
 
     users(("me", 1000), ("you", 1001))
     group("me")
-    assert driver._is_private(1000)
+    assert guard._is_private(1000)
     group("me", "me")
-    assert driver._is_private(1000)
-    assert not driver._is_private(1001), "not the primary one"
+    assert guard._is_private(1000)
+    assert not guard._is_private(1001), "not the primary one"
     group("me", "me", "you")
-    assert not driver._is_private(1000)
+    assert not guard._is_private(1000)
     group("users")
-    assert not driver._is_private(1000), "a directory service need not list the others"
+    assert not guard._is_private(1000), "a directory service need not list the others"
     users(("me", 1000), ("you", 1000))
     group("me")
-    assert not driver._is_private(1000)
+    assert not guard._is_private(1000)
 
 
 # --- workers ---
@@ -291,7 +293,7 @@ def test_a_killed_driver_takes_its_local_workers_with_it(tmp_path: Path, number:
             assert time.monotonic() < end
             time.sleep(0.05)
         pid = int((tmp_path / "worker.pid").read_text())
-        worker = Process(pid, launch._started(pid))
+        worker = Process.of(pid)
         assert worker.lives()
         other.send_signal(number)
         assert other.wait(20) == -number

@@ -25,7 +25,6 @@ from hpc_compress import identity, worker
 from hpc_compress.config import ConfigError
 from hpc_compress.data.batches import Encoded, eval_batches
 from hpc_compress.deployment.quantization import quantize
-from hpc_compress.dispatch import SearchError
 from hpc_compress.models import artifact, modeling_hpc_compress, surgery
 from hpc_compress.models.modeling_hpc_compress import linear_of
 from hpc_compress.operators import Checkpoint, Context, operator
@@ -33,7 +32,7 @@ from hpc_compress.problems import PROBLEMS
 from hpc_compress.store import Store
 from hpc_compress.training import loop, losses, teaching
 from hpc_compress.training.steps import Distill, FineTune
-from hpc_compress.types import Base, Dataset, Genome, MeasurementProtocol, Step, Task
+from hpc_compress.types import Base, Dataset, Genome, MeasurementProtocol, SearchError, Step, Task
 
 CLASSIFICATION = PROBLEMS["classification"]
 

@@ -21,13 +21,13 @@ import pytest
 from searches import Setup, story
 
 import hpc_compress
-from hpc_compress import analysis, driver, export, identity
+from hpc_compress import analysis, export, guard, identity
 from hpc_compress.config import ConfigError
-from hpc_compress.dispatch import Heartbeat
 from hpc_compress.launch import Ended, packed
 from hpc_compress.launch.local import Debug, InProcess
+from hpc_compress.records import Heartbeat, Result
 from hpc_compress.store import Store
-from hpc_compress.types import Failure, Outcome
+from hpc_compress.types import Failure, Outcome, SearchError
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_what_is_lost_is_computed_again_the_same(setup: Setup, finished: Path, t
 
 
 def test_a_second_driver_is_refused(setup: Setup, tmp_path: Path):
-    with Store(tmp_path).lock("driver"), pytest.raises(driver.SearchError, match="another driver"):
+    with Store(tmp_path).lock("driver"), pytest.raises(SearchError, match="another driver"):
         setup.run(tmp_path)
 
 
@@ -250,7 +250,7 @@ def test_an_operator_may_refuse_the_base_model_before_any_job(setup: Setup, tmp_
 def test_a_broken_operator_shows_in_the_probe_and_can_be_mended(setup: Setup, tmp_path: Path):
     overrides = [*NO_OTHERS, "+strategy.mutations.mine={weight: 1, operator: own_operators.Broken}"]
     for _ in range(2):
-        with pytest.raises(driver.SearchError, match="this operator is broken"):
+        with pytest.raises(SearchError, match="this operator is broken"):
             setup.run(tmp_path / "run", *overrides)
     assert not (tmp_path / "run" / "generations").exists()
     (tmp_path / "own_operators.py").write_text(
@@ -447,7 +447,7 @@ def test_outcomes_are_json_that_any_tool_can_read(finished: Path):
 # --- a folder on a shared machine ---
 
 
-def lightly(setup: Setup, root: Path, worker: str = "light.run", *more: str) -> driver.Result:
+def lightly(setup: Setup, root: Path, worker: str = "light.run", *more: str) -> Result:
     return setup.run(root, "probe=false", *more, launcher=Debug(worker=worker))
 
 
@@ -467,14 +467,14 @@ def test_a_driver_on_another_node_is_told_by_its_signs_of_life(
     setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alive: bool
 ):
     """Where locks don't reach from node to node."""
-    monkeypatch.setattr(driver, "HEARTBEAT_SECONDS", 0.4)
+    monkeypatch.setattr(guard, "HEARTBEAT_SECONDS", 0.4)
     Store(tmp_path).write("driver.json", Heartbeat(host="elsewhere", pid=1, job_id=None, job_name=None))
     beat = threading.Timer(0.25, (tmp_path / "driver.json").touch)
     if not alive:
         lightly(setup, tmp_path)
         return
     beat.start()
-    with pytest.raises(driver.SearchError, match="another driver"):
+    with pytest.raises(SearchError, match="another driver"):
         lightly(setup, tmp_path)
 
 
@@ -490,7 +490,7 @@ def fail_alike(root: str, task_ids: list[str], **ignored: Any) -> Iterator[str]:
 
 
 def test_a_run_whose_tasks_all_fail_alike_stops_and_can_go_on(setup: Setup, tmp_path: Path):
-    with pytest.raises(driver.SearchError, match=r"all 4 tasks of generation 1/2 failed alike.*libcuda"):
+    with pytest.raises(SearchError, match=r"all 4 tasks of generation 1/2 failed alike.*libcuda"):
         lightly(setup, tmp_path / "run", "test_run.fail_alike")
     lightly(setup, tmp_path / "run")
     lightly(setup, tmp_path / "wanted")

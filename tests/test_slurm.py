@@ -23,12 +23,14 @@ import pytest
 from cluster import LIGHT, MISSING, REPOSITORY, TESTS, Lab, call, command, private_cluster, wait_for
 from searches import Setup, Silent, story
 
-from hpc_compress import analysis, driver
-from hpc_compress.dispatch import Heartbeat
-from hpc_compress.launch.commands import Commands, Row
+from hpc_compress import analysis, guard
+from hpc_compress.launch.arrays import cancel
 from hpc_compress.launch.local import Debug
-from hpc_compress.launch.slurm import Cluster, Slurm, Submission, cancel
+from hpc_compress.launch.scheduler import Row
+from hpc_compress.launch.slurm import Cluster, Commands, Slurm
+from hpc_compress.records import Submission
 from hpc_compress.store import Store
+from hpc_compress.types import SearchError
 
 pytestmark = [
     pytest.mark.slurm,
@@ -94,7 +96,7 @@ class Running(threading.Thread):
 
 def taken_for_a_run(root: Path) -> None:
     """A driver refuses a folder with anything in it that is not a run's."""
-    Store(root).write("driver.json", Heartbeat.here().model_copy(update={"ended": True}))
+    Store(root).write("driver.json", guard.here().model_copy(update={"ended": True}))
 
 
 @pytest.fixture
@@ -317,8 +319,8 @@ class Blind(Commands):
 
     see = False
 
-    def squeue(self) -> list[Row]:
-        return super().squeue() if self.see else []
+    def queue(self) -> list[Row]:
+        return super().queue() if self.see else []
 
 
 def test_a_job_that_only_the_accounting_knows_is_waited_for(start: Any, wanted: Any):
@@ -385,7 +387,7 @@ def test_a_full_disk(lab: Lab, setup: Setup, wanted: Any, tmp_path: Path):
                 pass
         assert shutil.disk_usage(room).free < 4096
         (root / "go-on").touch()
-        with pytest.raises(driver.SearchError, match="no room left"):
+        with pytest.raises(SearchError, match="no room left"):
             running.end()
         (room / "hog").unlink()
         assert Running(setup, root, launcher()).end() == wanted
@@ -449,7 +451,7 @@ def test_twenty_kills_of_the_driver(lab: Lab, setup: Setup, tmp_path: Path):
 def test_a_second_driver_refuses(start: Any, setup: Setup, wanted: Any):
     running = start("hang")
     running.hanging()
-    with pytest.raises(driver.SearchError, match="another driver"):
+    with pytest.raises(SearchError, match="another driver"):
         setup.run(running.root, *LIGHT, launcher=launcher())
     (running.root / "go-on").touch()
     assert running.end() == wanted
@@ -466,7 +468,7 @@ def test_cancel_ends_a_runs_jobs_and_no_others(start: Any, setup: Setup, wanted:
         [sys.executable, "-m", "hpc_compress.cli", "cancel", running.root], capture_output=True, text=True, check=True
     )
     assert "jobs cancelled" in done.stdout
-    with pytest.raises(driver.SearchError, match="cancelled"):
+    with pytest.raises(SearchError, match="cancelled"):
         running.end()
     wait_for(lambda: element.partition("_")[0] not in call("squeue", "-h", "-o", "%F"))
     assert other in call("squeue", "-h", "-o", "%F")
@@ -475,7 +477,7 @@ def test_cancel_ends_a_runs_jobs_and_no_others(start: Any, setup: Setup, wanted:
 
 
 def test_cancel_of_the_last_run_of_a_sweep_spares_the_drivers_of_the_others(lab: Lab, tmp_path: Path):
-    tell = "from hpc_compress.dispatch import Heartbeat; print(Heartbeat.here().job_id)"
+    tell = "from hpc_compress import guard; print(guard.here().job_id)"
     script = f"{sys.executable} -c '{tell}' >{tmp_path}/$SLURM_ARRAY_TASK_ID; sleep 60"
     drivers = ["sbatch", "--parsable", "--array=0-2", "--mem=100M", "-J", "odd|sweep", "-o", "/dev/null", f"--wrap={script}"]
     array = call(*drivers)
@@ -485,7 +487,7 @@ def test_cancel_of_the_last_run_of_a_sweep_spares_the_drivers_of_the_others(lab:
     try:
         own_id = wait_for(lambda: (tmp_path / "2").exists() and (tmp_path / "2").read_text().strip())
         assert own_id == f"{array}_2"
-        done = cancel(Store(tmp_path), Commands(), own_job=(own_id, "odd|sweep"))
+        done = cancel(Store(tmp_path), Slurm(), own_job=(own_id, "odd|sweep"))
         assert (done.cancelled, done.left) == (1, 0)
         left = call("squeue", "-h", "-r", "-t", "PENDING,RUNNING", "-o", "%F_%K").split()
         assert {f"{array}_0", f"{array}_1", f"{odd}_N/A"} <= set(left)

@@ -16,14 +16,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from searches import Setup, Silent
 
-from hpc_compress import analysis, driver, export, identity, splits
+from hpc_compress import analysis, export, identity, splits
 from hpc_compress.config import ConfigError, DatasetConfig, validate
 from hpc_compress.data import overlap
-from hpc_compress.dispatch import SearchError
 from hpc_compress.launch.local import Debug
 from hpc_compress.problems import PROBLEMS
+from hpc_compress.records import Plan
 from hpc_compress.store import Store
-from hpc_compress.types import Dataset, Genome, Measurement, MeasurementProtocol, Outcome, Rows, Task
+from hpc_compress.summary import learnt
+from hpc_compress.types import Dataset, Genome, Measurement, MeasurementProtocol, Outcome, Rows, SearchError, Task
 
 
 def load(path: Path, **settings: Any) -> tuple[Dataset, splits.Tables, Rows]:
@@ -234,8 +235,8 @@ def test_a_base_model_that_has_learnt_nothing_is_told(compose: Any, score: float
     )
     base = {"name": "b", "fingerprint": "0" * 16}
     task = Task(base=base, dataset=dataset, protocol=MeasurementProtocol(), seed=0, genome=Genome())  # type: ignore[arg-type]
-    plan = driver.Plan.model_construct(rows=rows, dataset=dataset)
-    answer = driver.learnt(plan, Outcome(task=task, measurement=measurement))
+    plan = Plan.model_construct(rows=rows, dataset=dataset)
+    answer = learnt(plan, Outcome(task=task, measurement=measurement))
     assert (answer is not None) == said
     if answer:
         assert answer[1] == certain
@@ -283,8 +284,8 @@ def test_a_plan_of_before_is_read(setup: Setup, tmp_path: Path):
     setup.run(tmp_path / "run", "generations=0", "probe=false")
     plan = analysis.open_run(tmp_path / "run").plan
     old = plan.model_dump(mode="json", exclude={"rows"})
-    assert driver.Plan.model_validate(old).rows is None
-    assert identity.canonical(plan.dataset) == identity.canonical(driver.Plan.model_validate(old).dataset)
+    assert Plan.model_validate(old).rows is None
+    assert identity.canonical(plan.dataset) == identity.canonical(Plan.model_validate(old).dataset)
 
 
 def test_mnli_has_a_configuration_for_the_mismatched_rows(compose: Any):

@@ -9,11 +9,11 @@ import light
 import pytest
 from searches import Setup, story
 
-from hpc_compress import analysis, driver
+from hpc_compress import analysis
 from hpc_compress.launch.local import Debug
 from hpc_compress.search.objective import latency_of
 from hpc_compress.store import Store
-from hpc_compress.types import Genome, Outcome, Task
+from hpc_compress.types import Genome, Outcome, SearchError, Task
 
 
 def timed(task: Task) -> Outcome:
@@ -101,7 +101,7 @@ def test_a_resumed_run_looks_at_the_same_timings(setup: Setup, tmp_path: Path, s
 
 
 def test_outcomes_of_another_device_are_named(setup: Setup, tmp_path: Path):
-    with pytest.raises(driver.SearchError, match=r"constraint") as error:
+    with pytest.raises(SearchError, match=r"constraint") as error:
         searched(setup, tmp_path, worker="test_timings.run_on_two_devices")
     odd = [path for path in tmp_path.glob("tasks/*/outcome.json") if "a V100" in path.read_text()]
     assert odd

@@ -1,12 +1,15 @@
-"""Where tasks run: in this process, in local processes, or in Slurm arrays. Names the worker and does not import it.
+"""Where tasks run: in this process, in local processes, or in job arrays. Names the worker and does not import it.
 
 A launcher opens the jobs of a run folder. Whoever opened them submits bundles of task ids and polls; what came of a task is
 read from the run folder, so jobs have nothing to return, and nothing that they leave behind is unpickled.
+
+Each batch system has a module of its own, and all that is known of it stands there. The others ask SCHEDULERS.
 """
 
 import os
 import pkgutil
 import platform
+import shutil
 import sys
 import threading
 import time
@@ -17,13 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from hpc_compress.types import SpentError
-
-Bundle = tuple[str, ...]  # ids of tasks that one process works off, one after another
-Report = Callable[[str, int, int], None]  # what is being done, units done, units in all
+from hpc_compress.process import Process
+from hpc_compress.records import Bundle, Pack
+from hpc_compress.types import OnProgress, SpentError
 
 WORKER = "hpc_compress.worker.run"
 WATCH_SECONDS = 0.5  # between two looks of a local worker at whether its driver lives
+
+# Launchers that submit to a batch system, by their names in conf/launcher; imported when they are needed.
+SCHEDULERS = {"slurm": "hpc_compress.launch.slurm.Slurm"}
+# What must be done before a sweep, by the class of Hydra's launcher.
+SWEEPS = {"SlurmLauncher": "hpc_compress.launch.slurm.leave_out_wckey"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,18 @@ class Jobs(Protocol):
 
 
 class Launcher(Protocol):
-    def open(self, root: Path, report: Report, say: Callable[[str], None]) -> AbstractContextManager[Jobs]: ...
+    """Opens the jobs of a run."""
+
+    def open(self, root: Path, report: OnProgress, say: Callable[[str], None]) -> AbstractContextManager[Jobs]: ...
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Names of the environment variables by which a process learns its place among those of its job, counted from 0."""
+
+    rank: str
+    ranks: str  # how many there are
+    place: str  # among those on the same node
 
 
 @dataclass(frozen=True)
@@ -62,29 +80,20 @@ class Work:
     """What a job runs. Only here, on the node, is the worker imported."""
 
     root: str
-    bundles: tuple[Bundle, ...]
+    bundles: Pack
     worker: str = WORKER
     checkpoint_seconds: float = 300.0
     threads: int | None = None
     gpu: str | None = None
-    shared: bool = False  # all processes of one Slurm job run this, and share the bundles and the job's GPUs
+    ranks: Ranks | None = None  # all processes of one job run this, and share the bundles and the job's GPUs
     cuda: bool = False  # die rather than measure on a CPU
-    driver: "Process | None" = None  # of this machine, without which the work ends
+    driver: Process | None = None  # of this machine, without which the work ends
 
     def __call__(self) -> None:
         find_own_modules()
-        bundles, gpu = self.bundles, self.gpu
         if self.driver is not None:
             threading.Thread(target=_end_with, args=(self.driver,), daemon=True).start()
-        if self.shared:
-            rank, ranks = int(os.environ.get("SLURM_PROCID", 0)), int(os.environ.get("SLURM_NTASKS", 1))
-            bundles = bundles[rank::ranks]
-            place = int(os.environ.get("SLURM_LOCALID", rank))  # among the processes of this node
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-            if ranks > 1 and visible is None:
-                gpu = str(place)  # nobody has shared the GPUs out: each process sees all of them
-            elif ranks > 1 and visible is not None and len(names := visible.split(",")) >= ranks:
-                gpu = names[place]
+        bundles, gpu = (self.bundles, self.gpu) if self.ranks is None else self._share(self.ranks)
         if gpu is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpu
         if self.threads is not None:
@@ -108,6 +117,18 @@ class Work:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)
+
+    def _share(self, names: Ranks) -> tuple[Pack, str | None]:
+        """The bundles and the GPU of this process; None: it may see what it sees."""
+        rank, ranks = int(os.environ.get(names.rank, 0)), int(os.environ.get(names.ranks, 1))
+        bundles = self.bundles[rank::ranks]
+        place = int(os.environ.get(names.place, rank))
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if ranks > 1 and visible is None:
+            return bundles, str(place)  # nobody has shared the GPUs out: each process sees all of them
+        if ranks > 1 and visible is not None and len(devices := visible.split(",")) >= ranks:
+            return bundles, devices[place]
+        return bundles, None
 
     def checkpoint(self) -> Any:
         """What Submitit puts back into the queue at a time limit: the same work, of which finished tasks are skipped."""
@@ -134,30 +155,6 @@ def find_own_modules() -> None:
     sys.path.append(str(Path.cwd()))
 
 
-@dataclass(frozen=True)
-class Process:
-    """A process of this machine. A later one that has got the same number is told apart by when it was started."""
-
-    pid: int
-    started: int | None  # clock ticks after the machine's start; None where the system does not say
-
-    @staticmethod
-    def here() -> "Process":
-        return Process(os.getpid(), _started(os.getpid()))
-
-    def lives(self) -> bool:
-        return self.started is not None and _started(self.pid) == self.started
-
-
-def _started(pid: int) -> int | None:
-    try:
-        # The second field, the name of the program, is in brackets and may hold anything.
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])  # state: a zombie does nothing more
-
-
 def _end_with(process: Process) -> None:
     """End this process once another one is gone, however that ended."""
     while process.started is None or process.lives():
@@ -166,12 +163,41 @@ def _end_with(process: Process) -> None:
     os._exit(1)
 
 
-def packed(bundles: Sequence[Bundle], size: int) -> list[tuple[Bundle, ...]]:
+def packed(bundles: Sequence[Bundle], size: int) -> list[Pack]:
     """Join bundles to packs of `size` tasks or a little more, in their order; a bundle is never split."""
-    packs: list[tuple[Bundle, ...]] = []
+    packs: list[Pack] = []
     for bundle in bundles:
         if packs and sum(map(len, packs[-1])) < size:
             packs[-1] = (*packs[-1], bundle)
         else:
             packs.append((bundle,))
     return packs
+
+
+# --- batch systems ---
+
+
+@dataclass(frozen=True)
+class OwnJob:
+    """The job that this process lives in."""
+
+    scheduler: str | None  # as in the records of a run
+    id: str  # names one element, if it is one of an array
+    name: str | None
+
+
+def own_job() -> OwnJob | None:
+    """The job that this process lives in; None if it lives in none that is known."""
+    return next((job for path in SCHEDULERS.values() if (job := pkgutil.resolve_name(path).own_job())), None)
+
+
+def installed() -> str:
+    """The batch system that this machine can submit to; the first one known if there is none."""
+    names = {name: pkgutil.resolve_name(path).names.submit for name, path in SCHEDULERS.items()}
+    return next((name for name, command in names.items() if shutil.which(command)), next(iter(SCHEDULERS)))
+
+
+def before_sweep(launcher: str) -> None:
+    """Do what a launcher of Hydra, given by its dotted path, needs before a sweep."""
+    if path := SWEEPS.get(launcher.rpartition(".")[2]):
+        pkgutil.resolve_name(path)()

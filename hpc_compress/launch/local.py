@@ -14,8 +14,10 @@ from typing import Any
 from pydantic import Field
 
 from hpc_compress.config import ConfigError
-from hpc_compress.launch import WORKER, Bundle, Ended, Jobs, Process, Report, Work, packed, variable
-from hpc_compress.types import Record
+from hpc_compress.launch import WORKER, Ended, Jobs, Work, packed, variable
+from hpc_compress.process import Process
+from hpc_compress.records import Bundle, Pack
+from hpc_compress.types import OnProgress, Record
 
 # --- in this process ---
 
@@ -27,14 +29,14 @@ class Debug(Record):
     checkpoint_minutes: float = Field(default=5.0, gt=0, description="a longer training is saved this often, to go on from")
 
     @contextmanager
-    def open(self, root: Path, report: Report, say: Callable[[str], None]) -> Iterator[Jobs]:
+    def open(self, root: Path, report: OnProgress, say: Callable[[str], None]) -> Iterator[Jobs]:
         yield InProcess(str(root), self, report)
 
 
 class InProcess:
     """Jobs that run while they are polled, a task at a time."""
 
-    def __init__(self, root: str, settings: Debug, report: Report) -> None:
+    def __init__(self, root: str, settings: Debug, report: OnProgress) -> None:
         self.root, self.settings, self.report = root, settings, report
         self.waiting: list[str] = []
         self.taken: Bundle = ()  # what is worked off now
@@ -79,7 +81,7 @@ class Local(Record):
     checkpoint_minutes: float = Field(default=5.0, gt=0, description="a longer training is saved this often, to go on from")
 
     @contextmanager
-    def open(self, root: Path, report: Report, say: Callable[[str], None]) -> Iterator[Jobs]:
+    def open(self, root: Path, report: OnProgress, say: Callable[[str], None]) -> Iterator[Jobs]:
         jobs = Processes(root, self, visible_gpus())
         try:
             yield jobs
@@ -100,8 +102,8 @@ class Processes:
         folder = root / "jobs" / f"local-{time.time_ns():x}"  # never an old one: submitit believes the results that it finds
         self.executor = submitit.LocalExecutor(folder=str(folder))
         self.executor.update_parameters(timeout_min=7 * 24 * 60, tasks_per_node=1)
-        self.waiting: deque[Sequence[Bundle]] = deque()
-        self.running: dict[int, tuple[Any, Sequence[Bundle]]] = {}  # by place: a worker, and with it a GPU
+        self.waiting: deque[Pack] = deque()
+        self.running: dict[int, tuple[Any, Pack]] = {}  # by place: a worker, and with it a GPU
 
     def submit(self, bundles: Sequence[Bundle], alone: bool = False) -> None:
         self.waiting += packed(bundles, 1 if alone else self.settings.tasks_per_job)
@@ -119,7 +121,7 @@ class Processes:
                 gpu = self.gpus[place % len(self.gpus)] if self.gpus else None
                 settings = self.settings
                 seconds = 60 * settings.checkpoint_minutes
-                work = Work(str(self.root), tuple(pack), settings.worker, seconds, self.threads, gpu, driver=Process.here())
+                work = Work(str(self.root), pack, settings.worker, seconds, self.threads, gpu, driver=Process.here())
                 with variable("PYTHONSAFEPATH", "1"):  # else it looks into the current folder before the libraries
                     self.running[place] = self.executor.submit(work), pack
         return ended

@@ -1,48 +1,80 @@
-"""Runs tasks as Slurm arrays and follows every element. Knows sbatch's options and states; nothing of what a task is.
+"""All that is known of Slurm: its commands and what they print, what a job asks for, its words for states.
 
-RUN/jobs/<name>/submission.json   what is about to be submitted under this job name, written before sbatch is called
-RUN/jobs/<name>/sent.json         the job id that sbatch gave
-RUN/jobs/<name>/ends.json         how its elements ended
-RUN/jobs/<name>/...               Submitit's files and the logs
-
-A driver that was killed at any instruction reads these and finds its jobs again, by their names where it has no id. An id
-alone is not enough: a controller that lost its state gives out old ids again.
-
-What squeue lists has not ended, whatever the accounting says of it: a preempted job, or one whose node failed, is waiting
-there to run again. What squeue does not list has ended when the accounting has a final state of it and says so for
-`settle_seconds`. What neither of them knows for `lost_seconds` is lost; what the accounting calls unfinished is not. A
-command that fails says nothing; but when the accounting has failed for `accounting_seconds`, squeue alone decides.
+What a command prints is data from a stranger: job names are anybody's words, and a wrapper or a login script may add lines.
+A line that has not the form that was asked for is skipped, and the first one of each command is logged.
 """
 
 import contextlib
+import functools
+import io
+import logging
+import os
+import pwd
 import re
-import secrets
+import shlex
 import shutil
-from collections import Counter, defaultdict, deque
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar
 
 from pydantic import Field, PrivateAttr
 
 from hpc_compress.config import ConfigError
-from hpc_compress.launch import WORKER, Bundle, Ended, Jobs, Report, Work, packed
-from hpc_compress.launch.commands import CommandError, Commands, Limits, RefusedError, Row, batch_lines, element_id
-from hpc_compress.store import Store
-from hpc_compress.types import Count, Record
+from hpc_compress.door import one_line
+from hpc_compress.launch import OwnJob, Ranks, scheduler
+from hpc_compress.launch.arrays import ArrayLauncher
+from hpc_compress.launch.scheduler import Check, CommandError, Limits, Names, Options, RefusedError, Row, States
+from hpc_compress.types import Record
 
-T = TypeVar("T")
-Pack = tuple[Bundle, ...]  # what one element of an array works off
+log = logging.getLogger(__name__)
+
+# Variables by which a user's profile, or the job that the driver runs in, changes what a command asks for or shows: they
+# hide jobs from squeue, and override the lines of a submitted script.
+OPTIONS = ("SLURM_", "SBATCH_", "SQUEUE_", "SACCT_", "SCANCEL_", "SINFO_")
+REACH = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT"}  # but by these a command finds the cluster and proves who the user is
+
+# One number has at most 18 digits: Python refuses to read very long ones.
+SQUEUE_LINE = re.compile(r"([0-9]{1,18})\|([0-9]{1,18}|N/A)\|([A-Z_]+)\|([^|]*)\|([^|]*)\|(.*)")
+SACCT_LINE = re.compile(r"([0-9]{1,18})(?:_([0-9]{1,18}|\[[^|]*\]))?\|([A-Z_]+)[^|]*\|([^|]*)\|([^|]*)\|([^|]*)\|(.*)")
+JOB_ID_LINE = re.compile(r"([0-9]{1,18})(?:_.*)?")
+INDICES = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9})(?::([0-9]{1,9}))?)?")  # 3, 3-9 or 3-9:2
+MOST_INDICES = 4_000_001  # Slurm's own limit of an array
+
+# What a busy or unreachable controller says: it may have accepted the job or not.
+BUSY = (
+    "standby mode",
+    "authentication error",
+    "i/o error",
+    "timed out",
+    "unable to contact",
+    "temporarily unable",
+    "temporarily unavailable",
+    "connection",
+    "not connected",
+    "zero bytes",
+    "try again",
+)
+# What it says when the user has too many jobs for now. It says the same about a job that it will never admit.
+FULL = (
+    "qos policy",
+    "submit limit",
+    "submitjoblimit",
+    "submitjobs",
+    "maxjobcount",
+    "job count limit",
+    "not available (inactive",
+    "requested partition configuration not available now",
+)
 
 UNFINISHED = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "RESIZING", "STOPPED", "SIGNALING"}
-NODE_STATES = {"NODE_FAIL", "BOOT_FAIL"}
-KILLED = {"9:0", "0:9", "137:0", "0:125"}  # how a job out of memory ends, where its state doesn't say so
-BACK_OFF_SECONDS = (5.0, 300.0)  # after a refusal; doubled up to the second
-HELD = ("launch failed requeued held", "JobHoldMaxRequeue")  # Slurm gave up: the job waits until somebody releases it
-BAD_DEATHS, LAST_JOBS = 3, 10  # a node is bad when most of its last jobs died, of at least so many different tasks
-LEAVING = {"COMPLETING", "CANCELLED"}  # how squeue shows a job that was cancelled, until its processes have ended
+INDEX = "SLURM_ARRAY_TASK_ID"
+RANKS = Ranks(rank="SLURM_PROCID", ranks="SLURM_NTASKS", place="SLURM_LOCALID")
+
+
+# --- what a job asks for ---
 
 
 class Cluster(Record):
@@ -96,7 +128,7 @@ class Cluster(Record):
             **self.request(mem_mb, exclude),
             "job_name": name,
             "array_parallelism": self.array_parallelism,
-            "setup": batch_lines(folder, self.modules, self.setup),
+            "setup": scheduler.batch_lines(folder, INDEX, self.modules, self.setup),
             "additional_parameters": {"output": "/dev/null", "error": "/dev/null", **self.sbatch},
         }
         if self.processes > 1:
@@ -110,458 +142,310 @@ class Cluster(Record):
         return options
 
 
-class Submission(Record):
-    """One array, as it was meant to be submitted."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")  # of the job: unique
-    packs: tuple[Pack, ...]  # by array index
-    mem_mb: int | None
-    exclude: tuple[str, ...] = ()
+# --- its commands ---
 
 
-class Sent(Record):
-    job_id: str = Field(pattern=r"^[0-9]{1,18}$")
+class Commands:
+    """A real cluster."""
+
+    def __init__(self) -> None:
+        self.complained: set[str] = set()  # commands of which a line was skipped
+
+    def submit(self, folder: Path, works: Sequence[Callable[[], None]], options: Options) -> str:
+        """By way of Submitit."""
+        import submitit
+
+        if shutil.which("sbatch") is None or shutil.which("srun") is None:
+            raise RefusedError("Slurm's commands are not on this machine", "never")
+        python = shlex.quote(sys.executable)
+        # Without srun Python takes the place of the shell, which would keep signals to itself.
+        executor = submitit.SlurmExecutor(str(folder), python=python if options.get("use_srun", True) else f"exec {python}")
+        executor.update_parameters(**{"wckey": None, **options})  # as `leave_out_wckey`
+        try:
+            # Submitit prints what sbatch says; whoever catches the error says it better.
+            with _clean_environment(), contextlib.redirect_stderr(io.StringIO()), executor.batch():
+                jobs = [executor.submit(work) for work in works]
+        except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
+            raise refusal(str(error).replace("sbatch: error: ", "").strip()) from None
+        return str(jobs[0].job_id).partition("_")[0]
+
+    def attach(self, folder: Path, works: Sequence[Callable[[], None]], job_id: str, options: Options) -> None:
+        """Put the works of a job where its elements look for them. Submitit does so after sbatch, unless it is killed."""
+        from submitit.core.utils import DelayedSubmission
+
+        for index, work in enumerate(works):
+            path = folder / f"{Slurm.element_id(job_id, index, len(works))}_submitted.pkl"
+            if not path.exists():
+                delayed = DelayedSubmission(work)
+                delayed.set_timeout(options["time"], 3)
+                draft = path.with_suffix(".draft")
+                delayed.dump(draft)
+                draft.replace(path)
+
+    def queue(self) -> list[Row]:
+        """In hidden partitions too."""
+        out = call("squeue", "--noheader", "--all", "--array", f"--user={os.getuid()}", "--format=%F|%K|%T|%N|%r|%j")
+        rows = []
+        for job_id, index, state, node, reason, name in self._read("squeue", out, SQUEUE_LINE):
+            rows.append(Row(job_id, 0 if index == "N/A" else int(index), name, state, node, reason))
+        return rows
+
+    def accounting(self, job_ids: Sequence[str]) -> list[Row]:
+        """By id, never by time: clocks differ. A cluster without accounting knows nothing."""
+        # --duplicates: a requeued job has a row for each life.
+        columns = "--format=JobID,State,ExitCode,NodeList,ElapsedRaw,JobName"
+        out = _accounting("--duplicates", f"--jobs={','.join(job_ids)}", columns)
+        rows = []
+        for job_id, of_array, state, exit_code, node, elapsed, name in self._read("sacct", out, SACCT_LINE):
+            seconds = int(elapsed) if re.fullmatch("[0-9]{1,9}", elapsed) else 0
+            rows += [Row(job_id, index, name, state, node, "", exit_code, seconds) for index in _indices(of_array)]
+        return rows
+
+    def accounted(self, name: str) -> str | None:
+        out = _accounting(f"--name={name}", "--starttime=now-7days", "--format=JobID")
+        return next((job_id for (job_id,) in self._read("sacct", out, JOB_ID_LINE)), None)
+
+    def _read(self, command: str, out: str, form: re.Pattern[str]) -> Iterator[tuple[str, ...]]:
+        """The fields of each line that has this form."""
+        for line in out.split("\n"):
+            if found := form.fullmatch(line):
+                yield found.groups(default="")
+            elif line.strip() and command not in self.complained:
+                self.complained.add(command)
+                log.warning(
+                    "%s prints lines that are skipped since they describe no job, such as: %s", command, one_line(line, 100)
+                )
+
+    def cancel(self, ids: Sequence[str]) -> None:
+        scheduler.in_parts(ids, lambda some: call("scancel", "--quiet", *some))
+
+    def limits(self, partition: str | None, account: str | None, qos: str | None) -> Limits:
+        """Ask the cluster what it admits; what it does not tell is left open."""
+        config = ask("scontrol", "show", "config")
+        found = re.search(r"^MaxArraySize\s*=\s*([0-9]{1,18})", config, re.M)
+        # The largest index is one below it, so it is the number of elements from 0 on.
+        array_size = max(1, int(found[1])) if found else 1000
+        # A partition may be hidden. Of all partitions, only those that the user sees: a job may go to no other.
+        chosen = ["--all", f"--partition={partition}"] if partition else []
+        kinds = re.findall(r"^([0-9]{1,18})\+?\|([0-9]{1,18})$", ask("sinfo", "--noheader", *chosen, "--format=%m|%D"), re.M)
+        memory, nodes = [int(mb) for mb, _ in kinds], sum(int(number) for _, number in kinds)
+        # By name: sacctmgr takes a number for a name too, and finds nothing.
+        where = [f"user={_user()}", *([f"account={account}"] if account else [])]
+        of_user = ask("sacctmgr", "-nP", "show", "assoc", "where", *where, "format=MaxSubmit,DefaultQOS")
+        lines = re.findall(r"^([0-9]{0,18})\|([^|\s]*)$", of_user, re.M)
+        names = {qos or default or "normal" for _, default in lines} or {qos or "normal"}
+        of_qos = ask("sacctmgr", "-nP", "show", "qos", "where", f"name={','.join(sorted(names))}", "format=MaxSubmitPU")
+        numbers = [number for number, _ in lines] + re.findall(r"^[0-9]{1,18}$", of_qos, re.M)
+        submitted = min((int(number) for number in numbers if number), default=None)
+        return Limits(array_size, submitted, max(memory, default=None), nodes or None)
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
 
 
-class End(Record):
-    """How an element ended."""
+def leave_out_wckey() -> None:
+    """Submitit's own default asks for a wckey, which sites that enforce wckeys refuse. Hydra's launcher can't ask for none."""
+    from submitit import SlurmExecutor
 
-    state: str
-    exit_code: str = ""
-    node: str = ""
-    seconds: Count = 0  # summed over all requeues
-
-    def __str__(self) -> str:
-        return f"{self.state}" + (f" {self.exit_code}" if self.exit_code else "") + (f" on {self.node}" if self.node else "")
+    update = functools.partialmethod(SlurmExecutor._internal_update_parameters, wckey=None)
+    SlurmExecutor._internal_update_parameters = update  # type: ignore[assignment,method-assign]
 
 
-class Ends(Record):
-    ends: dict[int, End] = Field(default={})  # by array index
-    gpus: Count = 0  # of each element
+def refusal(message: str) -> RefusedError:
+    """What sbatch means when it says no."""
+    return scheduler.refusal(message, FULL, BUSY)
 
 
-class Slurm(Record):
+def _indices(of_array: str) -> Sequence[int]:
+    """The elements that sacct's JobID names behind the job's: `3`, or `[0-2,5,10-20:2%4]` of those that have not begun."""
+    if not of_array.startswith("["):
+        return [int(of_array or 0)]
+    indices: list[int] = []
+    for part in of_array.strip("[]").partition("%")[0].split(","):
+        if found := INDICES.fullmatch(part):
+            first, last, step = int(found[1]), int(found[2] or found[1]), int(found[3] or 1)
+            indices += range(first, min(last, MOST_INDICES) + 1, max(1, step))
+    return indices
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # a container without the user's name
+        return str(os.getuid())
+
+
+def environment() -> dict[str, str]:
+    """The environment of every command of Slurm."""
+    return {key: value for key, value in os.environ.items() if key in REACH or not key.startswith(OPTIONS)}
+
+
+@contextlib.contextmanager
+def _clean_environment() -> Iterator[None]:
+    """For sbatch, which Submitit calls. It hands this environment on to the job."""
+    removed = {key: os.environ.pop(key) for key in os.environ.keys() - environment().keys()}
+    try:
+        yield
+    finally:
+        os.environ.update(removed)
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    """Raises: CommandError when the command is not there or does not answer."""
+    # Slurm shortens long lists of array elements unless it is told not to.
+    return scheduler.run("Slurm", command, {**environment(), "SLURM_BITSTR_LEN": "0"})
+
+
+def call(*command: str) -> str:
+    """Raises: CommandError when the command does not answer, or fails."""
+    done = run(*command)
+    if done.returncode:
+        raise scheduler.failed(done)
+    return done.stdout
+
+
+def _accounting(*options: str) -> str:
+    """What sacct says; nothing on a cluster without accounting."""
+    try:
+        return call("sacct", "-nPX", *options)
+    except CommandError as error:
+        if "accounting storage is disabled" in str(error).lower():
+            return ""
+        raise
+
+
+def ask(*command: str) -> str:
+    """What a command says, nothing when it fails."""
+    try:
+        return call(*command)
+    except CommandError:
+        return ""
+
+
+def _lines(program: str, *options: str) -> list[str]:
+    return [one_line(line.strip()) for line in ask(program, "--noheader", *options).splitlines() if line.strip()]
+
+
+# --- the launcher ---
+
+
+class Slurm(ArrayLauncher):
     """Arrays on a cluster, one process and one GPU a task. The run folder must lie on a filesystem that the nodes share."""
 
     cluster: Cluster = Cluster()
-    tasks_per_job: int = Field(default=1, ge=1, description="tasks that one process works off; its start takes 20 s or more")
-    worker: str = Field(default=WORKER, description="dotted path of what brings tasks to outcomes")
-    checkpoint_minutes: float = Field(default=5.0, gt=0, description="a longer training is saved this often, to go on from")
-    poll_seconds: float = Field(default=5.0, gt=0, description="between two looks at the jobs")
-    settle_seconds: float = Field(
-        default=10.0, ge=0, description="seconds that a final state must persist before it is accepted"
-    )
-    lost_seconds: float = Field(default=120.0, ge=0, description="seconds after which a job that Slurm does not know is lost")
-    accounting_seconds: float = Field(
-        default=1800.0, ge=0, description="seconds without an answer from sacct, after which squeue alone decides"
-    )
     _commands: Commands = PrivateAttr(default_factory=Commands)
 
-    @contextmanager
-    def open(self, root: Path, report: Report, say: Callable[[str], None]) -> Iterator[Jobs]:
-        # Whatever ends the driver, its jobs go on, and the next driver finds them.
-        yield Arrays(root, self, self._commands, say)
+    names: ClassVar[Names] = Names(
+        system="Slurm",
+        programs=("sbatch", "srun", "squeue", "sacct", "scancel", "scontrol", "sinfo"),
+        submit="sbatch",
+        queue="squeue",
+        accounting="sacct",
+        show="scontrol show job {job}",
+        estimate="squeue --start",
+        keys="cluster",
+        gpu_keys="cluster.gpus_per_node, cluster.gpu_type",
+        gpu_advice="choose a cluster.partition with GPUs, and set cluster.gpu_type as the gres of its nodes has it",
+    )
+    states: ClassVar[States] = States(
+        waiting="PENDING",
+        unfinished=frozenset(UNFINISHED),
+        leaving=frozenset({"COMPLETING", "CANCELLED"}),  # a cancelled job is listed so until its processes have ended
+        held=("launch failed requeued held", "JobHoldMaxRequeue"),  # Slurm gave up on it
+        completed="COMPLETED",
+        failed="FAILED",
+        of_memory=frozenset({"OUT_OF_MEMORY"}),
+        killed=frozenset({"9:0", "0:9", "137:0", "0:125"}),
+        of_node=frozenset({"NODE_FAIL", "BOOT_FAIL"}),
+    )
+    ranks: ClassVar[Ranks | None] = RANKS
+    recorded_as: ClassVar[str | None] = None  # it was the only one when these records were made
 
+    @staticmethod
+    def own_job() -> OwnJob | None:
+        job_id = os.environ.get("SLURM_JOB_ID")
+        if "SLURM_ARRAY_JOB_ID" in os.environ:
+            # In the last element of an array SLURM_JOB_ID is the id of the whole array.
+            job_id = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ.get(INDEX, '0')}"
+        return OwnJob(None, job_id, os.environ.get("SLURM_JOB_NAME")) if job_id else None
 
-class Arrays:
-    """The arrays of one run."""
+    @staticmethod
+    def element_id(job_id: str, index: int, size: int) -> str:
+        """As Submitit calls it too."""
+        return f"{job_id}_{index}" if size > 1 else job_id
 
-    def __init__(self, root: Path, settings: Slurm, commands: Commands, say: Callable[[str], None]) -> None:
+    def check_root(self, root: Path) -> None:
         if "%" in str(root):
             raise ConfigError(
                 f"the run folder {root} has a % in its path, which Slurm reads as a pattern; choose another name="
             )
-        self.store, self.settings, self.commands, self.say = Store(root), settings, commands, say
-        cluster = settings.cluster
-        self.accounting = _Accounting(commands, settings.accounting_seconds, say)
-        self.limits: Limits = commands.limits(cluster.partition, cluster.account, cluster.qos)
-        if self.limits.submitted == 0:
-            raise ConfigError("Slurm admits no job of yours (MaxSubmitJobs=0); choose another cluster.account or cluster.qos")
-        self.waiting: deque[Pack] = deque()
-        self.chunk = self.limits.array_size
-        self.delay_seconds, self.not_before = BACK_OFF_SECONDS[0], 0.0
-        self.flying: dict[str, _Array] = {}  # by job name
-        self.mem_mb: dict[str, int] = {}  # by task id, after out-of-memory
-        self.nodes = _Nodes()
-        self.crowd = 0  # elements of this user in the queue, as far as is known
-        self.complaint = ""
-        for submission in self.store.read_all("jobs/*/submission.json", Submission):
-            array = _Array(self.store, submission, settings.cluster.gpus_per_node)
-            for index, end in array.ends.items():
-                self._learn(array, index, end)
-            if array.open:
-                self.flying[submission.name] = array
-        if self.flying:
-            say(f"{len(self.flying)} arrays of an earlier driver are looked after")
 
-    # --- what whoever opened the run asks ---
+    def limits(self) -> Limits:
+        return self._commands.limits(self.cluster.partition, self.cluster.account, self.cluster.qos)
 
-    def submit(self, bundles: Sequence[Bundle], alone: bool = False) -> None:
-        settings = self.settings
-        self.waiting += packed(bundles, 1 if alone else settings.tasks_per_job * settings.cluster.processes)
+    @property
+    def gpus(self) -> int:
+        return self.cluster.gpus_per_node
 
-    def in_flight(self) -> set[str]:
-        packs = [*self.waiting, *(pack for array in self.flying.values() for pack in array.open.values())]
-        return {task_id for pack in packs for bundle in pack for task_id in bundle}
+    @property
+    def processes(self) -> int:
+        return self.cluster.processes
 
-    def counts(self) -> Counter[str]:
-        counts = Counter(state for array in self.flying.values() for state in array.states.values())
-        return counts + Counter({"not submitted yet": len(self.waiting)})
+    @property
+    def needs_gpu(self) -> bool:
+        return self.cluster.require_cuda and self.cluster.gpus_per_node > 0
 
-    def cancel(self) -> None:
-        self.waiting.clear()
-        self.flying.clear()
-        try:
-            done = cancel(self.store, self.commands)
-        except CommandError as error:
-            self.say(f"the jobs could not be cancelled ({error}); `hpc-compress cancel` tries again")
-        else:
-            if done.left:
-                self.say(f"{done.left} jobs could not be cancelled ({done.trouble}); `hpc-compress cancel` tries again")
+    @property
+    def mem_mb(self) -> int | None:
+        return self.cluster.mem_mb(self.cluster.mem_gb)
 
-    def poll(self) -> list[Ended]:
-        self._send()
-        self.commands.sleep(self.settings.poll_seconds)
-        try:
-            return self._look()
-        except CommandError as error:
-            if str(error) != self.complaint:  # once, and again when it is another one
-                self.say(f"Slurm does not answer, waiting: {error}")
-            self.complaint = str(error)
-            for array in self.flying.values():
-                array.since.clear()  # patience begins anew: while Slurm was away, nothing could be seen
-            return []
+    @property
+    def max_mem_mb(self) -> int | None:
+        return self.cluster.mem_mb(self.cluster.max_mem_gb)
 
-    # --- sending ---
+    def options(self, name: str, folder: Path, mem_mb: int | None, exclude: Sequence[str]) -> Options:
+        return self.cluster.options(name, folder, mem_mb, exclude)
 
-    def _send(self) -> None:
-        while self.waiting and self.commands.now() >= self.not_before:
-            room = self.chunk if self.limits.submitted is None else min(self.chunk, self.limits.submitted - self.crowd)
-            if room < 1:
-                return
-            mem_mb = self._memory(self.waiting[0])
-            packs: list[Pack] = []
-            while self.waiting and len(packs) < room and self._memory(self.waiting[0]) == mem_mb:
-                packs.append(self.waiting.popleft())
-            name = f"{_slug(self.store.root.name)}-{secrets.token_hex(4)}"
-            # Never most of the nodes: if the others are down, Slurm lets the jobs wait and does not say why.
-            most = (self.limits.nodes or 2) // 2
-            bad_nodes = tuple(self.nodes.bad())[-most:] if most else ()
-            array = _Array.new(
-                self.store, Submission(name=name, packs=tuple(packs), mem_mb=mem_mb, exclude=bad_nodes), self.settings
-            )
-            try:
-                job_id = self.commands.submit(array.folder, self._works(array), self._options(array))
-            except RefusedError as error:
-                self._refused(array, error)
-            else:
-                array.sent(job_id)
-                self.flying[name] = array
-                self.crowd += len(packs)
-                self.chunk, self.delay_seconds = min(2 * self.chunk, self.limits.array_size), BACK_OFF_SECONDS[0]
+    def options_to_look(self, name: str, folder: Path) -> Options:
+        return {**self.cluster.options(name, folder, self.mem_mb, ()), "ntasks_per_node": 1, "time": 10}
 
-    def _refused(self, array: "_Array", error: RefusedError) -> None:
-        """Try again later, try fewer elements, or give up."""
-        if error.kind == "busy":
-            # It may have taken them all the same: they are looked for by name, and sent again when nobody knows them.
-            self.flying[array.submission.name] = array
-        else:
-            self.waiting.extendleft(reversed(array.submission.packs))
-            shutil.rmtree(array.folder)
-            if error.kind == "never" and not (array.submission.exclude or self.mem_mb):
-                raise ConfigError(
-                    f"sbatch refused the jobs: {error}; mend the keys of cluster (hpc-compress doctor checks them)"
-                )
-            if error.kind == "never":  # perhaps since too many nodes are excluded, or no node has so much memory
-                self.nodes = _Nodes()
-                self.mem_mb.clear()
-                return
-        if error.kind == "full" and len(array.submission.packs) > 1:
-            self.chunk = len(array.submission.packs) // 2
-            return
-        self.say(f"sbatch says {error}; trying again in {self.delay_seconds:.0f} s")
-        self.not_before = self.commands.now() + self.delay_seconds
-        self.delay_seconds = min(2 * self.delay_seconds, BACK_OFF_SECONDS[1])
-
-    def _memory(self, pack: Pack) -> int | None:
-        """Megabytes of one element; None where the site decides."""
-        own = self.settings.cluster.mem_mb(self.settings.cluster.mem_gb)
-        return None if own is None else max([own, *(self.mem_mb.get(task_id, 0) for bundle in pack for task_id in bundle)])
-
-    def _options(self, array: "_Array") -> dict[str, Any]:
-        submission = array.submission
-        return self.settings.cluster.options(submission.name, array.folder, submission.mem_mb, submission.exclude)
-
-    def _works(self, array: "_Array") -> list[Work]:
-        settings = self.settings
-        cluster, root, seconds = settings.cluster, str(self.store.root), 60 * settings.checkpoint_minutes
-        cuda = cluster.require_cuda and cluster.gpus_per_node > 0
-        return [Work(root, pack, settings.worker, seconds, shared=True, cuda=cuda) for pack in array.submission.packs]
-
-    # --- looking ---
-
-    def _look(self) -> list[Ended]:
-        self.accounting.begin()
-        queue = self.commands.squeue()
-        self.crowd = len(queue)
-        queued = {(row.name, row.index): row for row in queue}
-        missing: list[tuple[_Array, int]] = []
-        for array in self.flying.values():
-            for index in list(array.open):
-                row = queued.get((array.submission.name, index))
-                if row is None:
-                    missing.append((array, index))
-                elif row.state == "PENDING" and row.reason.startswith(HELD):
-                    with contextlib.suppress(CommandError):  # the next look tries again
-                        self.commands.cancel([element_id(row.job_id, index, len(array.submission.packs))])
-                    array.states[index] = f"held ({row.reason})"
-                else:
-                    array.seen(index, row)
-            if array.job_id is None:
-                self._attach(array, next((row.job_id for row in queue if row.name == array.submission.name), None))
-        rows = self.accounting.rows({array.job_id for array, _ in missing if array.job_id is not None})
-        self.complaint = ""
-        ended = [found for array, index in missing if (found := self._missing(array, index, rows))]
-        for array in {array.submission.name: array for array, _ in missing}.values():
-            array.record()
-        self.flying = {name: array for name, array in self.flying.items() if array.open}
-        return ended
-
-    def _attach(self, array: "_Array", job_id: str | None) -> None:
-        """Give a submission of which only the name is known its job, if there is one."""
-        job_id = job_id or self.accounting.job_id(array.submission.name)
-        if job_id is not None:
-            array.sent(job_id)
-            self.commands.attach(array.folder, self._works(array), job_id, self.settings.cluster.timeout_min)
-
-    def _missing(self, array: "_Array", index: int, rows: dict[tuple[str, int], list[Row]]) -> Ended | None:
-        """Judge an element that squeue does not list."""
-        now, lives = self.commands.now(), rows.get((array.submission.name, index), [])
-        last = lives[-1] if lives else None
-        final = last.state if last and last.state not in UNFINISHED else None
-        state = last.state if last else "unknown"
-        if array.states.get(index) != state:
-            array.states[index], array.since[index] = state, now
-        seconds = now - array.since.setdefault(index, now)
-        if last and not final:
-            if seconds >= self.settings.accounting_seconds:
-                self._puzzled(array, index, last)
-            return None
-        if seconds < (self.settings.settle_seconds if final else self.settings.lost_seconds):
-            return None
-        pack = array.open.pop(index)
-        if final is None and array.job_id is None:
-            # It never reached Slurm; or it did, and then its outcomes show it.
-            open_bundles = tuple(ids for ids in pack if any(self.store.outcome(task_id) is None for task_id in ids))
-            self.waiting.extend([open_bundles] if open_bundles else [])
-            array.ends[index] = End(state="NEVER_SUBMITTED")
-            return None
-        end = End(
-            state=final or "LOST",
-            exit_code=last.exit_code if last else "",
-            node=last.node if last else "",
-            seconds=sum(row.seconds for row in lives),
+    def checks(self) -> Iterator[Check]:
+        cluster = self.cluster
+        chosen = [f"--partition={cluster.partition}"] if cluster.partition else []
+        lines = [line for line in _lines("sinfo", "--all", *chosen, "--format=%P|%D|%G|%l|%m|%c") if line.count("|") == 5]
+        names = sorted({line.rstrip("*") for line in _lines("sinfo", "--all", "--format=%P")})
+        yield Check(
+            "partition",
+            bool(lines),
+            f"{cluster.partition or 'the default one'}: {'; '.join(lines) or 'not there'}",
+            f"set cluster.partition to one of {', '.join(names) or 'those that sinfo shows'}",
         )
-        array.ends[index] = end
-        for row in lives:
-            self._learn(array, index, End(state=row.state, exit_code=row.exit_code, node=row.node))
-        return Ended(sum(pack, ()), f"{end}; logs: {array.folder}/*_{index}_*, batch-{index}.log")
-
-    def _puzzled(self, array: "_Array", index: int, row: Row) -> None:
-        """Tell the user, once an array, of an element that only the accounting knows."""
-        if not array.puzzling:
-            array.puzzling = True
-            job = element_id(row.job_id, index, len(array.submission.packs))
-            self.say(
-                f"sacct calls job {job} {row.state}, but squeue does not list it; waiting for it. If `scontrol show job {job}` "
-                f"does not know it either, stop this driver, delete {array.folder} and start the same search again"
+        if cluster.gpus_per_node:
+            gres = sorted({line.split("|")[2] for line in lines})
+            wanted = f"gpu:{cluster.gpu_type}" if cluster.gpu_type else "gpu"
+            has = any(wanted in item for item in gres)
+            yield Check(
+                "gres", has, f"{wanted} in {', '.join(gres) or 'none'}", "set cluster.gpu_type as sinfo -o %G names it, or null"
             )
-
-    def _learn(self, array: "_Array", index: int, end: End) -> None:
-        """More memory after out-of-memory, other nodes after a node failed or when jobs keep dying there."""
-        hungry = end.state == "OUT_OF_MEMORY" or (end.state == "FAILED" and end.exit_code in KILLED)
-        task_ids = sum(array.submission.packs[index], ())
-        if end.state in NODE_STATES:
-            self.nodes.failed(end.node)
-        elif end.state == "COMPLETED" or (end.state == "FAILED" and not hungry):
-            self.nodes.job_ended(end.node, task_ids, died=end.state == "FAILED")
-        mem_mb = array.submission.mem_mb
-        if hungry and mem_mb is not None:
-            most = self.settings.cluster.max_mem_gb
-            most_mb = self.limits.node_memory_mb if most is None else self.settings.cluster.mem_mb(most)
-            more = min(2 * mem_mb, most_mb or 2 * mem_mb)
-            self.mem_mb |= {task_id: max(more, self.mem_mb.get(task_id, 0)) for task_id in task_ids}
-
-
-class _Accounting:
-    """What sacct says of this run's jobs, and how long it has said nothing."""
-
-    def __init__(self, commands: Commands, patience_seconds: float, say: Callable[[str], None]) -> None:
-        self.commands, self.patience_seconds, self.say = commands, patience_seconds, say
-        self.mute_since: float | None = None
-        self.given_up = False
-        self.asked = False  # in the look at the jobs that is under way
-
-    def begin(self) -> None:
-        """A new look at the jobs begins. Silence is counted from look to look, as long as each of them asks."""
-        if not self.asked and not self.given_up:
-            self.mute_since = None
-        self.asked = False
-
-    def rows(self, job_ids: set[str]) -> dict[tuple[str, int], list[Row]]:
-        """By job name and index, older before newer."""
-        rows: dict[tuple[str, int], list[Row]] = {}
-        nothing: list[Row] = []
-        for row in self._ask(lambda: self.commands.sacct(sorted(job_ids)), nothing) if job_ids else nothing:
-            rows.setdefault((row.name, row.index), []).append(row)
-        return rows
-
-    def job_id(self, name: str) -> str | None:
-        return self._ask(lambda: self.commands.accounted(name), None)
-
-    def _ask(self, command: Callable[[], T], nothing: T) -> T:
-        """Raises: CommandError while sacct fails, until it has failed for so long that `nothing` is taken for its answer."""
-        self.asked = True
+        yield self._test_only()
         try:
-            answer = command()
-        except CommandError as error:
-            now = self.commands.now()
-            self.mute_since = now if self.mute_since is None else self.mute_since
-            if now - self.mute_since < self.patience_seconds:
-                raise
-            if not self.given_up:
-                self.say(
-                    f"sacct has not answered for {self.patience_seconds / 60:.0f} min ({error}): from now on a job that squeue "
-                    "does not list counts as ended, and why it ended is not known"
-                )
-            self.given_up = True
-            return nothing
-        self.mute_since, self.given_up = None, False
-        return answer
-
-
-class _Nodes:
-    """Which nodes to avoid: those that failed, and those on which jobs of this run keep dying.
-
-    A node is judged by the last jobs that ended there. A death counts against it while the job's tasks have died nowhere
-    else: a task that dies on two nodes is to blame itself.
-    """
-
-    def __init__(self) -> None:
-        self.gone: dict[str, None] = {}  # that failed, the last one last
-        self.ended: defaultdict[str, deque[tuple[Bundle, bool]]] = defaultdict(lambda: deque(maxlen=LAST_JOBS))  # and died
-        self.places: defaultdict[str, set[str]] = defaultdict(set)  # by task: the nodes on which jobs of it died
-
-    def failed(self, node: str) -> None:
-        if node:
-            self.gone[node] = self.gone.pop(node, None)
-
-    def job_ended(self, node: str, task_ids: Bundle, died: bool) -> None:
-        if node:
-            self.ended[node].append((task_ids, died))
-            for task_id in task_ids if died else ():
-                self.places[task_id].add(node)
-
-    def bad(self) -> list[str]:
-        """Nodes to avoid, most certain last."""
-        return [*(node for node in self.ended if node not in self.gone and self._deadly(node)), *self.gone]
-
-    def _deadly(self, node: str) -> bool:
-        """Whether most of the last jobs there died, of several tasks."""
-        jobs = self.ended[node]
-        held_against = [ids for ids, died in jobs if died and all(self.places[task_id] == {node} for task_id in ids)]
-        counted: set[str] = set()
-        distinct = 0
-        for task_ids in held_against:
-            distinct += counted.isdisjoint(task_ids)
-            counted.update(task_ids)
-        return distinct >= BAD_DEATHS and 2 * len(held_against) > len(jobs)
-
-
-class _Array:
-    """One submission and what is known of its elements."""
-
-    def __init__(self, store: Store, submission: Submission, gpus: int) -> None:
-        self.store, self.submission = store, submission
-        sent = store.read(f"{self._name}/sent.json", Sent)
-        self.job_id = sent.job_id if sent else None
-        ends = store.read(f"{self._name}/ends.json", Ends) or Ends(gpus=gpus)
-        self.ends, self.gpus, self.recorded = dict(ends.ends), ends.gpus, len(ends.ends)
-        self.open = {index: pack for index, pack in enumerate(submission.packs) if index not in self.ends}
-        self.states: dict[int, str] = dict.fromkeys(self.open, "submitted")
-        self.since: dict[int, float] = {}  # by clock, of a state that may be the last one
-        self.puzzling = False  # whether the user was told that squeue and sacct disagree
-
-    @classmethod
-    def new(cls, store: Store, submission: Submission, settings: Slurm) -> "_Array":
-        store.write(f"jobs/{submission.name}/submission.json", submission)
-        return cls(store, submission, settings.cluster.gpus_per_node)
-
-    @property
-    def _name(self) -> str:
-        return f"jobs/{self.submission.name}"
-
-    @property
-    def folder(self) -> Path:
-        return self.store.root / self._name
-
-    def sent(self, job_id: str) -> None:
-        self.job_id = job_id
-        self.store.write(f"{self._name}/sent.json", Sent(job_id=job_id))
-
-    def seen(self, index: int, row: Row) -> None:
-        """It is in the queue, so nothing that was said of it before holds."""
-        waits = row.state == "PENDING" and row.reason not in ("", "None")
-        self.states[index] = f"pending ({row.reason})" if waits else row.state.lower()
-        self.since.pop(index, None)
-
-    def record(self) -> None:
-        for index in self.ends:
-            self.states.pop(index, None)
-        if len(self.ends) > self.recorded:
-            self.store.write(f"{self._name}/ends.json", Ends(ends=self.ends, gpus=self.gpus))
-            self.recorded = len(self.ends)
-
-
-@dataclass(frozen=True)
-class Cancelled:
-    """What came of cancelling a run's jobs."""
-
-    cancelled: int  # elements
-    left: int  # elements that go on
-    trouble: str  # what scancel said
-
-
-def cancel(store: Store, commands: Commands, own_job: tuple[str, str | None] | None = None) -> Cancelled:
-    """Cancel every job of a run that Slurm still knows, and no other.
-
-    own_job: id and name of the job that the driver lives in; `17_3` if it is one element of an array, whose others are not
-    the run's.
-
-    Raises: CommandError when squeue fails.
-    """
-    names = {submission.name for submission in store.read_all("jobs/*/submission.json", Submission)}
-    own_id, own_name = own_job or ("", None)
-
-    def targets() -> dict[tuple[str, int], str]:
-        """What scancel must be given, by job id and index of the elements that have not ended."""
-        found = {}
-        for row in commands.squeue():
-            own = row.name == own_name and own_id in (f"{row.job_id}_{row.index}", row.job_id if row.index == 0 else None)
-            if row.state not in LEAVING and (own or row.name in names):
-                found[row.job_id, row.index] = own_id if own else row.job_id
-        return found
-
-    before, trouble = targets(), ""
-    if before:
-        try:
-            commands.cancel(sorted(set(before.values())))
+            call("sacct", "-nX", "--starttime=now-1minutes")
+            trouble = ""
         except CommandError as error:
             trouble = str(error)
-    # Slurm's list is the truth: scancel may fail for one job and end the next one.
-    left = len(before.keys() & targets().keys()) if before else 0
-    return Cancelled(len(before) - left, left, trouble or "scancel reports no error")
+        advice = "without sacct it takes launcher.accounting_seconds until a dead job is noticed, and its reason is not known"
+        yield Check("accounting", not trouble, trouble or "answers", advice)
 
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_]+", "-", name)[:30].strip("-") or "run"
+    def _test_only(self) -> Check:
+        words = {**self.cluster.request(self.mem_mb, ()), **self.cluster.sbatch}
+        flags = [f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}") for key, value in words.items()]
+        try:
+            tested = run("sbatch", "--test-only", *flags, "--wrap=true")
+            admitted = tested.returncode == 0
+            said = one_line(tested.stderr.strip().replace("sbatch: ", "").replace("error: ", ""))
+        except CommandError as error:
+            admitted, said = False, str(error)
+        return Check("sbatch", admitted, said, "mend account, qos, timeout_min, cpus_per_task, mem_gb or sbatch of cluster")

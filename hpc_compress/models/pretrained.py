@@ -9,7 +9,7 @@ from typing import Any
 from hpc_compress import door, identity
 from hpc_compress.config import ConfigError, ModelConfig, resource
 from hpc_compress.models import inspection
-from hpc_compress.types import Base, Step
+from hpc_compress.types import Base
 
 # What is needed of a pretrained model. Pickled weights are left where they are.
 PATTERNS = (
@@ -101,7 +101,7 @@ def adopt(found: Pretrained, config: ModelConfig, target: Path, head_fits: bool)
         name=found.name,
         revision=found.revision,
         fingerprint=identity.files_hash([target / path.name for path in found.files]),
-        preparation=preparation(config) if train_head else (),
+        preparation=config.preparation if train_head else (),
     )
 
 
@@ -118,8 +118,3 @@ def head_fits(found: Pretrained, config: ModelConfig, prefix: str, outputs: int,
             f" {outputs} outputs as {dataset} needs; set model.head=new to train one"
         )
     return fits
-
-
-def preparation(config: ModelConfig) -> tuple[Step, ...]:
-    """How a new head is trained."""
-    return (Step(operator="fine_tune", params=config.fine_tune),)

@@ -11,9 +11,7 @@ from typing import TypeVar
 
 from hpc_compress import door, identity
 from hpc_compress.config import ConfigError
-from hpc_compress.dispatch import Heartbeat
-from hpc_compress.driver import Generation, Plan, Result
-from hpc_compress.launch.slurm import Ends, Submission
+from hpc_compress.records import Ends, Generation, Heartbeat, Plan, Result, Submission
 from hpc_compress.search.objective import with_timing
 from hpc_compress.store import write_atomically
 from hpc_compress.types import Failure, Genome, Measurement, Outcome, Record, Split

@@ -1,10 +1,7 @@
-"""From run folders to tables, plots and a status. Reads records only; knows pandas and matplotlib, no torch and no Slurm."""
+"""Tables and plots of runs. Reads records only; knows pandas and matplotlib, no torch."""
 
 import io
-import itertools
 import math
-import time
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
@@ -14,29 +11,12 @@ import pandas as pd
 from pydantic import ValidationError
 
 from hpc_compress import door
+from hpc_compress.analysis.runs import Run, find_runs, open_runs
 from hpc_compress.config import ConfigError
-from hpc_compress.dispatch import HEARTBEAT_SECONDS, Heartbeat, describe, figures
-from hpc_compress.driver import learnt
-from hpc_compress.launch import Process
-from hpc_compress.runs import Reader, Run, find_runs, open_run, open_runs
 from hpc_compress.search.objective import Product, noise, speed_up, speed_up_spread
 from hpc_compress.store import write_atomically
+from hpc_compress.summary import learnt
 from hpc_compress.types import Measurement
-
-__all__ = [  # with those of `runs`
-    "Reader",
-    "Run",
-    "as_text",
-    "find_runs",
-    "gpu_hours",
-    "load_runs",
-    "open_run",
-    "plot",
-    "report",
-    "status",
-    "status_of",
-    "write_report",
-]
 
 BOUND = 0.9  # an enqueue_share above it: the time is that of starting kernels
 
@@ -303,89 +283,3 @@ def plot(candidates: pd.DataFrame, path: Path | io.BytesIO) -> None:
 
 def _plain(text: str) -> str:
     return door.one_line(text, most=60).replace("$", r"\$")  # matplotlib takes what stands between two for a formula
-
-
-# --- status ---
-
-
-def status(root: Path) -> str:
-    """Where a run stands, from its files alone."""
-    return status_of(open_run(root))
-
-
-def status_of(run: Run) -> str:
-    lines = [
-        ("run", str(run.root)),
-        ("compresses", f"{run.plan.base.name} on {run.plan.dataset.name}"),
-        ("generation", f"{len(run.generations)} of {run.plan.config.generations} done"),
-    ]
-    if run.heartbeat and run.result is None:
-        lines.append(("now", f"{run.heartbeat.doing}: {run.heartbeat.done} of {run.heartbeat.total} tasks settled"))
-        lines.append(("jobs", ", ".join(f"{number} {state}" for state, number in run.heartbeat.jobs.items()) or "none"))
-    failures = Counter(describe(seen.failure)[:100] for seen in run.seen.values() if seen.failure)
-    lines.append(("tasks", f"{run.settled} of {run.tasks} settled, {failures.total()} failed"))
-    lines += [("", f"{number} x {reason}") for reason, number in failures.most_common(5)]
-    best = run.seen.get(run.best) if run.best else None
-    if best and best.measurement:
-        lines.append(("best so far", f"{best.genome}: {figures(best.measurement)}"))
-    lines.append(("GPU time", f"{gpu_hours(run):.2f} hours"))
-    lines += [("damaged", line) for line in run.damage_lines()]
-    if run.result is not None:
-        lines.append(("state", f"ended: {run.result.stopped}"))
-    else:
-        lines += [("time left", left)] if (left := _time_left(run)) else []
-        lines.append(("state", _sign_of_life(run)))
-    return "\n".join(f"{what:<11} {door.one_line(text, most=4096)}" for what, text in lines)
-
-
-def gpu_hours(run: Run) -> float:
-    """Of ended Slurm jobs as the accounting counts them; of everything else the time that its tasks took on a GPU."""
-    seconds, counted = 0.0, set()
-    for submission, ends in run.jobs:
-        for index, end in ends.ends.items():
-            seconds += end.seconds * ends.gpus
-            if 0 <= index < len(submission.packs):
-                counted |= {task_id for bundle in submission.packs[index] for task_id in bundle}
-    for task_id, seen in run.seen.items():
-        if seen.measurement and seen.measurement.device_type == "cuda" and task_id not in counted:
-            seconds += seen.seconds
-    return seconds / 3600
-
-
-def _time_left(run: Run) -> str:
-    """From the pace of the generations so far."""
-    names = [f"tasks/{task_id}/outcome.json" for task_id, seen in run.seen.items() if seen.is_base and seen.split == "search"]
-    names += [f"generations/{generation.number:04d}.json" for generation in run.generations]
-    marks = [mark for name in names if (mark := _written(run.root / name)) is not None]
-    if len(marks) < 2:
-        return ""
-    pace = median(max(0.0, later - earlier) for earlier, later in itertools.pairwise(marks))
-    left = run.plan.config.generations - len(run.generations)
-    seconds = max(0.0, left * pace - max(0.0, time.time() - marks[-1]))
-    return f"about {_duration(seconds)} for {left} more, at {_duration(pace)} a generation"
-
-
-def _written(path: Path) -> float | None:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return None
-
-
-def _sign_of_life(run: Run) -> str:
-    heartbeat, beat = run.heartbeat, _written(run.root / "driver.json")
-    if heartbeat is None or beat is None:
-        return "not started; the same search command goes on with it"
-    age = max(0.0, time.time() - beat)
-    where = f"on {heartbeat.host}" + (f" in job {heartbeat.job_id}" if heartbeat.job_id else f", process {heartbeat.pid}")
-    here = heartbeat.host == Heartbeat.here().host
-    lives = Process(heartbeat.pid, heartbeat.started).lives() if here else age < 4 * HEARTBEAT_SECONDS
-    if lives and not heartbeat.ended:
-        return f"driver at work {where}, last sign of life {_duration(age)} ago"
-    return f"no driver at work; the last one, {where}, was there {_duration(age)} ago; the same search command goes on with it"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,20 @@
+"""From run folders to tables, plots and a status. Reads files only: imports no torch, and neither driver nor launchers."""
+
+from hpc_compress.analysis.report import as_text, load_runs, plot, report, write_report
+from hpc_compress.analysis.runs import Reader, Run, find_runs, open_run
+from hpc_compress.analysis.status import gpu_hours, status, status_of
+
+__all__ = [
+    "Reader",
+    "Run",
+    "as_text",
+    "find_runs",
+    "gpu_hours",
+    "load_runs",
+    "open_run",
+    "plot",
+    "report",
+    "status",
+    "status_of",
+    "write_report",
+]

@@ -1,0 +1,34 @@
+"""Outcomes in one line, for the driver's log, the status and reports. Imports no torch, and knows no file."""
+
+from hpc_compress.data import metrics
+from hpc_compress.records import Plan
+from hpc_compress.search.objective import speed_up
+from hpc_compress.types import Failure, Measurement, Outcome
+
+CERTAIN_ROWS = 100  # with fewer, a base model that scores like a constant answer may still have learnt something
+
+
+def describe(failure: Failure) -> str:
+    return f"{failure.kind} while at {failure.stage}: {failure.message}"
+
+
+def figures(measurement: Measurement) -> str:
+    name, quality = next(iter(measurement.metrics.items()))
+    best = f" ({speed_up(measurement, 'best'):.2f}x of {precision})" if (precision := measurement.base_best_precision) else ""
+    return f"{name} {quality:.3f}, {measurement.model_bytes / 1e6:.1f} MB, {speed_up(measurement):.2f}x speed{best}"
+
+
+def learnt(plan: Plan, outcome: Outcome) -> tuple[str, bool] | None:
+    """A warning about a base model that is hardly better than the best constant answer, and whether that is certain."""
+    rows, measurement, split = plan.rows, outcome.measurement, outcome.task.split
+    count = next((found.rows for found in rows.overlaps if found.split == split), 0) if rows else 0
+    if rows is None or measurement is None or not count:
+        return None
+    name, score = next(iter(measurement.metrics.items()))
+    constant = rows.trivial[split].get(name, 0.0)
+    if score > constant + metrics.noise(name, constant, count):
+        return None
+    better = "is no better" if score <= constant else "is hardly better"
+    figures = f"{name} {score:.3f} against {constant:.3f} on {count} {split} rows"
+    line = f"the base model {better} than always giving the same answer: {figures}"
+    return line, score <= constant and count >= CERTAIN_ROWS
