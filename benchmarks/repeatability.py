@@ -22,7 +22,6 @@ from transformers import AutoTokenizer, PreTrainedModel
 from hpc_compress import measure, splits
 from hpc_compress.config import DatasetConfig, resource
 from hpc_compress.data.batches import Encoded, encode
-from hpc_compress.deployment import onnx_int8
 from hpc_compress.deployment.quantization import quantize
 from hpc_compress.models import artifact, surgery
 from hpc_compress.problems import PROBLEMS
@@ -122,7 +121,7 @@ SCHEMES: dict[str, Callable[[PreTrainedModel], Any]] = {
     "fp32, 3 layers": half,
     "int8": lambda model: quantize(model, "int8"),
     "nf4": lambda model: quantize(model, "nf4"),
-    "onnx_int8": onnx_int8.quantize,
+    "onnx_int8": lambda model: quantize(model, "onnx_int8"),
 }
 
 

@@ -13,9 +13,10 @@ from typing import Any
 from hpc_compress import door, identity
 from hpc_compress.analysis import runs
 from hpc_compress.config import ConfigError
+from hpc_compress.deployment.schemes import SCHEMES
 from hpc_compress.door import DamageError
 from hpc_compress.operators import foreign
-from hpc_compress.problems import problem
+from hpc_compress.problems import Problem, problem
 from hpc_compress.search.objective import speed_up
 from hpc_compress.store import Store
 from hpc_compress.types import Task
@@ -23,7 +24,6 @@ from hpc_compress.types import Task
 CODE = "modeling_hpc_compress.py"
 # As in CODE, which can't be imported without torch.
 PROGRAM, MODEL_TYPE = "model.onnx", "hpc_compress"
-MODEL_CLASS, PROGRAM_CLASS = "HpcCompressForSequenceClassification", "HpcCompressOnnxForSequenceClassification"
 WEIGHTS = ("model.safetensors", PROGRAM)  # one of the two
 TOKENIZER = (
     "tokenizer.json",
@@ -34,6 +34,7 @@ TOKENIZER = (
     "vocab.json",
     "merges.txt",
     "spm.model",
+    "spiece.model",
     "sentencepiece.bpe.model",
 )
 USED = ("artifacts", "base", "data", "teacher", "checkpoints", "block_times", "locks")  # folders of a run
@@ -91,7 +92,8 @@ def export(root: Path, target: Path, candidate: str | None = None, trust: bool =
             _copy(run.root, weights, name, draft)
         if not any((draft / name).is_file() for name in WEIGHTS):
             raise DamageError(f"{weights} has no weights; delete the folder, and they are computed again")
-        config = _config(door.json_object(door.inside(run.root, str(weights / "config.json"))), draft, extras)
+        found_config = door.json_object(door.inside(run.root, str(weights / "config.json")))
+        config = _config(found_config, problem(run.plan.dataset.problem), draft, extras)
         (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if (draft / "tokenizer_config.json").is_file():
             safe = _without(door.json_object(draft / "tokenizer_config.json"))
@@ -164,14 +166,14 @@ def _copy(root: Path, folder: Path, name: str, target: Path) -> None:
     shutil.copyfile(path, target / name)
 
 
-def _config(found: dict[str, Any], draft: Path, extras: list[str]) -> dict[str, Any]:
+def _config(found: dict[str, Any], kind: Problem, draft: Path, extras: list[str]) -> dict[str, Any]:
     """A model's config.json without anything that leads to other code than ours."""
     if found.get("model_type") != MODEL_TYPE:
         raise DamageError(f"the config.json of the model says model_type {found.get('model_type')!r}, and not {MODEL_TYPE!r}")
-    kind = PROGRAM_CLASS if (draft / PROGRAM).is_file() else MODEL_CLASS
+    name = kind.program_class if (draft / PROGRAM).is_file() else kind.model_class
     code = CODE.removesuffix(".py")
-    ours = {"AutoConfig": f"{code}.HpcCompressConfig", "AutoModelForSequenceClassification": f"{code}.{kind}"}
-    return {**_without(found), "architectures": [kind], "auto_map": ours, **({EXTRAS: extras} if extras else {})}
+    ours = {"AutoConfig": f"{code}.HpcCompressConfig", kind.auto_class: f"{code}.{name}"}
+    return {**_without(found), "architectures": [name], "auto_map": ours, **({EXTRAS: extras} if extras else {})}
 
 
 def _without(values: Any) -> Any:
@@ -242,8 +244,8 @@ def card(run: runs.Run, candidate: str, target: Path) -> str:
         best = f"speed-up over the base model in {measurement.base_best_precision}"
         figures[best] = f"{speed_up(measurement, 'best'):.2f}x"
     peak = {"peak GPU memory": f"{measurement.peak_bytes / 1e6:.1f} MB"} if measurement.peak_bytes else {}
-    program = any(step.params.get("scheme") == "onnx_int8" for step in steps)
-    needs = ["It runs in ONNX Runtime, on CPUs: `pip install onnxruntime`.", ""] if program else []
+    rows = [SCHEMES[name] for name in map(str, (step.params.get("scheme") for step in steps)) if name in SCHEMES]
+    needs = [line for row in rows if row.note for line in (row.note, "")]
     kind = problem(dataset.problem)
     cell = door.markdown_cell
     lines = [

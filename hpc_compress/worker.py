@@ -280,7 +280,7 @@ class Job:
 
         def make() -> PreTrainedModel:
             model = artifact.load(self._master(task, ()))
-            quantization.cast(model, quantization.DTYPES[precision])
+            quantization.cast(model, precision)
             return model.to(on)
 
         return self._keep(("base model", identity.master_key(task, ()), str(on), precision), make)

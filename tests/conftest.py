@@ -144,7 +144,7 @@ def save_checkpoint(
     folder: Path, family: str, layers: int, heads: int, hidden: int, ffn: int, num_labels: int, head: bool
 ) -> None:
     # As the families' own: RoBERTa and DistilBERT know no types for the texts of a pair.
-    _save_tokenizer(folder, pair_types=family in ("bert", "electra"))
+    _save_tokenizer(folder, pair_types=family in ("bert", "electra", "albert"))
     _save_model(folder, _model_config(family, layers, heads, hidden, ffn, num_labels), head)
 
 
@@ -169,6 +169,7 @@ def _model_config(family: str, layers: int, heads: int, hidden: int, ffn: int, n
         "xlm-roberta": {"max_position_embeddings": MAX_TOKENS + pad + 1, "type_vocab_size": 1},
         "mpnet": {"max_position_embeddings": MAX_TOKENS + pad + 1},
         "electra": {"max_position_embeddings": MAX_TOKENS, "embedding_size": hidden // 2},
+        "albert": {"max_position_embeddings": MAX_TOKENS, "embedding_size": hidden // 2},
         "deberta-v2": {  # as the v3 checkpoints
             "max_position_embeddings": MAX_TOKENS,
             "relative_attention": True,

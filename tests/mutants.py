@@ -74,6 +74,10 @@ MUTANTS = (
     Mutant("data/metrics.py", 'average="macro"', 'average="micro"', "test_data.py"),
     Mutant("data/vocabulary.py", 'special["ids"] = [new[index]', 'special["ids"] = [index', "test_vocabulary.py"),
     # models and operators
+    Mutant("models/modeling_hpc_compress.py", "(hidden_states + output)", "(output)", "test_families.py"),
+    Mutant(
+        "models/modeling_hpc_compress.py", "for group in groups for", "for group in groups[:1] * depth for", "test_families.py"
+    ),
     Mutant("models/gates.py", "mixed = before + ", "mixed = ", "test_pruning.py"),
     Mutant(
         "models/zeros.py", 'weight_values"] = weight[nonzero]', 'weight_values"] = weight[nonzero].abs()', "test_sparsity.py"
@@ -97,7 +101,7 @@ MUTANTS = (
     Mutant("training/loop.py", "weight[rows] = embedding.weight", "weight[rows] = weight[rows]", "test_models.py"),
     Mutant("deployment/gptq.py", "left[stop:] -= factor", "left[stop:] -= 0 * factor", "test_quantization.py"),
     Mutant(
-        "deployment/quantization.py",
+        "deployment/schemes.py",
         "scale = weight.abs().amax(1).clamp(min=1e-30) / 127",
         "scale = weight.abs().amax(1).clamp(min=1e-30) / 64",
         "test_quantization.py",

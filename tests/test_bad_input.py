@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -355,10 +356,8 @@ def find(folder: Path) -> None:
     pretrained.find(ModelConfig(path=str(folder)))
 
 
-def test_a_checkpoint_in_order_is_taken(tmp_path: Path, tiny_checkpoint: Callable[..., Path]):
+def test_a_checkpoint_in_order_is_taken(tmp_path: Path):
     find(checkpoint(tmp_path / "model"))
-    for kind in ("bert", "modernbert", "distilbert"):
-        find(tiny_checkpoint(kind))
 
 
 @pytest.mark.parametrize(("name", "content"), [("vocab.txt", "a\nb\nc\nd\ne\nf\n\n"), ("vocab.json", '{"a": 5}')])
@@ -372,8 +371,33 @@ def test_the_families_are_those_of_the_models():
     from hpc_compress.models import modeling_hpc_compress as modeling
 
     assert set(inspection.LAYERS) == set(modeling.FAMILIES)
-    for kind, family in modeling.FAMILIES.items():
-        assert inspection.LAYERS[kind] == family.layers
+
+
+@pytest.mark.parametrize("kind", inspection.LAYERS)
+def test_layers_are_found_in_a_checkpoint_of_every_family(kind: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path):
+    find(tiny_checkpoint(kind))
+    folder = Path(shutil.copytree(tiny_checkpoint(kind), tmp_path / "model"))
+    path, (count, *_), word = inspection.LAYERS[kind]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, count: config[count] + 1}))
+    with pytest.raises(ConfigError, match=rf"says {config[count] + 1} {word}s, and {word} {config[count]} is missing"):
+        find(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    gone = [name for name in tensors if f"{path}.0." in name][-1]
+    del tensors[gone]
+    if config[count] > 1:  # else there is no other layer to compare with
+        save_file(tensors, folder / "model.safetensors")
+        with pytest.raises(ConfigError, match=rf"{word} 0 lacks"):
+            find(folder)
+
+
+def test_albert_of_layers_within_layers_is_refused(tiny_checkpoint: Callable[..., Path], tmp_path: Path):
+    folder = Path(shutil.copytree(tiny_checkpoint("albert"), tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "inner_group_num": 2}))
+    with pytest.raises(ConfigError, match="inner_group_num is 2, and only 1 is supported"):
+        find(folder)
 
 
 @pytest.mark.parametrize(

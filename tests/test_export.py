@@ -21,6 +21,7 @@ from hpc_compress import analysis, cli, export, identity
 from hpc_compress.config import ConfigError
 from hpc_compress.door import DamageError
 from hpc_compress.launch.local import Debug
+from hpc_compress.problems import PROBLEMS
 from hpc_compress.store import Store
 from hpc_compress.types import Failure, Genome, Outcome, Step
 
@@ -68,17 +69,23 @@ def test_nothing_foreign_is_shipped_but_data(foreign: Path, tmp_path: Path):
     assert (target / export.CODE).read_bytes() == export._code().read_bytes()
     config = json.loads((target / "config.json").read_text())
     assert "evil" not in (target / "config.json").read_text().lower()
-    assert config["auto_map"]["AutoModelForSequenceClassification"] == "modeling_hpc_compress." + export.MODEL_CLASS
+    name = "HpcCompressForSequenceClassification"
+    ours = {"AutoConfig": "HpcCompressConfig", "AutoModelForSequenceClassification": name}
+    assert config["auto_map"] == {auto: f"modeling_hpc_compress.{own}" for auto, own in ours.items()}
+    assert config["architectures"] == [name]
     assert config["stock"] == {"model_type": "bert"}
     assert json.loads((target / "tokenizer_config.json").read_text()) == {"model_max_length": 9}
 
 
 def test_the_names_are_those_of_the_models():
+    from hpc_compress.models import artifact
     from hpc_compress.models import modeling_hpc_compress as modeling
 
     assert modeling.HpcCompressConfig.model_type == export.MODEL_TYPE
-    assert hasattr(modeling, export.MODEL_CLASS)
-    assert hasattr(modeling, export.PROGRAM_CLASS)
+    for kind in PROBLEMS.values():
+        for name, known in ((kind.model_class, artifact.STOCK), (kind.program_class, artifact.PROGRAMS)):
+            assert getattr(modeling, name) in known
+            assert getattr(modeling, name).auto_class.__name__ == kind.auto_class
     assert {modeling.WEIGHTS, modeling.PROGRAM} == set(export.WEIGHTS)
 
 

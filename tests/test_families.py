@@ -1,6 +1,7 @@
 """Contracts of surgery over all families of encoders: a cut model equals the masked one, and is what is saved and loaded."""
 
 import copy
+import dataclasses
 import functools
 import json
 import shutil
@@ -15,7 +16,8 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from hpc_compress.models import artifact, modeling_hpc_compress, surgery
-from hpc_compress.models.modeling_hpc_compress import FAMILIES, NoHeads, linear_of
+from hpc_compress.models.modeling_hpc_compress import FAMILIES, Family, NoHeads, linear_of
+from hpc_compress.problems import PROBLEMS
 
 LAYERS, HEADS, HIDDEN, FFN, LONGEST = 3, 4, 32, 24, 128
 # Checkpoints that differ in what they are made of, not in sizes alone.
@@ -26,13 +28,14 @@ VARIANTS = {
     ),
     "deberta-v2 without positions": ("deberta-v2", {"relative_attention": False, "pos_att_type": [], "norm_rel_ebd": "none"}),
     "electra without projection": ("electra", {"embedding_size": HIDDEN}),
+    "albert of two groups": ("albert", {"num_hidden_groups": 2, "embedding_size": HIDDEN}),
     "modernbert with biases": (
         "modernbert",
         {"attention_bias": True, "mlp_bias": True, "norm_bias": True, "classifier_pooling": "mean"},
     ),
 }
 KINDS = {**{name: (name, {}) for name in FAMILIES}, **VARIANTS}
-QUICK = ("bert", "modernbert", "mpnet")
+QUICK = ("bert", "modernbert", "mpnet", "albert")
 
 
 @functools.cache
@@ -46,7 +49,7 @@ def _built(kind: str, folder: Path) -> PreTrainedModel:
 def drawn(config: PreTrainedConfig) -> PreTrainedModel:
     """A random model whose biases and norms are random too: as the families draw them, many cuts could not be told apart."""
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(config)
+    model = modeling_hpc_compress.unshared(AutoModelForSequenceClassification.from_config(config))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn(parameter.shape)
@@ -182,7 +185,10 @@ def deaf(model: PreTrainedModel, gone: Sequence[int]) -> PreTrainedModel:
     silence([linear_of(model, names.reader)], gone)
     for layer in surgery.layers(model):
         silence([*modeling_hpc_compress.into_attention(layer, names), linear_of(layer, names.ffn_in)], gone)
-    for module in model.get_submodule(names.encoder).modules():
+    encoder = model.get_submodule(names.encoder)
+    projected = [encoder.embeddings] if names.unshare else []  # ALBERT's embeddings are no part of the stream
+    apart = {module for part in projected for module in part.modules()}
+    for module in set(encoder.modules()) - apart:
         if isinstance(module, nn.Conv1d):
             with torch.no_grad():
                 module.weight[:, list(gone)] = 0
@@ -237,6 +243,39 @@ def test_a_convolution_is_cut_too_or_refused(groups: int, tiny_checkpoint: Calla
     else:
         surgery.prune_hidden(model, GONE)
         assert_close(logits(model), expected)
+
+
+# --- shared layers ---
+
+
+@pytest.mark.parametrize("kind", ["albert", "albert of two groups"])
+def test_unshared_layers_give_the_outputs_of_the_stock_model(kind: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path):
+    config = build(kind, tiny_checkpoint).config
+    torch.manual_seed(0)
+    stock = AutoModelForSequenceClassification.from_config(config).eval()
+    model = modeling_hpc_compress.unshared(copy.deepcopy(stock))
+    for data in (inputs(20, 13, 1), inputs(LONGEST)):
+        with torch.no_grad():
+            expected, found = (one(**data, output_hidden_states=True) for one in (stock, model))
+        assert torch.equal(found.logits, expected.logits)
+        assert len(found.hidden_states) == len(expected.hidden_states) == LAYERS + 1
+        assert all(map(torch.equal, found.hidden_states, expected.hidden_states))
+    stock.save_pretrained(tmp_path / "stock")
+    loaded = PROBLEMS["classification"].load_base(tmp_path / "stock", ("no", "yes"), new_head=False, seed=0)
+    assert_same(loaded, model)
+    assert_same(reload(loaded, tmp_path / "saved"), model)
+
+
+def test_unshared_layers_have_weights_of_their_own_and_one_config(tiny_checkpoint: Callable[..., Path]):
+    folder = tiny_checkpoint("albert", layers=LAYERS, heads=HEADS, hidden=HIDDEN, ffn=FFN)
+    model = PROBLEMS["classification"].load_base(folder, ("no", "yes"), new_head=False, seed=0)
+    one, *others = ({parameter.data_ptr() for parameter in layer.parameters()} for layer in surgery.layers(model))
+    assert all(one.isdisjoint(other) for other in others)
+    per_layer = sum(parameter.numel() for parameter in surgery.layers(model)[0].parameters())
+    assert surgery.encoder_parameters(model) == LAYERS * per_layer
+    for other in (model, copy.deepcopy(model)):
+        other.set_attn_implementation("eager")
+        assert {layer.attention.config._attn_implementation for layer in surgery.layers(other)} == {"eager"}
 
 
 # --- a cut is physical ---
@@ -336,6 +375,13 @@ def test_heads_that_one_layer_lacks_are_not_cut_everywhere(tiny_checkpoint: Call
     with pytest.raises(ValueError, match="layer 2"):
         surgery.prune_heads_everywhere(model, [2])
     assert surgery.head_counts(model) == [4, 4, 2]
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Family)])
+def test_a_family_that_lacks_a_field_is_an_error(name: str):
+    fields = vars(FAMILIES["bert"]) | {"unshare": None}
+    with pytest.raises(TypeError, match=name):
+        Family(**{key: value for key, value in fields.items() if key != name})
 
 
 # --- saved = loaded ---

@@ -1,6 +1,7 @@
 """Quantization: mixed schemes, embeddings, int8 for CPUs and GPTQ, against decoding by bitsandbytes and naive references."""
 
 import copy
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,9 @@ from hpc_compress import identity, measure, worker
 from hpc_compress.calibration import damped_inverse
 from hpc_compress.config import ConfigError
 from hpc_compress.data.batches import eval_batches
-from hpc_compress.deployment import gptq, quantization
+from hpc_compress.deployment import gptq, quantization, schemes
 from hpc_compress.deployment.quantization import quantize
+from hpc_compress.deployment.schemes import EMBEDDINGS, PACKED, PLAIN, SCHEMES, Packed, Scheme
 from hpc_compress.models import artifact, modeling_hpc_compress, surgery
 from hpc_compress.models.modeling_hpc_compress import linear_of
 from hpc_compress.operators import Context, operator
@@ -29,7 +31,7 @@ from hpc_compress.types import Genome, Step
 
 CLASSIFICATION = PROBLEMS["classification"]
 
-FEW = ["int8", "nf4", "fp4", "dynamic_int8"]
+FEW = list(PACKED)
 KINDS = {"int8": "Int8Linear", "nf4": "Linear4bit", "fp4": "Linear4bit", "dynamic_int8": "DynamicInt8Linear"}
 CPU = torch.device("cpu")
 
@@ -53,6 +55,85 @@ def decoded(layer: nn.Module) -> torch.Tensor:
     if hasattr(layer.weight, "quant_state"):
         return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     return int8_vectorwise_dequant(layer.weight.data, layer.SCB)
+
+
+def packed(scheme: str) -> Packed:
+    weights = SCHEMES[scheme].weights
+    assert isinstance(weights, Packed)
+    return weights
+
+
+# --- the table ---
+
+
+def test_the_table_has_these_schemes():
+    assert PLAIN == ("fp32", "fp16", "bf16")
+    assert PACKED == ("int8", "nf4", "fp4", "dynamic_int8")
+    assert EMBEDDINGS == ("int8", "nf4", "fp4")
+    assert set(SCHEMES) - {*PLAIN, *PACKED} == {"onnx_int8"}
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Scheme)])
+def test_a_row_that_lacks_a_field_is_an_error(name: str):
+    with pytest.raises(TypeError, match=name):
+        Scheme(**{key: value for key, value in vars(SCHEMES["int8"]).items() if key != name})
+
+
+@pytest.mark.parametrize("name", ["rounded", "grid", "set_codes"])
+def test_a_packed_format_that_lacks_a_method_is_an_error(name: str):
+    methods = {key: value for key, value in vars(schemes.Int8).items() if key in Packed.__abstractmethods__ - {name}}
+    with pytest.raises(TypeError, match=name):
+        type("Forgetful", (Packed,), methods)()
+
+
+def test_rows_agree_with_themselves():
+    for row in SCHEMES.values():
+        assert bool(row.packages) == (row.extra is not None)
+        assert row.devices
+        assert set(row.rests) <= set(PLAIN)
+
+
+def test_what_is_rounded_can_be_told_and_read_back():
+    """The rows, and what `modeling_hpc_compress` reads, name the same schemes."""
+    assert set(modeling_hpc_compress.RESTORE) == {*PACKED, *modeling_hpc_compress.SPARSE}
+    for scheme in PACKED:
+        layer = packed(scheme).rounded(nn.Linear(64, 32))
+        assert modeling_hpc_compress.scheme_of(layer) == scheme
+        tensors = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+        again = modeling_hpc_compress.RESTORE[scheme](nn.Linear(64, 32), dict(tensors))
+        assert modeling_hpc_compress.scheme_of(again) == scheme
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in again.state_dict().items())
+    for scheme in EMBEDDINGS:
+        assert modeling_hpc_compress.scheme_of(SCHEMES[scheme].embedding(torch.randn(5, 8))) == scheme
+    assert modeling_hpc_compress.scheme_of(nn.Linear(4, 4)) is None
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ({"scheme": "int3"}, "'int3' is not a scheme; choose one of fp32, "),
+        ({"scheme": "fp32", "layers": {"int3": [0]}}, "'int3' is not a scheme"),
+        ({"scheme": "fp32", "layers": {"onnx_int8": [0]}}, "onnx_int8 is no scheme of single linears; choose one of int8, "),
+        ({"scheme": "int8", "rest": "nf4"}, "nf4 is no floating-point format of a whole model; choose one of fp32, "),
+        (
+            {"scheme": "fp32", "embeddings": "dynamic_int8"},
+            "dynamic_int8 is no scheme of word embeddings; choose one of int8, ",
+        ),
+    ],
+)
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_an_unknown_scheme_never_becomes_another_one(model: nn.Module, params: dict[str, Any], words: str, calibrated: bool):
+    batches = list(eval_batches(examples(), 8)) if calibrated else None
+    with pytest.raises(ValueError, match=words):
+        quantize(model, **params, batches=batches)
+
+
+def test_a_saved_scheme_that_is_not_known_is_named(model: nn.Module, tmp_path: Path):
+    reload(quantized(model, scheme="int8"), tmp_path / "m")
+    text = (tmp_path / "m" / "config.json").read_text()
+    (tmp_path / "m" / "config.json").write_text(text.replace('": "int8"', '": "int3"'))
+    with pytest.raises(ValueError, match="is saved as 'int3', which this version can't read; it reads int8, nf4"):
+        artifact.load(tmp_path / "m")
 
 
 # --- mixed precision ---
@@ -185,7 +266,7 @@ def test_a_4_bit_embedding_decodes_to_what_bitsandbytes_makes_of_it(scheme: str,
     weight = torch.randn(50, 192, generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = dequantize_4bit(*quantize_4bit(weight, blocksize=64, quant_type=scheme))
     ids = torch.tensor([[3, 49, 0], [7, 7, 1]])
-    assert torch.equal(quantization._embedding(weight, scheme)(ids), expected[ids])
+    assert torch.equal(SCHEMES[scheme].embedding(weight)(ids), expected[ids])
 
 
 @pytest.mark.parametrize("features", [1, 7, 64, 65, 100])
@@ -194,7 +275,7 @@ def test_an_embedding_of_any_width_is_near(scheme: str, gap: float, features: in
     """gap: half the widest distance between two levels, as a share of the largest value."""
     weight = torch.randn(20, features, generator=torch.Generator().manual_seed(0))
     weight[4] = 0
-    layer = quantization._embedding(weight, scheme)
+    layer = SCHEMES[scheme].embedding(weight)
     values = layer(torch.arange(20))
     blocks = [0, *range(64, features, 64)] if scheme != "int8" else [0]
     for start, stop in zip(blocks, [*blocks[1:], features], strict=True):
@@ -237,7 +318,7 @@ def test_a_quantized_embedding_is_small_and_saved_as_it_is(
 def test_dynamic_int8_computes_what_torch_does(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)  # torch's own layer never counts on it
     linear = nn.Linear(40, 24)
-    layer = quantization._dynamic_int8(linear, "dynamic_int8")
+    layer = packed("dynamic_int8").rounded(linear)
     stock = torch.ao.nn.quantized.dynamic.Linear(40, 24)
     zeros = torch.zeros(24, dtype=torch.long)
     whole = torch._make_per_channel_quantized_tensor(layer.weight.data, layer.scale.double(), zeros, 0)
@@ -293,7 +374,7 @@ def test_gptq_is_what_naive_rounding_weight_by_weight_gives(scheme: str, monkeyp
     monkeypatch.setattr(gptq, "BLOCK", 5)  # does not divide the columns
     torch.manual_seed(0)
     linear = nn.Linear(32, 6)
-    levels, scales = quantization._grid(quantization._build(linear, "", scheme, torch.float32))
+    levels, scales = packed(scheme).grid(packed(scheme).rounded(copy.deepcopy(linear)))
     inputs = correlated(100, 32)
     hessian = (inputs.T @ inputs).double()
     codes = gptq.round_weights(linear.weight.data, hessian, levels, scales)
@@ -307,10 +388,10 @@ def test_gptq_is_what_naive_rounding_weight_by_weight_gives(scheme: str, monkeyp
 def test_the_grid_is_what_the_stored_format_decodes_to(scheme: str, width: int):
     torch.manual_seed(0)
     linear = nn.Linear(width, 10)
-    layer = quantization._build(linear, "", scheme, torch.float32)
-    levels, scales = quantization._grid(layer)
+    layer = packed(scheme).rounded(copy.deepcopy(linear))
+    levels, scales = packed(scheme).grid(layer)
     codes = torch.randint(len(levels), (10, width))
-    quantization._set_codes(layer, codes)
+    packed(scheme).set_codes(layer, codes)
     torch.testing.assert_close(decoded(layer), levels[codes] * scales, rtol=1e-6, atol=1e-7)
     if scheme in ("nf4", "fp4"):
         assert torch.equal(decoded(layer), levels[codes] * scales)
@@ -320,13 +401,13 @@ def test_the_grid_is_what_the_stored_format_decodes_to(scheme: str, width: int):
 def test_gptq_says_more_nearly_what_the_linear_said(scheme: str):
     torch.manual_seed(0)
     linear, inputs = nn.Linear(96, 40), correlated(400, 96)
-    layer = quantization._build(linear, "", scheme, torch.float32)
+    layer = packed(scheme).rounded(copy.deepcopy(linear))
     nearest = decoded(layer).clone()
-    levels, scales = quantization._grid(layer)
+    levels, scales = packed(scheme).grid(layer)
     fresh = correlated(400, 96, seed=0)[200:]  # of one kind, and not seen
     seen = inputs[:200]
     codes = gptq.round_weights(linear.weight.data, (seen.T @ seen).double(), levels, scales)
-    quantization._set_codes(layer, codes)
+    packed(scheme).set_codes(layer, codes)
     errors = [float((fresh @ (weights - linear.weight).T).norm()) for weights in (decoded(layer), nearest)]
     assert errors[0] < 0.7 * errors[1]
 
@@ -377,7 +458,7 @@ def test_gptq_after_a_trimmed_vocabulary_reads_the_pieces_that_are_left(
             seen.update(id for batch in batches for id in batch.inputs["input_ids"].flatten().tolist())
             super().__init__(model, batches)
 
-    monkeypatch.setattr(quantization.obs, "Walk", Spy)
+    monkeypatch.setattr(quantization.calibration, "Walk", Spy)
     store, task = _run_folder(tmp_path / "run", tiny_checkpoint("bert", hidden=64, ffn=96))
     deploy = (Step(operator="trim_vocabulary"), Step(operator="quantize", params={"scheme": "nf4", "method": "gptq"}))
     protocol = task.protocol.model_copy(update={"device": "cpu"})
@@ -403,7 +484,12 @@ def test_gptq_after_a_trimmed_vocabulary_reads_the_pieces_that_are_left(
 @pytest.mark.parametrize("method", ["round", "gptq"])
 @pytest.mark.parametrize(
     "family",
-    ["distilbert", "modernbert", *(pytest.param(name, marks=pytest.mark.slow) for name in ("roberta", "electra", "mpnet"))],
+    [
+        "distilbert",
+        "modernbert",
+        "albert",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("roberta", "electra", "mpnet")),
+    ],
 )
 def test_every_family_can_be_quantized_and_cut_to_nothing(
     family: str, method: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
@@ -448,7 +534,7 @@ def test_exported_models_load_without_the_package(model: nn.Module, tmp_path: Pa
 
 def test_weights_for_whole_numbers_are_rounded_to_the_nearest_of_255_levels():
     linear = nn.Linear(100, 20)
-    layer = quantization._dynamic_int8(linear, "dynamic_int8")
+    layer = packed("dynamic_int8").rounded(linear)
     values = layer.weight.float() * layer.get_buffer("scale")[:, None]
     error = (values - linear.weight).abs().amax(1)
     assert (error <= 1.001 * linear.weight.abs().amax(1) / 254).all()

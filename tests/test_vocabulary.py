@@ -300,7 +300,7 @@ def test_outputs_are_those_of_the_whole_model(
 ):
     model = CLASSIFICATION.load_base(tiny_checkpoint(family), ("no", "yes"), new_head=True, seed=0)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    pair = family in ("bert", "electra", "deberta-v2")
+    pair = family in ("bert", "electra", "albert", "deberta-v2")
     data = words(tokenizer, pair)
     expected = logits(model, data)
     context = Context(data, CLASSIFICATION, torch.device("cpu"), 0, lambda: model, tokenizer=lambda: tokenizer, folder=tmp_path)

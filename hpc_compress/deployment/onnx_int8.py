@@ -1,4 +1,4 @@
-"""A classifier as a program for ONNX Runtime with int8 weights. Knows the exporter and its names; nothing of running it.
+"""A model as a program for ONNX Runtime with int8 weights. Knows the exporter and its names; nothing of running it.
 
 onnx and onnxruntime come with the extra `onnx`, and are imported when a model is converted.
 """
@@ -7,7 +7,7 @@ import logging
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,30 +16,35 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hpc_compress.deployment import quantization
 from hpc_compress.models import artifact, surgery
-from hpc_compress.models.modeling_hpc_compress import PROGRAM, HpcCompressOnnxForSequenceClassification
+from hpc_compress.models.modeling_hpc_compress import PROGRAM, HpcCompressOnnxModel
 
 LARGEST = 2**31 - 2**24  # bytes of one protobuf message, and room for the graph
 
 
-def quantize(model: PreTrainedModel) -> HpcCompressOnnxForSequenceClassification:
-    """The encoder's linears in int8, one scale an output, their inputs rounded as they come; the word embedding in int8, one
-    scale a token; the rest, and with it the task head, in fp32. `model` can't be used afterwards.
+def convert(
+    model: PreTrainedModel, linears: dict[str, str], embedding: Callable[[torch.Tensor], nn.Embedding]
+) -> HpcCompressOnnxModel:
+    """The linears in int8, one scale an output, their inputs rounded as they come; the word embedding as `embedding` makes it
+    of its weight; the rest, and with it the task head, in fp32. `model` can't be used afterwards.
+
+    linears: the scheme of each, as it is to stand in the config, by its dotted path in the model.
 
     Raises: ValueError for weights that are not fp32, or that don't fit into one file.
     """
     if odd := {str(parameter.dtype) for parameter in model.parameters()} - {"torch.float32"}:
         raise ValueError(f"onnx_int8 reads fp32 only, and some weights are {', '.join(sorted(odd))}; quantize once only")
+    kind = artifact.kind_of(model, artifact.PROGRAMS)
     counts = [surgery.all_parameters(model), surgery.encoder_parameters(model)]
-    linears = quantization.schemes_of(model, "onnx_int8", {})
-    config = artifact.describe(model, HpcCompressOnnxForSequenceClassification, linears, counts)
-    quantization.quantize(model, "fp32", embeddings="int8")
-    return HpcCompressOnnxForSequenceClassification(config, _rounded(export(model), set(linears))).eval()
+    config = artifact.describe(model, kind, linears, counts)
+    surgery.replace_word_embedding(model.cpu(), embedding)
+    return kind(config, _rounded(export(model, kind.outputs), set(linears))).eval()
 
 
-def export(model: PreTrainedModel) -> Any:
+def export(model: PreTrainedModel, outputs: Sequence[str]) -> Any:
     """The model as an `onnx.ModelProto` for batches and sequences of any length.
+
+    outputs: fields of what the model returns.
 
     Raises: ValueError when it is larger than such a message can be.
     """
@@ -59,26 +64,27 @@ def export(model: PreTrainedModel) -> Any:
         # every branch in the code that it traces.
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            _Logits(model, list(inputs)).eval(),
+            _Positional(model, list(inputs), outputs).eval(),
             tuple(inputs.values()),
             f"{folder}/{PROGRAM}",
             dynamo=False,
             input_names=list(inputs),
-            output_names=["logits"],
-            dynamic_axes={"logits": {0: "batch"}, **{name: {0: "batch", 1: "sequence"} for name in inputs}},
+            output_names=list(outputs),
+            dynamic_axes={**{name: {0: "batch"} for name in outputs}, **{name: {0: "batch", 1: "sequence"} for name in inputs}},
         )
         return onnx.load(f"{folder}/{PROGRAM}")
 
 
-class _Logits(nn.Module):
-    """A classifier that takes its inputs in order and returns the logits alone."""
+class _Positional(nn.Module):
+    """A model that takes its inputs in order, and returns some fields of its answer in order, as the exporter wants it."""
 
-    def __init__(self, model: nn.Module, names: list[str]) -> None:
+    def __init__(self, model: nn.Module, inputs: Sequence[str], outputs: Sequence[str]) -> None:
         super().__init__()
-        self.model, self.names = model, names
+        self.model, self.inputs, self.outputs = model, inputs, outputs
 
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        return self.model(**dict(zip(self.names, inputs, strict=True))).logits
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        answer = self.model(**dict(zip(self.inputs, inputs, strict=True)))
+        return tuple(answer[name] for name in self.outputs)
 
 
 def _rounded(program: Any, linears: set[str]) -> bytes:

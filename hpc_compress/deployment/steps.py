@@ -7,15 +7,21 @@ from pydantic import Field, model_validator
 
 from hpc_compress.config import ConfigError
 from hpc_compress.context import Context
-from hpc_compress.deployment.schemes import SCHEMES
+from hpc_compress.deployment.schemes import EMBEDDINGS, PACKED, PLAIN, SCHEMES, Plain, Program
 from hpc_compress.types import Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
-Plain = Literal["fp32", "fp16", "bf16"]
-Few = Literal["int8", "nf4", "fp4", "dynamic_int8"]
+    AnyScheme = str
+    PlainScheme = str
+    LayerScheme = str
+    EmbeddingScheme = str
+else:  # pydantic reads the names from the table
+    AnyScheme = Literal[tuple(SCHEMES)]
+    PlainScheme = Literal[PLAIN]
+    LayerScheme = Literal[(*PACKED, "rest")]
+    EmbeddingScheme = Literal[("rest", *EMBEDDINGS)]
 
 
 class Quantize(Record):
@@ -24,14 +30,14 @@ class Quantize(Record):
     fast ones on CPUs, and run nowhere else. onnx_int8 makes a program for ONNX Runtime, with the word embedding in int8 too
     and the rest in fp32: no step can follow it."""
 
-    scheme: Plain | Few | Literal["onnx_int8"] = Field(
-        description="of the encoder's linears; fp16 and bf16: of the whole model"
+    scheme: AnyScheme = Field(description="of the encoder's linears; fp16 and bf16: of the whole model")
+    rest: PlainScheme = Field(
+        default="fp32", description="of all that is in no scheme of 8 or 4 bits: head, norms, other embeddings"
     )
-    rest: Plain = Field(default="fp32", description="of all that is in no scheme of 8 or 4 bits: head, norms, other embeddings")
-    layers: dict[Few | Literal["rest"], tuple[Annotated[int, Field(ge=0)], ...]] = Field(
+    layers: dict[LayerScheme, tuple[Annotated[int, Field(ge=0)], ...]] = Field(
         default={}, description="encoder layers, counted from 0, that have another scheme, such as {nf4: [0, 1], rest: [5]}"
     )
-    embeddings: Literal["rest", "int8", "nf4", "fp4"] = Field(default="rest", description="of the word embedding")
+    embeddings: EmbeddingScheme = Field(default="rest", description="of the word embedding")
     method: Literal["round", "gptq"] = Field(
         default="round", description="round to nearest, or let the weights still to be rounded make up for each error"
     )
@@ -39,17 +45,22 @@ class Quantize(Record):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Quantize":
-        plain = self.scheme in ("fp32", "fp16", "bf16")
+        weights = SCHEMES[self.scheme].weights
+        plain = isinstance(weights, Plain)
         others = (self.rest, self.layers, self.embeddings, self.method)
-        if self.scheme == "onnx_int8" and others != ("fp32", {}, "rest", "round"):
-            raise ValueError("scheme=onnx_int8 is one for the whole model; leave rest, layers, embeddings and method out")
+        if isinstance(weights, Program) and others != ("fp32", {}, "rest", "round"):
+            raise ValueError(f"scheme={self.scheme} is one for the whole model; leave rest, layers, embeddings and method out")
         if plain and self.rest != "fp32":
             raise ValueError(f"rest={self.rest} has no effect with scheme={self.scheme}; leave it out")
         named = [index for indices in self.layers.values() for index in indices]
         if len(set(named)) < len(named):
             raise ValueError(f"layers={self.layers} names a layer twice; name it once")
-        if "dynamic_int8" in self._few and (self.rest if not plain else self.scheme) != "fp32":
-            raise ValueError(f"dynamic_int8 reads fp32 only, not scheme={self.scheme} with rest={self.rest}; leave rest out")
+        for name in sorted(self._few):
+            rests = SCHEMES[name].rests
+            if (self.scheme if plain else self.rest) not in rests:
+                raise ValueError(
+                    f"{name} reads {' or '.join(rests)} only, not scheme={self.scheme} with rest={self.rest}; leave rest out"
+                )
         if self.scheme == "fp32" and not self._few and self.embeddings == "rest":
             raise ValueError("scheme=fp32 alone changes nothing; set layers or embeddings too, or choose another scheme")
         if self.method == "gptq" and not self._few:
@@ -60,7 +71,7 @@ class Quantize(Record):
     def _few(self) -> set[str]:
         """Schemes of 8 and 4 bits that linears are to have."""
         named: set[str] = {self.scheme, *(name for name, indices in self.layers.items() if indices)}
-        return named - {"rest", "fp32", "fp16", "bf16"}
+        return named - {"rest", *PLAIN}
 
     def check(self, device: str, depth: int, inputs: tuple[int, ...]) -> None:
         """As in `Particular`: neither every device nor every width takes every scheme."""
@@ -73,7 +84,8 @@ class Quantize(Record):
                 )
             if missing := [package for package in scheme.packages if importlib.util.find_spec(package) is None]:
                 raise ConfigError(
-                    f"{name} needs {' and '.join(missing)}; pip install 'hpc-compress[onnx]', or choose another scheme"
+                    f"{name} needs {' and '.join(missing)}; pip install 'hpc-compress[{scheme.extra}]', "
+                    "or choose another scheme"
                 )
             if odd := [width for width in inputs if width % scheme.multiple]:
                 raise ConfigError(
@@ -84,10 +96,8 @@ class Quantize(Record):
             raise ConfigError(f"layers={self.layers}: the base model has no layer {beyond[0]}; its last one is {depth - 1}")
 
     def __call__(self, model: "PreTrainedModel", context: Context) -> "PreTrainedModel":
-        from hpc_compress.deployment import onnx_int8, quantization
+        from hpc_compress.deployment import quantization
 
-        if self.scheme == "onnx_int8":
-            return onnx_int8.quantize(model)
         batches = None
         if self.method == "gptq":
             model.to(context.device)
@@ -113,7 +123,7 @@ class Sparsify(Record):
     permute: bool = Field(
         default=False, description="first put FFN neurons and the features of heads in an order in which 2:4 keeps more"
     )
-    precision: Literal["fp32", "fp16", "bf16"] = Field(default="fp32", description="of all that is left")
+    precision: PlainScheme = Field(default="fp32", description="of all that is left")
     sentences: int = Field(default=256, ge=1, description="training sentences that obs sees")
 
     @model_validator(mode="after")
@@ -135,7 +145,7 @@ class Sparsify(Record):
             context.batches(self.sentences) if self.criterion == "obs" else None,
             context.seed if self.permute else None,
         )
-        quantization.cast(model.cpu(), quantization.DTYPES[self.precision])
+        quantization.cast(model.cpu(), self.precision)
         return model
 
 

@@ -1,9 +1,14 @@
-"""Artifacts: saving and loading models of any shape and precision as safetensors or ONNX, and JSON. Knows no search."""
+"""Artifacts: saving and loading models of any shape and precision as safetensors or ONNX, and JSON. Knows no search.
+
+Which kind of model one is (a sequence classifier, ...) is read from the stock model when it is saved, and from
+`architectures` in its config.json when it is loaded. A kind is a class of `modeling_hpc_compress`, and has its place here.
+"""
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -14,6 +19,9 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from hpc_compress.models import modeling_hpc_compress as modeling
 from hpc_compress.models import surgery, zeros
 
+STOCK: tuple[type[modeling.HpcCompressStockModel], ...] = (modeling.HpcCompressForSequenceClassification,)
+PROGRAMS: tuple[type[modeling.HpcCompressOnnxModel], ...] = (modeling.HpcCompressOnnxForSequenceClassification,)
+Kind = TypeVar("Kind", bound=type[modeling.HpcCompressStockModel] | type[modeling.HpcCompressOnnxModel])
 WEIGHTS = modeling.WEIGHTS
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS)
 
@@ -21,7 +29,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS)
 def load_base(
     folder: Path, auto_class: str, configure: Callable[[PreTrainedConfig], None], new_head: bool, seed: int
 ) -> PreTrainedModel:
-    """The base model as a stock model of transformers, with a task head.
+    """The base model as a stock model of transformers, with a task head. Layers that share weights get weights of their own.
 
     auto_class: of transformers, that loads it. configure: writes into its config what the head is to be.
 
@@ -44,7 +52,7 @@ def load_base(
         )
     if report["missing_keys"] and not new_head:
         raise ValueError(f"{folder} lacks {sorted(report['missing_keys'])[:4]}; set model.head=new to train a new head")
-    return model.eval()
+    return modeling.unshared(model).eval()
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:
@@ -55,7 +63,7 @@ def save(model: PreTrainedModel, folder: Path) -> None:
     if is_program(model):
         model.save_pretrained(folder)
         return
-    config = describe(model, modeling.HpcCompressForSequenceClassification, _quantized(model))
+    config = describe(model, kind_of(model, STOCK), _quantized(model))
     tensors = {f"model.{name}": tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     sparse = [f"model.{name}" for name, scheme in config.quantized.items() if scheme in modeling.SPARSE]
     tensors = zeros.without_zeros(tensors, sparse)
@@ -70,10 +78,22 @@ def save(model: PreTrainedModel, folder: Path) -> None:
         raise OSError(said[0], os.strerror(said[0]), str(folder / WEIGHTS)) from error
 
 
+def kind_of(model: PreTrainedModel, kinds: Sequence[Kind]) -> Kind:
+    """The one of `kinds` that a stock model is saved as.
+
+    Raises: ValueError when there is none.
+    """
+    for kind in kinds:
+        if isinstance(model, kind.auto_class._model_mapping.get(type(model.config), ())):
+            return kind
+    able = ", ".join(kind.auto_class.__name__ for kind in kinds)
+    raise ValueError(f"a {type(model).__name__} can't be saved in this form; give a stock model of {able}")
+
+
 def describe(
-    model: PreTrainedModel, kind: type[PreTrainedModel], quantized: dict[str, str], parameters: list[int] | None = None
+    model: PreTrainedModel, kind: Kind, quantized: dict[str, str], parameters: list[int] | None = None
 ) -> modeling.HpcCompressConfig:
-    """The config of a model that is saved as a `kind`; the others are as in the config."""
+    """The config of a stock model that is saved as a `kind`; the others are as in the config."""
     family = surgery.family(model)
     return modeling.HpcCompressConfig(
         stock=model.config.to_dict(),
@@ -91,38 +111,34 @@ def describe(
         problem_type=model.config.problem_type,
         auto_map={
             "AutoConfig": "modeling_hpc_compress.HpcCompressConfig",
-            "AutoModelForSequenceClassification": f"modeling_hpc_compress.{kind.__name__}",
+            kind.auto_class.__name__: f"modeling_hpc_compress.{kind.__name__}",
         },
     )
 
 
 def _quantized(model: PreTrainedModel) -> dict[str, str]:
-    schemes = {}
-    for name, module in model.named_modules():
-        kind = type(module).__name__
-        if kind == "Int8Linear":
-            schemes[name] = "int8"
-        elif kind == "Linear4bit":
-            schemes[name] = module.weight.quant_type
-        elif kind == "DynamicInt8Linear":
-            schemes[name] = "dynamic_int8"
-        elif kind == "QuantizedEmbedding":
-            schemes[name] = module.scheme
-        elif kind in ("Linear", "TwoOfFourLinear") and (scheme := zeros.scheme(module)):
-            schemes[name] = scheme
-    return schemes
+    """The scheme of each linear and embedding that is not saved as it is, by its dotted path."""
+    schemes = {name: modeling.scheme_of(module) or zeros.scheme(module) for name, module in model.named_modules()}
+    return {name: scheme for name, scheme in schemes.items() if scheme}
 
 
 def load(folder: Path | str, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """The saved model on a device, in eval mode: a stock class with layers of its own shape and precision, or a program."""
-    if weights(Path(folder)).name == modeling.PROGRAM:
-        return modeling.HpcCompressOnnxForSequenceClassification.from_pretrained(folder, device_map=device)
-    return modeling.HpcCompressForSequenceClassification.from_pretrained(folder, device_map=device).model
+    """The saved model on a device, in eval mode: a stock class with layers of its own shape and precision, or a program.
+
+    Raises: ValueError for a kind of model that is not known here.
+    """
+    config = modeling.HpcCompressConfig.from_pretrained(folder)
+    kinds: dict[str, Any] = {kind.__name__: kind for kind in (*STOCK, *PROGRAMS)}
+    named = str(next(iter(config.architectures or ()), ""))
+    if named not in kinds:
+        raise ValueError(f"{folder}: config.json names the architecture {named!r}; this version loads {', '.join(kinds)}")
+    model = kinds[named].from_pretrained(folder, config=config, device_map=device)
+    return model if is_program(model) else model.model
 
 
 def is_program(model: PreTrainedModel) -> bool:
     """Whether a model is past all further steps: it can be run, saved and loaded, and nothing else."""
-    return isinstance(model, modeling.HpcCompressOnnxForSequenceClassification)
+    return isinstance(model, modeling.HpcCompressOnnxModel)
 
 
 def weights(folder: Path) -> Path:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -13,10 +13,21 @@ from safetensors import SafetensorError, safe_open
 from hpc_compress import door
 from hpc_compress.config import MOST_CLASSES, ConfigError, shortened
 
-LAYERS = {  # where each family keeps its layers; the same families as in modeling_hpc_compress
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "deberta-v2", "mpnet"), "encoder.layer"),
-    "distilbert": "transformer.layer",
-    "modernbert": "layers",
+
+class Layers(NamedTuple):
+    """How one family keeps its layers in a checkpoint."""
+
+    path: str
+    counts: tuple[str, ...]  # names of their number in config.json
+    word: str  # what a message calls one of them
+
+
+_BERT_LIKE = ("bert", "roberta", "xlm-roberta", "electra", "deberta-v2", "mpnet")
+LAYERS = {  # the same families as in modeling_hpc_compress
+    **dict.fromkeys(_BERT_LIKE, Layers("encoder.layer", ("num_hidden_layers",), "layer")),
+    "distilbert": Layers("transformer.layer", ("n_layers", "num_hidden_layers"), "layer"),
+    "albert": Layers("encoder.albert_layer_groups", ("num_hidden_groups",), "group"),  # layers of a group share weights
+    "modernbert": Layers("layers", ("num_hidden_layers",), "layer"),
 }
 NORMLESS = ("modernbert", "attn_norm.")  # its first layer has no such weights
 EMBEDDING = re.compile(r"(?:.*\.)?embeddings\.(?:word|tok)_embeddings\.weight")
@@ -27,6 +38,8 @@ HEADS, WIDTH = ("num_attention_heads", "n_heads"), ("hidden_size", "dim")  # in 
 COUNTS = (  # in config.json
     "num_hidden_layers",
     "n_layers",
+    "num_hidden_groups",
+    "inner_group_num",
     *HEADS,
     *WIDTH,
     "intermediate_size",
@@ -96,6 +109,10 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
         value = config.get(key)
         if value is not None and (type(value) is not int or not 0 < value < 2**31):
             raise ConfigError(f"{path}: {key} must be a whole number above 0; got {shortened(repr(value))}")
+    if config.get("inner_group_num", 1) != 1:
+        raise ConfigError(
+            f"{path}: inner_group_num is {config['inner_group_num']}, and only 1 is supported; choose another checkpoint"
+        )
     if (config.get("num_labels") or 0) > MOST_CLASSES:
         raise ConfigError(
             f"{path}: num_labels is {config['num_labels']}, and a model of at most {MOST_CLASSES} classes is needed"
@@ -127,14 +144,15 @@ def _check_index(path: Path) -> None:
 
 def _check_layers(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     family = config["model_type"]
-    pattern = re.compile(rf"(?:.*\.)?{re.escape(LAYERS[family])}\.(\d{{1,9}})\.(.+)")
+    place, names, word = LAYERS[family]
+    pattern = re.compile(rf"(?:.*\.)?{re.escape(place)}\.(\d{{1,9}})\.(.+)")
     layers: dict[int, dict[str, tuple[int, ...]]] = {}
     for name, tensor in tensors.items():
         if match := pattern.fullmatch(name):
             layers.setdefault(int(match[1]), {})[match[2]] = tensor.shape
-    count = config.get("num_hidden_layers", config.get("n_layers"))
+    count = next((config[name] for name in names if config.get(name) is not None), None)
     if count is None:
-        return  # Shape.of refuses it
+        return  # Shape.of refuses it; ALBERT's one group goes without saying
     whole: dict[str, tuple[int, ...]] = {}
     for layer in layers.values():
         whole = {**layer, **whole}
@@ -147,7 +165,7 @@ def _check_layers(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[s
                 continue
             what = f"has another shape of {name}" if name in layer else f"lacks {name or 'all'}" if layer else "is missing"
             raise ConfigError(
-                f"{folder}: config.json says {count} layers, and layer {number} {what} in the weights; "
+                f"{folder}: config.json says {count} {word}s, and {word} {number} {what} in the weights; "
                 "the files do not belong together, so fetch or save the model again"
             )
 

@@ -1,18 +1,19 @@
 """Encoders of any per-layer shape and precision, for `transformers`.
 
-This file stands alone: it is shipped beside every exported model, so that it loads without hpc_compress through
-`AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)`. It knows the families of encoders, how
-to give a stock model an irregular shape, and how to read quantized weights back. It knows nothing of search or training.
+This file stands alone: it is shipped beside every exported model, so that it loads without hpc_compress through the Auto
+class of its kind, such as `AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)`. It knows the
+families of encoders, how to give a stock model an irregular shape, and how to read quantized weights back. It knows nothing
+of search or training.
 """
 
 import copy
 import dataclasses
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -20,34 +21,40 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 from transformers.utils import cached_file
 
 # On a CPU it warns of each int8 layer in each forward, and of kernels that nobody asked for.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
-    """Where the parts of one kind of encoder are, as dotted paths. A new kind of encoder is one more row of `FAMILIES`."""
+    """Where the parts of one kind of encoder are, as dotted paths. A new kind of encoder is one more row of `FAMILIES`.
 
-    encoder: str  # from the classification model to the base encoder
+    No field has a default: a part that a new row forgets must not pass for one that the encoder lacks.
+    """
+
+    encoder: str  # from the task model to the base encoder
     layers: str  # from there to the list of layers
-    reader: str  # from the classification model to the linear by which the task head reads the encoder's output
+    reader: str  # from the task model to the linear by which the task head reads the encoder's output
     attention: str  # from a layer to the module that computes attention
     attention_in: tuple[str, ...]  # from a layer to the linears whose rows are heads; the last rows are the values'
     attention_out: str  # from a layer to each linear
     ffn_in: str
     ffn_out: str
-    attention_blocks: int = 1  # blocks of rows in each linear of attention_in; every block holds all heads
-    ffn_blocks: int = 1  # blocks of rows in ffn_in; every block holds all neurons
-    positions: tuple[str, ...] = ()  # like attention_in, for relative positions; not every checkpoint has them
-    attention_norm: str | None = None  # a norm that nothing but the attention reads
-    ffn_norm: str | None = None  # a norm that nothing but the FFN reads
-    gate: str | None = None  # from a layer to the activation of a gated FFN, whose output multiplies the neurons
-    shared_bias: str | None = None  # from the base encoder to an embedding of all layers' heads, one column each
-    head_count: str = "num_attention_heads"  # names in the stock config
-    width: str = "hidden_size"
+    attention_blocks: int  # blocks of rows in each linear of attention_in; every block holds all heads
+    ffn_blocks: int  # blocks of rows in ffn_in; every block holds all neurons
+    positions: tuple[str, ...]  # like attention_in, for relative positions; not every checkpoint has them
+    attention_norm: str | None  # a norm before the attention, which nothing else reads
+    ffn_norm: str | None  # a norm before the FFN, which nothing else reads
+    inner_norm: str | None  # inside the module that computes attention: the norm of the sum of its input and its output
+    gate: str | None  # from a layer to the activation of a gated FFN, whose output multiplies the neurons
+    shared_bias: str | None  # from the base encoder to an embedding of all layers' heads, one column each
+    head_count: str  # names in the stock config
+    width: str
+    also_width: tuple[str, ...]  # further ones, of widths that are the residual stream's where they are equal to it
+    unshare: "Callable[[PreTrainedModel], None] | None"  # gives each layer weights of its own, where layers share them
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -56,6 +63,39 @@ class Family:
     @property
     def value(self) -> str:
         return self.attention_in[-1]
+
+
+class UnsharedEncoder(nn.Module):
+    """ALBERT's encoder as a plain list of layers, each with weights of its own, so that each can be cut in its own way.
+
+    The stock one runs one layer many times (Lan et al. 2020, ALBERT, arXiv 1909.11942, section 3.1). The outputs are the same
+    to the last bit, and so is the arithmetic; what is stored is as many times the layer. Only cuts pay that back.
+    """
+
+    layers: Any
+
+    def __init__(self, shared: Any) -> None:
+        """shared: the stock encoder."""
+        super().__init__()
+        self.embedding_hidden_mapping_in = shared.embedding_hidden_mapping_in
+        config, depth = shared.config, shared.config.num_hidden_layers
+        # The stock encoder's own rule says which group stands at which place.
+        groups = [shared.albert_layer_groups[int(at / (depth / config.num_hidden_groups))] for at in range(depth)]
+        # All copies look at the one config in which `set_attn_implementation` writes.
+        copies = (copy.deepcopy(layer, {id(config): config}) for group in groups for layer in group.albert_layers)
+        self.layers = nn.ModuleList(copies)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutput:
+        hidden_states = self.embedding_hidden_mapping_in(hidden_states)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=hidden_states)
+
+
+def _unshare_albert(model: PreTrainedModel) -> None:
+    model.albert.encoder = UnsharedEncoder(model.albert.encoder)
 
 
 def _bert_like(encoder: str, reader: str, suffix: str = "") -> Family:
@@ -68,6 +108,18 @@ def _bert_like(encoder: str, reader: str, suffix: str = "") -> Family:
         attention_out="attention.output.dense",
         ffn_in="intermediate.dense",
         ffn_out="output.dense",
+        attention_blocks=1,
+        ffn_blocks=1,
+        positions=(),
+        attention_norm=None,
+        ffn_norm=None,
+        inner_norm=None,
+        gate=None,
+        shared_bias=None,
+        head_count="num_attention_heads",
+        width="hidden_size",
+        also_width=(),
+        unshare=None,
     )
 
 
@@ -75,10 +127,12 @@ FAMILIES = {
     "bert": _bert_like("bert", "bert.pooler.dense"),
     "roberta": _bert_like("roberta", "classifier.dense"),
     "xlm-roberta": _bert_like("roberta", "classifier.dense"),
-    "electra": _bert_like("electra", "classifier.dense"),
+    # Without a projection of the embeddings, their features are the residual stream's.
+    "electra": dataclasses.replace(_bert_like("electra", "classifier.dense"), also_width=("embedding_size",)),
     "deberta-v2": dataclasses.replace(
         _bert_like("deberta", "pooler.dense", suffix="_proj"),
         positions=("attention.self.pos_key_proj", "attention.self.pos_query_proj"),
+        also_width=("embedding_size", "pooler_hidden_size"),
     ),
     "mpnet": dataclasses.replace(
         _bert_like("mpnet", "classifier.dense"),
@@ -96,8 +150,40 @@ FAMILIES = {
         attention_out="attention.out_lin",
         ffn_in="ffn.lin1",
         ffn_out="ffn.lin2",
+        attention_blocks=1,
+        ffn_blocks=1,
+        positions=(),
+        attention_norm=None,
+        ffn_norm=None,
+        inner_norm=None,
+        gate=None,
+        shared_bias=None,
         head_count="n_heads",
         width="dim",
+        also_width=(),
+        unshare=None,
+    ),
+    "albert": Family(
+        encoder="albert",
+        layers="encoder.layers",
+        reader="albert.pooler",
+        attention="attention",
+        attention_in=("attention.query", "attention.key", "attention.value"),
+        attention_out="attention.dense",
+        ffn_in="ffn",
+        ffn_out="ffn_output",
+        attention_blocks=1,
+        ffn_blocks=1,
+        positions=(),
+        attention_norm=None,
+        ffn_norm=None,
+        inner_norm="LayerNorm",
+        gate=None,
+        shared_bias=None,
+        head_count="num_attention_heads",
+        width="hidden_size",
+        also_width=(),  # the embeddings are always projected: their features are not the stream's, however many they are
+        unshare=_unshare_albert,
     ),
     "modernbert": Family(
         encoder="model",
@@ -110,13 +196,18 @@ FAMILIES = {
         ffn_out="mlp.Wo",
         attention_blocks=3,
         ffn_blocks=2,
+        positions=(),
         attention_norm="attn_norm",
         ffn_norm="mlp_norm",
+        inner_norm=None,
         gate="mlp.act",
+        shared_bias=None,
+        head_count="num_attention_heads",
+        width="hidden_size",
+        also_width=(),
+        unshare=None,
     ),
 }
-# What the stock configs call widths that are the hidden size where they equal it.
-ALSO_WIDTHS = ("embedding_size", "pooler_hidden_size")
 
 
 SPARSE = ("sparse", "2:4")  # linears that are saved without their zeros
@@ -161,9 +252,13 @@ class HpcCompressConfig(PreTrainedConfig):
         return AutoConfig.for_model(**{key: value for key, value in self.stock.items() if "attn_implementation" not in key})
 
 
-class HpcCompressForSequenceClassification(PreTrainedModel):
-    """A stock sequence classifier with irregular layers; `forward` takes and returns what the stock model does."""
+class HpcCompressStockModel(PreTrainedModel):
+    """A stock model with irregular layers; `forward` takes and returns what the stock model does.
 
+    Each kind of model is one final subclass, which names the Auto class of its stock models.
+    """
+
+    auto_class: ClassVar[Any]  # of transformers: makes the stock model, and loads the exported one
     config_class = HpcCompressConfig
     base_model_prefix = "model"
     _supports_sdpa = True
@@ -172,7 +267,7 @@ class HpcCompressForSequenceClassification(PreTrainedModel):
 
     def __init__(self, config: HpcCompressConfig) -> None:
         super().__init__(config)
-        self.model = skeleton(config)
+        self.model = skeleton(config, self.auto_class)
         self.post_init()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -191,12 +286,22 @@ class HpcCompressForSequenceClassification(PreTrainedModel):
         return model.to(device).eval()
 
 
-class HpcCompressOnnxForSequenceClassification(PreTrainedModel):
-    """A sequence classifier as a program for ONNX Runtime, on CPUs: it can't be trained, cut or quantized any more.
+class HpcCompressForSequenceClassification(HpcCompressStockModel):
+    """One label for each text, or pair of texts."""
 
-    Threads are as many as torch has when the program is loaded.
+    auto_class = AutoModelForSequenceClassification
+
+
+class HpcCompressOnnxModel(PreTrainedModel):
+    """A program for ONNX Runtime, on CPUs: it can't be trained, cut or quantized any more.
+
+    Each kind of model is one final subclass, which says what its programs return. Threads are as many as torch has when the
+    program is loaded.
     """
 
+    auto_class: ClassVar[Any]  # as in HpcCompressStockModel
+    answer: ClassVar[Any]  # what `forward` returns; the program's outputs are fields of it
+    outputs: ClassVar[tuple[str, ...]]  # names of these fields, in the order of the program's outputs
     config_class = HpcCompressConfig
     device, dtype = torch.device("cpu"), torch.float32  # what it takes and returns; it has no parameters that could be asked
 
@@ -221,7 +326,7 @@ class HpcCompressOnnxForSequenceClassification(PreTrainedModel):
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, token_type_ids: torch.Tensor | None = None
-    ) -> SequenceClassifierOutput:
+    ) -> Any:
         if not input_ids.is_cpu:
             raise RuntimeError(f"onnx_int8 runs on a CPU only, and the inputs are on {input_ids.device}; move them to the CPU")
         given = {
@@ -230,7 +335,8 @@ class HpcCompressOnnxForSequenceClassification(PreTrainedModel):
             "token_type_ids": torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids,
         }
         feeds = {item.name: given[item.name].long().numpy() for item in self.session.get_inputs()}
-        return SequenceClassifierOutput(logits=torch.from_numpy(self.session.run(["logits"], feeds)[0]))
+        arrays = self.session.run(list(self.outputs), feeds)
+        return self.answer(**{name: torch.from_numpy(array) for name, array in zip(self.outputs, arrays, strict=True)})
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         self.config.save_pretrained(save_directory, **kwargs)
@@ -242,6 +348,14 @@ class HpcCompressOnnxForSequenceClassification(PreTrainedModel):
         if torch.device(device).type != "cpu":
             raise ValueError(f"onnx_int8 runs on a CPU only, and device_map={device!r}; leave it out")
         return cls(config, program.read_bytes()).eval()
+
+
+class HpcCompressOnnxForSequenceClassification(HpcCompressOnnxModel):
+    """One label for each text, or pair of texts."""
+
+    auto_class = AutoModelForSequenceClassification
+    answer = SequenceClassifierOutput
+    outputs = ("logits",)
 
 
 def _saved(path: Any, name: str, config: Any, options: dict[str, Any]) -> tuple[Any, Path, Any]:
@@ -256,10 +370,10 @@ def _saved(path: Any, name: str, config: Any, options: dict[str, Any]) -> tuple[
     return config, file, "cpu" if device in (None, "auto") else device
 
 
-def skeleton(config: HpcCompressConfig) -> PreTrainedModel:
+def skeleton(config: HpcCompressConfig, auto_class: Any) -> PreTrainedModel:
     """A stock model whose layers have the config's shape; its weights are not set yet."""
     family = family_of(config.stock["model_type"])
-    model = AutoModelForSequenceClassification.from_config(config.stock_config())
+    model = unshared(auto_class.from_config(config.stock_config()))
     size = head_size(model, family)
     keep_layers(model, family, config.layers)
     for layer, heads, ffn in zip(layers_of(model, family), config.heads, config.ffn, strict=True):
@@ -269,6 +383,14 @@ def skeleton(config: HpcCompressConfig) -> PreTrainedModel:
     if config.hidden not in (None, hidden_size(model, family)):
         keep_hidden(model, family, slice(config.hidden))
     set_thresholds(model, family, config.thresholds)
+    return model
+
+
+def unshared(model: PreTrainedModel) -> PreTrainedModel:
+    """The stock model, in place, with weights of its own in each layer. Surgery takes no other."""
+    unshare = family_of(model.config.model_type).unshare
+    if unshare is not None:
+        unshare(model)
     return model
 
 
@@ -337,16 +459,23 @@ class NoHeads(nn.Module):
     """Takes the place of an attention that lost all its heads: it computes nothing and passes nothing between tokens. The
     bias of its output linear stays, as for every linear without inputs."""
 
-    def __init__(self, attention: nn.Module, out: str | None) -> None:
-        """out: the name of the output linear, where that is a part of the attention."""
+    def __init__(self, attention: nn.Module, out: str | None, norm: str | None) -> None:
+        """out: the name of the output linear, where that is a part of the attention.
+
+        norm: the name of a norm of the sum of the attention's input and output, where that is a part of it too.
+        """
         super().__init__()
-        self.out = out
+        self.out, self.norm = out, norm
         for name, child in attention.named_children():
             self.add_module(name, child)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-        nothing = hidden_states.new_empty(*hidden_states.shape[:-1], 0)
-        return (nothing if self.out is None else self.get_submodule(self.out)(nothing)), None
+        output = hidden_states.new_empty(*hidden_states.shape[:-1], 0)
+        if self.out is not None:
+            output = self.get_submodule(self.out)(output)
+        if self.norm is not None:
+            output = self.get_submodule(self.norm)(hidden_states + output)
+        return output, None
 
 
 # --- cuts ---
@@ -379,7 +508,8 @@ def keep_heads(layer: nn.Module, family: Family, features: Kept, head_size: int)
             setattr(attention, name, value)
     if heads == 0:
         inside = family.attention_out.startswith(f"{family.attention}.")
-        replace(layer, family.attention, NoHeads(attention, family.attention_out.rpartition(".")[2] if inside else None))
+        own = family.attention_out.rpartition(".")[2] if inside else None
+        replace(layer, family.attention, NoHeads(attention, own, family.inner_norm))
         if family.attention_norm is not None:
             replace(layer, family.attention_norm, nn.Identity())
 
@@ -427,7 +557,7 @@ def hidden_dims(model: PreTrainedModel, family: Family) -> dict[str, list[int]]:
     Found by looking what grows when the stock config is given twice the hidden size. What the task head makes of its input
     is no part of the stream, nor are the heads' own features.
     """
-    small, large = _shapes(model.config, family, 1), _shapes(model.config, family, 2)
+    small, large = _shapes(model, family, 1), _shapes(model, family, 2)
     stack, numbers = f"{family.encoder}.{family.layers}.", origins(model, family)
     rows = {f"{path}.{name}" for path in (*family.attention_in, *family.positions) for name in ("weight", "bias")}
     found = {}
@@ -448,16 +578,16 @@ def hidden_dims(model: PreTrainedModel, family: Family) -> dict[str, list[int]]:
     return found
 
 
-def _shapes(config: PreTrainedConfig, family: Family, factor: int) -> dict[str, torch.Size]:
-    """Of the stock model's parameters, with so many times its hidden size."""
-    config = copy.deepcopy(config)
+def _shapes(model: PreTrainedModel, family: Family, factor: int) -> dict[str, torch.Size]:
+    """Of the parameters of an uncut stock model of this kind, with so many times its hidden size."""
+    config = copy.deepcopy(model.config)
     width = getattr(config, family.width)
-    for name in (family.width, *ALSO_WIDTHS):
+    for name in (family.width, *family.also_width):
         if getattr(config, name, None) == width:
             setattr(config, name, factor * width)
     with torch.device("meta"), no_init_weights():
-        model = AutoModelForSequenceClassification.from_config(config)
-    return {path: parameter.shape for path, parameter in model.named_parameters()}
+        uncut = unshared(type(model)(config))
+    return {path: parameter.shape for path, parameter in uncut.named_parameters()}
 
 
 def take(module: nn.Module, name: str, dim: int, kept: Kept, blocks: int = 1) -> None:
@@ -488,14 +618,25 @@ def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], quantized: 
     for name, scheme in quantized.items():
         path = prefix + name
         own = {key.removeprefix(path + "."): tensors.pop(key) for key in list(tensors) if key.startswith(path + ".")}
-        module = linear_of(model, path)
-        restored = _restore_embedding(module, own, scheme) if isinstance(module, nn.Embedding) else RESTORE[scheme](module, own)
-        parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, restored)
+        module = model.get_submodule(path)
+        if isinstance(module, nn.Embedding):
+            restored = QuantizedEmbedding.restored(module, own, scheme)
+        elif scheme in RESTORE:
+            restored = RESTORE[scheme](module, own)
+        else:
+            raise ValueError(f"{name} is saved as {scheme!r}, which this version can't read; it reads {', '.join(RESTORE)}")
+        replace(model, path, restored)
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     missing = [key for key in missing if not any(key.startswith(f"{prefix}{name}.") for name in quantized)]
     if missing or unexpected:
         raise ValueError(f"the saved weights do not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}")
+
+
+def scheme_of(module: nn.Module) -> str | None:
+    """The scheme of a layer that holds its weights in 8 or 4 bits; None for any other module."""
+    if type(module).__name__ == "Linear4bit":  # bitsandbytes' own; by its name, since most models load without bitsandbytes
+        return cast(Any, module).weight.quant_type
+    return getattr(module, "scheme", None)
 
 
 class Int8Linear(nn.Linear):
@@ -504,6 +645,7 @@ class Int8Linear(nn.Linear):
     bitsandbytes' own layer holds the scales where a move of the whole model does not find them.
     """
 
+    scheme = "int8"
     SCB: torch.Tensor
 
     def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -527,9 +669,9 @@ class Int8Linear(nn.Linear):
         self.SCB = scale.to(self.weight.device)
         return self
 
-
-def _restore_int8(linear: nn.Linear, tensors: dict[str, torch.Tensor]) -> nn.Module:
-    return Int8Linear(tensors["weight"], tensors["SCB"], tensors.get("bias"))
+    @classmethod
+    def restored(cls, linear: nn.Linear, tensors: dict[str, torch.Tensor]) -> nn.Module:
+        return cls(tensors["weight"], tensors["SCB"], tensors.get("bias"))
 
 
 def _restore_4bit(linear: nn.Linear, tensors: dict[str, torch.Tensor]) -> nn.Module:
@@ -552,6 +694,8 @@ def _restore_4bit(linear: nn.Linear, tensors: dict[str, torch.Tensor]) -> nn.Mod
 class DynamicInt8Linear(nn.Linear):
     """int8 weights with one scale a row, for CPUs: inputs are rounded as they come, and whole numbers are multiplied."""
 
+    scheme = "dynamic_int8"
+
     def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
         """weight: (out, in) int8. scale: (out,) float32; a weight is worth its number times its row's scale."""
         super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -573,9 +717,9 @@ class DynamicInt8Linear(nn.Linear):
         # Without VNNI sums of two products overflow 16 bits, unless the inputs have only 7 bits.
         return torch.ops.quantized.linear_dynamic(inputs, self._packed, reduce_range=not torch.cpu._is_vnni_supported())
 
-
-def _restore_dynamic_int8(linear: nn.Linear, tensors: dict[str, torch.Tensor]) -> nn.Module:
-    return DynamicInt8Linear(tensors["weight"], tensors["scale"], tensors.get("bias"))
+    @classmethod
+    def restored(cls, linear: nn.Linear, tensors: dict[str, torch.Tensor]) -> nn.Module:
+        return cls(tensors["weight"], tensors["scale"], tensors.get("bias"))
 
 
 EMBEDDING_BLOCK = 64  # features of a row that share a scale in nf4 and fp4, as in bitsandbytes' linears; int8: the whole row
@@ -609,12 +753,12 @@ class QuantizedEmbedding(nn.Embedding):
         values = cast(torch.Tensor, self.levels)[codes.long()]
         return (values * scale.repeat_interleave(EMBEDDING_BLOCK, -1)[..., : self.embedding_dim]).to(scale.dtype)
 
+    @classmethod
+    def restored(cls, embedding: nn.Embedding, tensors: dict[str, torch.Tensor], scheme: str) -> nn.Module:
+        return cls(scheme, embedding.embedding_dim, tensors["weight"], tensors["scale"], tensors.get("levels"))
 
-def _restore_embedding(embedding: nn.Embedding, tensors: dict[str, torch.Tensor], scheme: str) -> nn.Module:
-    return QuantizedEmbedding(scheme, embedding.embedding_dim, tensors["weight"], tensors["scale"], tensors.get("levels"))
 
-
-def _restore_sparse(linear: nn.Linear, tensors: dict[str, torch.Tensor]) -> nn.Module:
+def _restore_sparse(linear: nn.Linear, tensors: dict[str, torch.Tensor]) -> nn.Linear:
     """The dense linear that was saved without its zeros: a bit for each weight, and the values that are not 0."""
     weight = tensors.get("weight")  # dense where `transformers` itself saved the model again
     if weight is None:
@@ -661,16 +805,17 @@ class TwoOfFourLinear(nn.Linear):
         if isinstance(self.weight, torch.sparse.SparseSemiStructuredTensor):
             destination[f"{prefix}weight"] = self.weight.to_dense()
 
+    @classmethod
+    def restored(cls, linear: nn.Linear, tensors: dict[str, torch.Tensor]) -> nn.Module:
+        return cls(_restore_sparse(linear, tensors))
 
-def _restore_2_of_4(linear: nn.Linear, tensors: dict[str, torch.Tensor]) -> nn.Module:
-    return TwoOfFourLinear(cast(nn.Linear, _restore_sparse(linear, tensors)))
 
-
-RESTORE = {
-    "int8": _restore_int8,
+# By scheme: what a saved linear becomes, from the stock linear in whose place it goes, and its tensors by their names in it.
+RESTORE: dict[str, Callable[[Any, dict[str, torch.Tensor]], nn.Module]] = {
+    Int8Linear.scheme: Int8Linear.restored,
     "nf4": _restore_4bit,
     "fp4": _restore_4bit,
-    "dynamic_int8": _restore_dynamic_int8,
+    DynamicInt8Linear.scheme: DynamicInt8Linear.restored,
     "sparse": _restore_sparse,
-    "2:4": _restore_2_of_4,
+    "2:4": TwoOfFourLinear.restored,
 }

@@ -22,6 +22,7 @@ PATTERNS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "spm.model",
+    "spiece.model",
     "sentencepiece*.model",
 )
 

@@ -3,7 +3,7 @@
 The stock config stays that of the uncompressed encoder; what is left is read from the weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -182,6 +182,13 @@ def _elements(module: nn.Module) -> int:
         else:
             total += parameter.numel()
     return total
+
+
+def replace_word_embedding(model: PreTrainedModel, new: Callable[[torch.Tensor], nn.Embedding]) -> None:
+    """new: makes another word embedding of the present one's weight, (tokens, features)."""
+    words = cast(nn.Embedding, model.get_input_embeddings())
+    (path,) = (name for name, module in model.named_modules() if module is words)
+    replace(model, path, new(words.weight.detach()))
 
 
 def trim_vocabulary(model: PreTrainedModel, kept: Sequence[int]) -> None:

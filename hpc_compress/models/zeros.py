@@ -8,11 +8,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from hpc_compress.models.modeling_hpc_compress import TwoOfFourLinear
 
-def scheme(linear: nn.Linear) -> str | None:
-    """How a linear with zeros is saved: `2:4`, else `sparse`; None if it would not be smaller without its zeros."""
+
+def scheme(module: nn.Module) -> str | None:
+    """How a linear with zeros is saved: `2:4`, else `sparse`; None if it would not be smaller without its zeros, and for all
+    that is no linear with dense weights."""
+    if type(module) not in (nn.Linear, TwoOfFourLinear):
+        return None
     # The state and not the parameter: on a GPU a 2:4 weight is one that computes, and can't be looked at.
-    weight = linear.state_dict()["weight"]
+    weight = module.state_dict()["weight"]
     nonzero = weight != 0
     if weight.numel() / 8 + int(nonzero.sum()) * weight.element_size() >= weight.numel() * weight.element_size():
         return None

@@ -28,6 +28,8 @@ class Problem(ABC):
 
     metrics: ClassVar[tuple[str, ...]]  # of `data.metrics`; a dataset chooses among them
     auto_class: ClassVar[str]  # of transformers: loads the base model, and the exported one
+    model_class: ClassVar[str]  # of modeling_hpc_compress: an exported model with safetensors weights
+    program_class: ClassVar[str]  # likewise: one that is a program for ONNX Runtime
     head: ClassVar[str]  # how names of a checkpoint's weights begin when it brings a task head
     pipeline_tag: ClassVar[str]  # of a model card on the hub
 

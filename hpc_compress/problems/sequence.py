@@ -28,6 +28,8 @@ class SequenceProblem(Problem):
     """One label a text or a pair of texts; what the label is, a subclass says."""
 
     auto_class = "AutoModelForSequenceClassification"
+    model_class = "HpcCompressForSequenceClassification"
+    program_class = "HpcCompressOnnxForSequenceClassification"
     head = "classifier."
     pipeline_tag = "text-classification"
 

@@ -45,8 +45,8 @@ class Shape(Record):
         heads = config.get("num_attention_heads", config.get("n_heads"))
         if not (isinstance(layers, int) and isinstance(heads, int)):
             raise ValueError(
-                f"a {config.get('model_type', 'nameless')} config without a number of layers and heads is not a "
-                "BERT-like encoder; choose a BERT, RoBERTa, ELECTRA, DistilBERT, DeBERTa-v2, ModernBERT or MPNet checkpoint"
+                f"a {config.get('model_type', 'nameless')} config without a number of layers and heads is not a BERT-like "
+                "encoder; choose a BERT, RoBERTa, ELECTRA, ALBERT, DistilBERT, DeBERTa-v2, ModernBERT or MPNet checkpoint"
             )
         names = ("hidden_size", "dim", "intermediate_size", "hidden_dim")
         return Shape(heads=(heads,) * layers, widths=tuple(config[name] for name in names if isinstance(config.get(name), int)))
