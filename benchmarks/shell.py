@@ -53,7 +53,7 @@ from hpc_compress.launch.slurm import Cluster, Commands, Slurm
 from hpc_compress.records import Generation, Plan
 from hpc_compress.search.space import Shape
 from hpc_compress.store import Store
-from hpc_compress.types import Base, Dataset, Genome, MeasurementProtocol, Step, Task
+from hpc_compress.types import Genome, Step, Task
 
 
 def main() -> None:
@@ -247,13 +247,6 @@ def cluster(args: argparse.Namespace) -> list[str]:
     return [f"{title}: {args.tasks} tasks, {args.parallel} at a time", table, note]
 
 
-def _tasks(count: int) -> list[Task]:
-    dataset = Dataset(name="none", fingerprint="0" * 16, problem="classification", labels=("a", "b"), metrics=("accuracy",))
-    genomes = [Genome(steps=(Step(operator="fine_tune", params={"epochs": n}),)) for n in range(count)]
-    base = Base(name="none", fingerprint="0" * 16)
-    return [Task(base=base, dataset=dataset, protocol=MeasurementProtocol(), seed=0, genome=genome) for genome in genomes]
-
-
 def _own(args: argparse.Namespace, root: Path, per_job: int, count: int) -> tuple[float, str]:
     """Seconds, and the start of the names of the jobs."""
     site = Cluster(
@@ -266,7 +259,7 @@ def _own(args: argparse.Namespace, root: Path, per_job: int, count: int) -> tupl
         setup=("export OMP_NUM_THREADS=1", f"export PYTHONPATH={shlex.quote(str(TESTS))}"),
     )
     root.mkdir()
-    store, progress, tasks = Store(root), Silent(), _tasks(count)
+    store, progress, tasks = Store(root), Silent(), light.made_up(count)
     start = time.monotonic()
     with Slurm(cluster=site, worker="light.run", tasks_per_job=per_job).open(root, progress.working, progress.say) as jobs:
         outcomes = Dispatch(store, jobs, progress, retries=2).settle(tasks, "tasks")
@@ -281,7 +274,7 @@ def _own(args: argparse.Namespace, root: Path, per_job: int, count: int) -> tupl
 def _bare(args: argparse.Namespace, root: Path, per_job: int, count: int) -> tuple[float, str]:
     """Seconds, and the start of the names of the jobs."""
     store = Store(root)
-    ids = [store.add_task(task) for task in _tasks(count)]
+    ids = [store.add_task(task) for task in light.made_up(count)]
     (root / "ids").write_text("\n".join(ids))
     (root / "element.py").write_text(BARE.format(tests=str(TESTS), repository=str(REPOSITORY), root=str(root), per_job=per_job))
     script = f"#!/bin/bash\n{shlex.quote(sys.executable)} {shlex.quote(str(root / 'element.py'))} $SLURM_ARRAY_TASK_ID\n"
@@ -352,7 +345,7 @@ def _long_run(folder: Path, count: int, generation_size: int) -> tuple[Store, li
         name="long", model=config.ModelConfig(path="none"), dataset=config.DatasetConfig(name="none"), generations=1000
     )
     operators = ("prune", "distill", "quantize", "prune_heads", "fine_tune", "drop_layers")
-    template = _tasks(1)[0]
+    template = light.made_up(1)[0]
     genomes = [
         Genome(steps=tuple(Step(operator=name, params={"share": 0.1, "epochs": n, "units": ["heads"]}) for name in operators))
         for n in range(count - 1)

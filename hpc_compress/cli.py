@@ -513,7 +513,8 @@ DOCTOR = """hpc-compress doctor [KEY=VALUE ...]
 Check everything that a search with the same words needs on the cluster: commands, partition, GPUs, disk, the run folder as
 seen from a node, CUDA, bitsandbytes, clocks, and a task of every kind of step. The exit code is 1 when something is wrong.
 
-  hpc-compress doctor cluster=msu270 cluster.partition=gpu model=bert_base dataset=cola"""
+  hpc-compress doctor cluster=msu270 cluster.partition=gpu model=bert_base dataset=cola    a cluster with Slurm
+  hpc-compress doctor launcher=pbs launcher.queue=gpu model=bert_base dataset=cola         a cluster with PBS"""
 
 
 def _prefetch(arguments: list[str]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from hpc_compress import identity
 from hpc_compress.store import Store
-from hpc_compress.types import Measurement, Outcome, Task
+from hpc_compress.types import Base, Dataset, Genome, Measurement, MeasurementProtocol, Outcome, Step, Task
 
 
 def run(root: str, task_ids: Sequence[str], **ignored: Any) -> Iterator[str]:
@@ -30,6 +30,22 @@ def run(root: str, task_ids: Sequence[str], **ignored: Any) -> Iterator[str]:
                 _fail_once(store.root)
             store.settle(answer(task))
         yield task_id
+
+
+def made_up(count: int, first: int = 0) -> list[Task]:
+    """Tasks of no model."""
+    base = Base(name="none", fingerprint="0" * 16)
+    dataset = Dataset(name="none", fingerprint="0" * 16, problem="classification", labels=("a", "b"), metrics=("accuracy",))
+    return [
+        Task(
+            base=base,
+            dataset=dataset,
+            protocol=MeasurementProtocol(),
+            seed=0,
+            genome=Genome(steps=(Step(operator="fine_tune", params={"epochs": n}),)),
+        )
+        for n in range(first, first + count)
+    ]
 
 
 def answer(task: Task, seconds: float = 1.0) -> Outcome:

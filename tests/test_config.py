@@ -4,6 +4,7 @@ import ast
 import math
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ import hpc_compress
 from hpc_compress import analysis, cli, config, driver, export
 from hpc_compress.config import ConfigError, DatasetConfig, ModelConfig, RunConfig
 from hpc_compress.launch.local import Debug, Local
+from hpc_compress.launch.pbs import Pbs
 from hpc_compress.launch.slurm import Cluster, Slurm
 from hpc_compress.operators import operator
 from hpc_compress.records import FREE
@@ -95,6 +97,7 @@ FIELDS = {
     "launcher=debug": (Debug, {"worker"}),
     "launcher=local": (Local, {"worker"}),
     "launcher=slurm": (Slurm, {"worker"}),
+    "launcher=pbs": (Pbs, {"worker"}),
     "cluster=generic": (Cluster, set()),
 }
 
@@ -432,6 +435,18 @@ def test_no_room_imports_what_it_must_not_know(path: Path):
     assert roots & NEVER.get(room_of(path), set()) == set()
     if room_of(path) != "cli":
         assert not roots & {"omegaconf", "hydra"}, "Hydra stops at the edge"
+
+
+COMMANDS = {
+    "launch/slurm": r"SLURM_|SBATCH_|\b(squeue|sacct|scancel|scontrol|sinfo|srun|sacctmgr)\b",
+    "launch/pbs": r"PBS_|\b(qsub|qstat|qselect|qdel|pbsnodes)\b",
+}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_batch_system_is_known_in_one_module(path: Path):
+    for name, words in COMMANDS.items():
+        assert bool(re.search(words, path.read_text())) == (name_of(path) == name)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

@@ -81,6 +81,9 @@ def test_bf16_is_for_processors_that_compute_in_it(machine: Callable[..., None])
         (["launcher=slurm"], 0, "cuda"),  # a driver on a login node
         (["launcher=slurm", "cluster.gpus_per_node=0"], 2, "cpu"),
         (["launcher=slurm", "cluster=lab"], 2, "cpu"),  # its GPUs are not there
+        (["launcher=pbs"], 0, "cuda"),
+        (["launcher=pbs", "launcher.ngpus=0"], 2, "cpu"),
+        (["launcher=pbs", "launcher.require_cuda=false"], 2, "cpu"),
         (["launcher=local"], 2, "cuda"),
         (["launcher=local"], 0, "cpu"),
         (["launcher=local", "protocol.device=cpu"], 2, "cpu"),

@@ -29,7 +29,7 @@ from searches import tiny
 
 import hpc_compress
 from hpc_compress import cli, config
-from hpc_compress.launch.slurm import Slurm
+from hpc_compress.launch.arrays import ArrayLauncher
 from hpc_compress.operators import operator
 from hpc_compress.search.space import Shape
 
@@ -198,7 +198,8 @@ class Checks:
         if command == "search":
             searches(rest)
         elif command == "doctor":
-            searches(["launcher=slurm", *rest], Slurm)
+            chosen = any(word.startswith("launcher=") for word in rest)
+            searches(rest if chosen else ["launcher=slurm", *rest], ArrayLauncher)
         elif command == "prefetch":
             searches([word for word in rest if not word.startswith("--to=")])
         else:

@@ -69,8 +69,6 @@ def test_the_changes_of_a_newcomer_are_taught():
         "An encoder family",
         "A strategy",
         "A problem",
-        "A quantization scheme",
-        "A launcher",
     ]
 
 

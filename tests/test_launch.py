@@ -15,6 +15,7 @@ import light
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from light import made_up
 from searches import Setup, Silent, story
 from simulated import PAUSE, Element, SimulatedSlurm, nothing_to_load
 
@@ -28,25 +29,9 @@ from hpc_compress.launch.scheduler import CommandError, Limits, Row, batch_lines
 from hpc_compress.launch.slurm import INDEX, RANKS, Cluster, Commands, Slurm, refusal
 from hpc_compress.records import Ends, Submission
 from hpc_compress.store import Store
-from hpc_compress.types import Base, Dataset, Genome, MeasurementProtocol, Outcome, SearchError, SpentError, Step, Task
+from hpc_compress.types import Outcome, SearchError, SpentError, Task
 
 Faults = Callable[[Element], str]
-
-
-def made_up(count: int, first: int = 0) -> list[Task]:
-    """Tasks of no model."""
-    base = Base(name="none", fingerprint="0" * 16)
-    dataset = Dataset(name="none", fingerprint="0" * 16, problem="classification", labels=("a", "b"), metrics=("accuracy",))
-    return [
-        Task(
-            base=base,
-            dataset=dataset,
-            protocol=MeasurementProtocol(),
-            seed=0,
-            genome=Genome(steps=(Step(operator="fine_tune", params={"epochs": n}),)),
-        )
-        for n in range(first, first + count)
-    ]
 
 
 class Run:

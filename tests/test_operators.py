@@ -164,6 +164,8 @@ def odd(model: nn.Module, heads: list[int], neurons: int) -> nn.Module:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STEPS)
 def test_odd_widths_and_empty_blocks_are_taken(folder: Path, name: str, tmp_path: Path):
+    if name == "carve":
+        pytest.skip("a structure is cut from the whole model")
     model = odd(load(folder), [0, 1, 3], 55)
     if name == "movement_prune":
         model = load(folder)

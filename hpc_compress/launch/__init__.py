@@ -28,7 +28,7 @@ WORKER = "hpc_compress.worker.run"
 WATCH_SECONDS = 0.5  # between two looks of a local worker at whether its driver lives
 
 # Launchers that submit to a batch system, by their names in conf/launcher; imported when they are needed.
-SCHEDULERS = {"slurm": "hpc_compress.launch.slurm.Slurm"}
+SCHEDULERS = {"slurm": "hpc_compress.launch.slurm.Slurm", "pbs": "hpc_compress.launch.pbs.Pbs"}
 # What must be done before a sweep, by the class of Hydra's launcher.
 SWEEPS = {"SlurmLauncher": "hpc_compress.launch.slurm.leave_out_wckey"}
 

@@ -1,8 +1,8 @@
 """What a dataset asks of a model, one object for each kind of problem. Nothing else asks which kind it is."""
 
 from hpc_compress.config import ConfigError
+from hpc_compress.problems.base import Problem
 from hpc_compress.problems.classification import Classification
-from hpc_compress.problems.problem import Problem
 from hpc_compress.problems.regression import Regression
 
 __all__ = ["PROBLEMS", "Problem", "problem"]

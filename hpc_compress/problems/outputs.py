@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hpc_compress.data.batches import Batch
-from hpc_compress.problems.problem import Problem
+from hpc_compress.problems.base import Problem
 
 
 @dataclass(frozen=True)

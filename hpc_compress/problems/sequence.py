@@ -8,7 +8,7 @@ import pandas as pd
 
 from hpc_compress.config import DatasetConfig
 from hpc_compress.data import metrics
-from hpc_compress.problems.problem import Problem
+from hpc_compress.problems.base import Problem
 from hpc_compress.types import Dataset
 
 if TYPE_CHECKING:
