@@ -64,11 +64,13 @@ def test_the_picture_and_the_table_of_the_rooms_are_drawn_from_the_code(monkeypa
     }
 
 
-def test_the_changes_of_a_newcomer_are_taught():
+def test_the_five_changes_of_a_newcomer_are_taught():
     assert [change.title for change in changes()] == [
         "An encoder family",
         "A strategy",
         "A problem",
+        "A quantization scheme",
+        "A launcher",
     ]
 
 
