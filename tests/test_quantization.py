@@ -22,7 +22,7 @@ from hpc_compress.config import ConfigError
 from hpc_compress.data.batches import eval_batches
 from hpc_compress.deployment import gptq, quantization, schemes
 from hpc_compress.deployment.quantization import quantize
-from hpc_compress.deployment.schemes import EMBEDDINGS, PACKED, PLAIN, SCHEMES, Packed, Scheme
+from hpc_compress.deployment.schemes import EMBEDDINGS, LOW_BIT, PLAIN, SCHEMES, LowBit, Scheme
 from hpc_compress.models import artifact, modeling_hpc_compress, surgery
 from hpc_compress.models.modeling_hpc_compress import linear_of
 from hpc_compress.operators import Context, operator
@@ -31,7 +31,7 @@ from hpc_compress.types import Genome, Step
 
 CLASSIFICATION = PROBLEMS["classification"]
 
-FEW = list(PACKED)
+FEW = list(LOW_BIT)
 KINDS = {"int8": "Int8Linear", "nf4": "Linear4bit", "fp4": "Linear4bit", "dynamic_int8": "DynamicInt8Linear"}
 CPU = torch.device("cpu")
 
@@ -57,9 +57,9 @@ def decoded(layer: nn.Module) -> torch.Tensor:
     return int8_vectorwise_dequant(layer.weight.data, layer.SCB)
 
 
-def packed(scheme: str) -> Packed:
+def packed(scheme: str) -> LowBit:
     weights = SCHEMES[scheme].weights
-    assert isinstance(weights, Packed)
+    assert isinstance(weights, LowBit)
     return weights
 
 
@@ -68,9 +68,9 @@ def packed(scheme: str) -> Packed:
 
 def test_the_table_has_these_schemes():
     assert PLAIN == ("fp32", "fp16", "bf16")
-    assert PACKED == ("int8", "nf4", "fp4", "dynamic_int8")
+    assert LOW_BIT == ("int8", "nf4", "fp4", "dynamic_int8")
     assert EMBEDDINGS == ("int8", "nf4", "fp4")
-    assert set(SCHEMES) - {*PLAIN, *PACKED} == {"onnx_int8"}
+    assert set(SCHEMES) - {*PLAIN, *LOW_BIT} == {"onnx_int8"}
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Scheme)])
@@ -81,9 +81,9 @@ def test_a_row_that_lacks_a_field_is_an_error(name: str):
 
 @pytest.mark.parametrize("name", ["rounded", "grid", "set_codes"])
 def test_a_packed_format_that_lacks_a_method_is_an_error(name: str):
-    methods = {key: value for key, value in vars(schemes.Int8).items() if key in Packed.__abstractmethods__ - {name}}
+    methods = {key: value for key, value in vars(schemes.Int8).items() if key in LowBit.__abstractmethods__ - {name}}
     with pytest.raises(TypeError, match=name):
-        type("Forgetful", (Packed,), methods)()
+        type("Forgetful", (LowBit,), methods)()
 
 
 def test_rows_agree_with_themselves():
@@ -95,8 +95,8 @@ def test_rows_agree_with_themselves():
 
 def test_what_is_rounded_can_be_told_and_read_back():
     """The rows, and what `modeling_hpc_compress` reads, name the same schemes."""
-    assert set(modeling_hpc_compress.RESTORE) == {*PACKED, *modeling_hpc_compress.SPARSE}
-    for scheme in PACKED:
+    assert set(modeling_hpc_compress.RESTORE) == {*LOW_BIT, *modeling_hpc_compress.SPARSE}
+    for scheme in LOW_BIT:
         layer = packed(scheme).rounded(nn.Linear(64, 32))
         assert modeling_hpc_compress.scheme_of(layer) == scheme
         tensors = {name: tensor.clone() for name, tensor in layer.state_dict().items()}

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from hpc_compress import calibration
 from hpc_compress.data.batches import Batch
 from hpc_compress.deployment import gptq, schemes
-from hpc_compress.deployment.schemes import PLAIN, Packed, Program
+from hpc_compress.deployment.schemes import PLAIN, LowBit, Program
 from hpc_compress.models import surgery
 from hpc_compress.models.modeling_hpc_compress import linear_of
 
@@ -97,11 +97,11 @@ def _calibrated(model: PreTrainedModel, own: Mapping[str, str], plain: str, batc
         paths = [path for leaf in surgery.family(model).linears if (path := surgery.path(model, index, leaf)) in own]
         products = walk.products(index, paths)
         for path in paths:
-            quantized[path], packed = _rounded(model, path, own[path], plain), _packed(own[path])
-            levels, scales = packed.grid(quantized[path])
+            quantized[path], low_bit = _rounded(model, path, own[path], plain), _low_bit(own[path])
+            levels, scales = low_bit.grid(quantized[path])
             weight = model.get_submodule(path).weight.data
             codes = gptq.round_weights(weight, products[path], levels.to(weight.device), scales.to(weight.device))
-            packed.set_codes(quantized[path], codes.cpu())
+            low_bit.set_codes(quantized[path], codes.cpu())
             weight.copy_(levels.to(weight.device)[codes] * scales.to(weight.device))
     return quantized
 
@@ -109,14 +109,14 @@ def _calibrated(model: PreTrainedModel, own: Mapping[str, str], plain: str, batc
 def _rounded(model: PreTrainedModel, path: str, scheme: str, plain: str) -> nn.Module:
     """The quantized layer that takes a linear's place, rounded to nearest."""
     linear: Any = copy.deepcopy(model.get_submodule(path))
-    return _packed(scheme).rounded(linear.to("cpu", schemes.dtype(plain)))
+    return _low_bit(scheme).rounded(linear.to("cpu", schemes.dtype(plain)))
 
 
-def _packed(scheme: str) -> Packed:
+def _low_bit(scheme: str) -> LowBit:
     """Raises: ValueError for a scheme that single linears can't have."""
     weights = schemes.named(scheme).weights
-    if not isinstance(weights, Packed):
-        raise ValueError(f"{scheme} is no scheme of single linears; choose one of {', '.join(schemes.PACKED)}")
+    if not isinstance(weights, LowBit):
+        raise ValueError(f"{scheme} is no scheme of single linears; choose one of {', '.join(schemes.LOW_BIT)}")
     return weights
 
 

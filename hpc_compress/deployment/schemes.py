@@ -28,7 +28,7 @@ class Plain:
         return getattr(torch, self.name)
 
 
-class Packed(ABC):
+class LowBit(ABC):
     """A format of 8 or 4 bits for single linears: each one becomes a layer of another class, which packs its weights.
 
     Its weights can have the values `levels[code] * scale`. The scales are fixed by the largest weights; GPTQ chooses the codes.
@@ -48,7 +48,7 @@ class Packed(ABC):
         """Give the layer other weights. codes: (out, in) positions in the levels of `grid`."""
 
 
-class Int8(Packed):
+class Int8(LowBit):
     """One scale a row, multiplied by bitsandbytes: LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339, section 2.1)."""
 
     def rounded(self, linear: "nn.Linear") -> "nn.Linear":
@@ -69,7 +69,7 @@ class Int8(Packed):
         layer.weight.data.copy_(codes - 127)
 
 
-class DynamicInt8(Packed):
+class DynamicInt8(LowBit):
     """One scale a row, multiplied by torch's kernels for CPUs, which round the inputs as they come."""
 
     def rounded(self, linear: "nn.Linear") -> "nn.Linear":
@@ -92,7 +92,7 @@ class DynamicInt8(Packed):
 
 
 @dataclass(frozen=True)
-class FourBit(Packed):
+class FourBit(LowBit):
     """16 levels, and a scale for each block of 64 weights, multiplied by bitsandbytes. The levels of nf4 are quantiles of a
     normal distribution; the scales are stored in 8 bits themselves (Dettmers et al. 2023, QLoRA, arXiv 2305.14314, section 3).
     """
@@ -194,7 +194,7 @@ def _two_a_byte(codes: "torch.Tensor") -> "torch.Tensor":
 class Scheme:
     """What a precision is. No field has a default: one that a new row forgets is an error when this module is imported."""
 
-    weights: Plain | Packed | Program
+    weights: Plain | LowBit | Program
     devices: tuple[str, ...]  # on which it runs
     multiple: int  # of which the inputs of a linear must be a multiple; with others bitsandbytes is slow or wrong
     rests: tuple[str, ...]  # plain schemes that the rest of the model may have beside it; of a plain scheme: its own
@@ -217,7 +217,7 @@ def _plain(name: str, dtype: str) -> Scheme:
     )
 
 
-def _by_bitsandbytes(weights: Packed, multiple: int, embedding: Callable[["torch.Tensor"], "nn.Embedding"]) -> Scheme:
+def _by_bitsandbytes(weights: LowBit, multiple: int, embedding: Callable[["torch.Tensor"], "nn.Embedding"]) -> Scheme:
     return Scheme(
         weights=weights,
         devices=("cpu", "cuda"),
@@ -259,7 +259,7 @@ SCHEMES = {
     ),
 }
 PLAIN = tuple(name for name, row in SCHEMES.items() if isinstance(row.weights, Plain))
-PACKED = tuple(name for name, row in SCHEMES.items() if isinstance(row.weights, Packed))
+LOW_BIT = tuple(name for name, row in SCHEMES.items() if isinstance(row.weights, LowBit))
 EMBEDDINGS = tuple(name for name, row in SCHEMES.items() if row.embedding)
 
 

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from hpc_compress.config import ConfigError
 from hpc_compress.context import Context
-from hpc_compress.deployment.schemes import EMBEDDINGS, PACKED, PLAIN, SCHEMES, Plain, Program
+from hpc_compress.deployment.schemes import EMBEDDINGS, LOW_BIT, PLAIN, SCHEMES, Plain, Program
 from hpc_compress.types import Record
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 else:  # pydantic reads the names from the table
     AnyScheme = Literal[tuple(SCHEMES)]
     PlainScheme = Literal[PLAIN]
-    LayerScheme = Literal[(*PACKED, "rest")]
+    LayerScheme = Literal[(*LOW_BIT, "rest")]
     EmbeddingScheme = Literal[("rest", *EMBEDDINGS)]
 
 
