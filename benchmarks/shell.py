@@ -256,7 +256,7 @@ def _own(args: argparse.Namespace, root: Path, per_job: int, count: int) -> tupl
         mem_gb=args.mem_gb,
         array_parallelism=args.parallel,
         # As for the bare array, whose script has no use for it: threads that nobody needs take a while to start.
-        setup=("export OMP_NUM_THREADS=1", f"export PYTHONPATH={shlex.quote(str(TESTS))}"),
+        setup=("export OMP_NUM_THREADS=1", f"export PYTHONPATH={shlex.quote(f'{REPOSITORY}:{TESTS}')}"),
     )
     root.mkdir()
     store, progress, tasks = Store(root), Silent(), light.made_up(count)

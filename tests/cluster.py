@@ -90,7 +90,7 @@ def private_cluster() -> Iterator[Lab]:
 
 
 def command(setup: Setup, *more: str) -> list[str]:
-    lines = f'["export PYTHONPATH={TESTS}"]'
+    lines = f'["export PYTHONPATH={REPOSITORY}:{TESTS}"]'
     own = ["launcher=slurm", "cluster=lab", "cluster.mem_gb=0.5", f"cluster.setup={lines}", "+launcher.worker=light.run"]
     own += [
         "cluster.gpus_per_node=0",

@@ -55,7 +55,7 @@ def wanted(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def launcher(commands: Commands | None = None, **cluster: Any) -> Slurm:
     site = {"gpu_type": "a100", "require_cuda": False, "cpus_per_task": 1, "mem_gb": 0.5, "timeout_min": 5, **cluster}
-    setup = (f"export PYTHONPATH={TESTS}", *cluster.pop("setup", ()))
+    setup = (f"export PYTHONPATH={REPOSITORY}:{TESTS}", *cluster.pop("setup", ()))
     site = Cluster(**{**site, "setup": setup})
     made = Slurm(cluster=site, worker="light.run", poll_seconds=0.5, settle_seconds=2, lost_seconds=6)
     if commands is not None:
