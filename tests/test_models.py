@@ -20,6 +20,7 @@ import torch
 from elsewhere import outputs_elsewhere
 from safetensors import SafetensorError
 from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from hpc_compress import identity, worker
 from hpc_compress.config import ConfigError
@@ -580,6 +581,51 @@ def test_weights_that_do_not_fit_are_never_guessed(model: nn.Module, tmp_path: P
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises((ValueError, RuntimeError)):
         artifact.load(folder)
+
+
+# --- kinds of models ---
+
+
+class HpcCompressForTokenClassification(modeling_hpc_compress.HpcCompressStockModel):
+    """What a further kind takes: one label for each token."""
+
+    auto_class = AutoModelForTokenClassification
+
+
+def test_a_model_is_saved_and_loaded_as_its_kind(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """By the class of the stock model, and by `architectures` in config.json, as in run folders of earlier versions."""
+    monkeypatch.setattr(artifact, "STOCK", (*artifact.STOCK, HpcCompressForTokenClassification))
+    folder = tiny_checkpoint("bert", layers=3, heads=4, hidden=64, ffn=96)
+    ids = torch.tensor([[2, 9, 8, 7, 3], [2, 5, 6, 11, 3]])
+    for auto_class in (AutoModelForSequenceClassification, AutoModelForTokenClassification):
+        name = auto_class.__name__.removeprefix("AutoModel")
+        model = auto_class.from_pretrained(folder)
+        surgery.prune_heads(model, 1, [0, 3])
+        surgery.drop_layers(model, [2])
+        loaded = reload(model, tmp_path / name)
+        assert type(loaded) is type(model)
+        assert same_weights(loaded.state_dict(), model.state_dict())
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits, rtol=1e-5, atol=2e-6)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["architectures"] == [f"HpcCompress{name}"]
+        assert config["auto_map"] == {
+            "AutoConfig": "modeling_hpc_compress.HpcCompressConfig",
+            auto_class.__name__: f"modeling_hpc_compress.HpcCompress{name}",
+        }
+
+
+def test_a_kind_that_is_not_known_is_named(bert: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="a BertForTokenClassification can't be saved in this form"):
+        artifact.save(AutoModelForTokenClassification.from_pretrained(bert), tmp_path)
+    folder = _saved(load(bert), tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    for architectures in (["Evil"], [], None):
+        (folder / "config.json").write_text(json.dumps({**config, "architectures": architectures}))
+        with pytest.raises(ValueError, match=r"names the architecture '.*'; this version loads HpcCompressForSeq"):
+            artifact.load(folder)
 
 
 @pytest.mark.slow
