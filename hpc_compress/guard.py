@@ -97,7 +97,7 @@ def _require_own(root: Path) -> None:
                 f"{path} {what}, and what lies there runs on the nodes in your name; choose another name=, or "
                 f"chmod -R go-w {shlex.quote(str(root))} (colleagues may read it: chmod -R g+rX)"
             )
-    here = Path.cwd()
+    current = Path.cwd()
     of_others: list[str] = []
     for path in root.absolute().parents:
         status, quoted = path.stat(), shlex.quote(str(path))
@@ -111,7 +111,7 @@ def _require_own(root: Path) -> None:
             who, mend = "a group", f", or chmod g-w {quoted}"
         else:
             continue
-        if who == "everybody" or here in path.parents:
+        if who == "everybody" or current in path.parents:
             raise ConfigError(
                 f"{who} can write to {path}, and so put another folder in the place of the run's, from which nodes run code "
                 f"in your name; choose another folder{mend}"

@@ -49,7 +49,7 @@ class LowBit(ABC):
 
 
 class Int8(LowBit):
-    """One scale a row, multiplied by bitsandbytes: LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339, section 2.1)."""
+    """One scale a row, multiplied by bitsandbytes: LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339)."""
 
     def rounded(self, linear: "nn.Linear") -> "nn.Linear":
         from bitsandbytes.functional import int8_vectorwise_quant

@@ -10,13 +10,11 @@ import json
 import logging
 import os
 import pickle
-import pwd
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,7 +24,7 @@ from pydantic import Field, PrivateAttr
 from hpc_compress.door import one_line
 from hpc_compress.launch import OwnJob, scheduler
 from hpc_compress.launch.arrays import ArrayLauncher
-from hpc_compress.launch.scheduler import Check, CommandError, Limits, Names, Options, RefusedError, Row, States
+from hpc_compress.launch.scheduler import Check, CommandError, Limits, Names, Options, RefusedError, Row, Scheduler, States
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +52,7 @@ FULL = ("would exceed", "maximum number of jobs", "array job exceeds")
 CANCEL_SECONDS = 10.0  # that cancelled jobs get to end: qdel does not wait for them
 
 
-class Commands:
+class Commands(Scheduler):
     """A real server."""
 
     def __init__(self) -> None:
@@ -76,14 +74,14 @@ class Commands:
             raise refusal(done.stderr.replace("qsub: ", "").strip() or f"exit code {done.returncode}")
         for line in reversed(done.stdout.splitlines()):
             if found := JOB_ID.fullmatch(line.strip()):
-                return f"{found[1]}{found[2] or ''}"
+                return _plain(found)
         raise RefusedError(f"it printed no job id: {one_line(done.stdout, 100)}", "busy")
 
     def attach(self, folder: Path, works: Sequence[Callable[[], None]], job_id: str, options: Options) -> None:
         """Nothing is left to do: what the elements run is named by their indices."""
 
     def queue(self) -> list[Row]:
-        ids = [f"{found[1]}{found[2] or ''}" for found in map(JOB_ID.fullmatch, _lines("qselect", "-u", _user())) if found]
+        ids = _ids(_lines("qselect", "-u", scheduler.user()))
         return [row for row in self._rows(ids) if row.state in UNFINISHED.values()]
 
     def accounting(self, job_ids: Sequence[str]) -> list[Row]:
@@ -91,8 +89,7 @@ class Commands:
         return self._rows(job_ids, "-x")
 
     def accounted(self, name: str) -> str | None:
-        ids = (found for found in map(JOB_ID.fullmatch, _lines("qselect", "-x", "-u", _user(), "-N", name)) if found)
-        return next((f"{found[1]}{found[2] or ''}" for found in ids), None)
+        return next(iter(_ids(_lines("qselect", "-x", "-u", scheduler.user(), "-N", name))), None)
 
     def cancel(self, ids: Sequence[str]) -> None:
         scheduler.in_parts(ids, lambda some: call("qdel", *some))
@@ -120,11 +117,15 @@ class Commands:
                 self.complained = True
                 log.warning("qstat prints jobs that are skipped since they can't be read, such as: %s", one_line(id, 100))
 
-    def now(self) -> float:
-        return time.monotonic()
 
-    def sleep(self, seconds: float) -> None:
-        time.sleep(seconds)
+def _plain(id: re.Match[str]) -> str:
+    """A job id without the name of its server."""
+    return f"{id[1]}{id[2] or ''}"
+
+
+def _ids(lines: Sequence[str]) -> list[str]:
+    """The job ids among lines, without the name of their server."""
+    return [_plain(found) for found in map(JOB_ID.fullmatch, lines) if found]
 
 
 def _row(id: re.Match[str], job: Mapping[str, Any], whole: Mapping[str, Any]) -> Row | None:
@@ -226,13 +227,6 @@ def _mb(value: Any) -> int:
     return int(found[1]) * 1024 ** " kmgt".index(found[2] or " ") // 2**20 if found else 0
 
 
-def _user() -> str:
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:  # a container without the user's name
-        return str(os.getuid())
-
-
 class Pbs(ArrayLauncher):
     """Arrays on a cluster with PBS, one process and at most one GPU a job. The nodes must share the run folder's filesystem."""
 
@@ -277,7 +271,7 @@ class Pbs(ArrayLauncher):
     @staticmethod
     def own_job() -> OwnJob | None:
         found = JOB_ID.fullmatch(os.environ.get("PBS_JOBID", ""))
-        return OwnJob("pbs", f"{found[1]}{found[2] or ''}", os.environ.get("PBS_JOBNAME")) if found else None
+        return OwnJob("pbs", _plain(found), os.environ.get("PBS_JOBNAME")) if found else None
 
     @staticmethod
     def element_id(job_id: str, index: int, size: int) -> str:
@@ -363,5 +357,5 @@ def _is_true(has: Mapping[str, Any], name: str) -> bool:
 def _most_queued(limit: str) -> int | None:
     """The jobs that this user may have in the queue, by a limit such as `[u:PBS_GENERIC=200]`."""
     found = dict(re.findall(r"u:([^=\s\],\"]+)\"?=([0-9]{1,9})\b", limit))
-    number = found.get(_user(), found.get("PBS_GENERIC"))
+    number = found.get(scheduler.user(), found.get("PBS_GENERIC"))
     return None if number is None else int(number)

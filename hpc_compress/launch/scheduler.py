@@ -4,8 +4,11 @@ A batch system's commands are the edge: they know no run and no task, and a simu
 is data from a stranger.
 """
 
+import os
+import pwd
 import shlex
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,8 +128,11 @@ class Scheduler(Protocol):
 
     # Time is asked here too, so that a simulation can have its own. Never the time of day: it can be set back.
 
-    def now(self) -> float: ...
-    def sleep(self, seconds: float) -> None: ...
+    def now(self) -> float:
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
 
 
 # --- what the modules of batch systems have in common ---
@@ -142,6 +148,14 @@ def run(system: str, command: Sequence[str], environment: Mapping[str, str]) -> 
         raise CommandError(f"{command[0]} is not on this machine; start the search where {system}'s commands are") from None
     except subprocess.TimeoutExpired:
         raise CommandError(f"{command[0]} did not answer in {SECONDS:.0f} s") from None
+
+
+def user() -> str:
+    """The name of this user; the number where there is no name, as in some containers."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
 
 
 def failed(done: subprocess.CompletedProcess[str]) -> CommandError:

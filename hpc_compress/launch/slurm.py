@@ -9,13 +9,11 @@ import functools
 import io
 import logging
 import os
-import pwd
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,7 +24,7 @@ from hpc_compress.config import ConfigError
 from hpc_compress.door import one_line
 from hpc_compress.launch import OwnJob, Ranks, scheduler
 from hpc_compress.launch.arrays import ArrayLauncher
-from hpc_compress.launch.scheduler import Check, CommandError, Limits, Names, Options, RefusedError, Row, States
+from hpc_compress.launch.scheduler import Check, CommandError, Limits, Names, Options, RefusedError, Row, Scheduler, States
 from hpc_compress.types import Record
 
 log = logging.getLogger(__name__)
@@ -145,7 +143,7 @@ class Cluster(Record):
 # --- its commands ---
 
 
-class Commands:
+class Commands(Scheduler):
     """A real cluster."""
 
     def __init__(self) -> None:
@@ -230,7 +228,7 @@ class Commands:
         kinds = re.findall(r"^([0-9]{1,18})\+?\|([0-9]{1,18})$", ask("sinfo", "--noheader", *chosen, "--format=%m|%D"), re.M)
         memory, nodes = [int(mb) for mb, _ in kinds], sum(int(number) for _, number in kinds)
         # By name: sacctmgr takes a number for a name too, and finds nothing.
-        where = [f"user={_user()}", *([f"account={account}"] if account else [])]
+        where = [f"user={scheduler.user()}", *([f"account={account}"] if account else [])]
         of_user = ask("sacctmgr", "-nP", "show", "assoc", "where", *where, "format=MaxSubmit,DefaultQOS")
         lines = re.findall(r"^([0-9]{0,18})\|([^|\s]*)$", of_user, re.M)
         names = {qos or default or "normal" for _, default in lines} or {qos or "normal"}
@@ -238,12 +236,6 @@ class Commands:
         numbers = [number for number, _ in lines] + re.findall(r"^[0-9]{1,18}$", of_qos, re.M)
         submitted = min((int(number) for number in numbers if number), default=None)
         return Limits(array_size, submitted, max(memory, default=None), nodes or None)
-
-    def now(self) -> float:
-        return time.monotonic()
-
-    def sleep(self, seconds: float) -> None:
-        time.sleep(seconds)
 
 
 def leave_out_wckey() -> None:
@@ -269,13 +261,6 @@ def _indices(of_array: str) -> Sequence[int]:
             first, last, step = int(found[1]), int(found[2] or found[1]), int(found[3] or 1)
             indices += range(first, min(last, MOST_INDICES) + 1, max(1, step))
     return indices
-
-
-def _user() -> str:
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:  # a container without the user's name
-        return str(os.getuid())
 
 
 def environment() -> dict[str, str]:

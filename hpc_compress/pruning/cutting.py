@@ -146,7 +146,7 @@ def carve(
     """Cut an uncut model to a structure in one go; of each layer the units with the highest scores stay.
 
     drift: the repair also makes up for what the residual stream has lost before a linear, not for the linear's output alone
-    (Park et al. 2024, K-prune, section 4.3, https://arxiv.org/abs/2308.03449).
+    (Park et al. 2024, K-prune, https://arxiv.org/abs/2308.03449).
 
     Raises: ValueError for a structure that the model can't have.
     """
