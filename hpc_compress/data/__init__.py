@@ -1,1 +1,1 @@
-"""Datasets, batches and metrics."""
+"""Batches of tokenised texts, metrics, vocabularies, and the overlap of splits."""
