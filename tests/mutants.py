@@ -67,7 +67,7 @@ MUTANTS = (
         "left = self.retries - self.losses[task_id]",
         "test_launch.py",
     ),
-    Mutant("launch/__init__.py", "bundles = bundles[rank::ranks]", "bundles = bundles[rank:]", "test_launch.py"),
+    Mutant("launch/__init__.py", "bundles = self.bundles[rank::ranks]", "bundles = self.bundles[rank:]", "test_launch.py"),
     Mutant("launch/arrays.py", "min(2 * self.chunk, self.limits.array_size)", "2 * self.chunk", "test_launch.py"),
     # data
     Mutant("data/batches.py", "real = column < lengths", "real = column <= lengths", "test_data.py"),
