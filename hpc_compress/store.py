@@ -186,7 +186,7 @@ class Store:
         """
         path = self.root / "locks" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        beat, end, pause = None, 0.0, 0.02
+        beat, end, pause = None, time.monotonic() + LOCK_SECONDS, 0.02
         while (stream := _lock(path)) is None and wait:
             if (last := _changed_ns(path)) != beat:
                 beat, end = last, time.monotonic() + LOCK_SECONDS

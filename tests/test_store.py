@@ -314,6 +314,14 @@ def test_a_lock_on_a_file_that_was_deleted_keeps_others_out(tmp_path: Path):
     assert (tmp_path / "count").read_text() == "200"
 
 
+def test_a_lock_whose_file_is_gone_for_a_moment_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its holder has just let go of it: there is no file whose time could be a sign of life."""
+    take, busy = _lock, iter([True, False])
+    monkeypatch.setattr("hpc_compress.store._lock", lambda path: None if next(busy) else take(path))
+    with Store(tmp_path).lock("count") as held:
+        assert held
+
+
 def _count(root: Path) -> None:
     count = root / "count"
     for _ in range(50):
