@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from hpc_compress.types import MeasurementProtocol, Params, Record, Step
 
 B = TypeVar("B", bound=BaseModel)
+Objective = Literal["quality", "latency", "bytes", "peak_bytes"]
 NAME_BYTES = 255  # of a part of a path, on every common filesystem
 MOST_CLASSES = 1000  # more labels than that are numbers to predict
 
@@ -80,6 +81,28 @@ class DatasetConfig(Record):
         return self
 
 
+class Target(Record):
+    """What the model that is wanted must keep to; null: no limit."""
+
+    quality: float | None = Field(default=None, gt=0, description="share of the base model's quality, at least: 0.99")
+    speed_up: float | None = Field(default=None, gt=0, description="over the base model, at least: 3")
+    megabytes: float | None = Field(default=None, gt=0, description="of the saved model, at most: 20")
+
+    @property
+    def wanted(self) -> bool:
+        return any(value is not None for value in (self.quality, self.speed_up, self.megabytes))
+
+
+class Budget(Record):
+    """What a search may cost, besides its number of generations."""
+
+    device_hours: float | None = Field(
+        default=None,
+        gt=0,
+        description="time of jobs, summed over all of them; the search stops after the generation that passes it",
+    )
+
+
 class RunConfig(Record):
     """One search, as far as it is plain data. Strategy, objective and launcher are objects built beside it."""
 
@@ -100,7 +123,15 @@ class RunConfig(Record):
     required_quality: float | None = Field(
         default=None, description="stop once a candidate smaller than the base model reaches this quality on the search split"
     )
+    objectives: tuple[Objective, ...] = Field(
+        default=("quality", "latency", "bytes"),
+        min_length=1,
+        description="what a model of the front must be better in than others",
+    )
+    target: Target = Target()
+    budget: Budget = Budget()
     report_candidates: int = Field(default=3, ge=1, description="fittest candidates measured on the report split")
+    report_front: bool = Field(default=False, description="measure the whole front on the report split too")
     force: bool = Field(default=False, description="go on with a base model that is no better than a constant answer")
     probe: bool = Field(default=True, description="try every kind of step on a few sentences before the first generation")
     teacher_gb: float = Field(

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 def _no_outputs() -> "Teacher | None":
     return None
+
+
+def _made(key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    return make()
 
 
 def _no_times() -> "BlockTimes":
@@ -44,6 +48,8 @@ class Context:
     tokenizer: "Callable[[], PreTrainedTokenizerBase] | None" = None  # the base model's; a fresh one at each call
     folder: Path | None = None  # of the model to deploy: what is written there is shipped beside its weights
     block_times: "Callable[[], BlockTimes]" = _no_times  # of the base model on this kind of device; measured once a run
+    # What later operators of this process may use again, such as activations of the base model: (name and settings, how to make).
+    kept: Callable[[tuple[Any, ...], Callable[[], Any]], Any] = _made
     progress: Callable[[int, int], None] | None = None  # told (updates done, updates in all)
     checkpoint: Checkpoint | None = None  # for a long training; a user's own operator may hand it to `training.fit` too
 

@@ -11,7 +11,9 @@ from hpc_compress.launch import Jobs
 from hpc_compress.records import CANCELLED, HEARTBEAT_SECONDS, Heartbeat
 from hpc_compress.store import Store
 from hpc_compress.summary import describe, figures
-from hpc_compress.types import Failure, Outcome, SearchError, SpentError, Task
+from hpc_compress.types import Failure, Outcome, Screen, Screening, SearchError, SpentError, Task
+
+SCREENS = 32  # that one process works off
 
 
 class Progress(Protocol):
@@ -150,16 +152,27 @@ class Dispatch:
 
 
 def _bundles(tasks: Mapping[str, Task]) -> list[tuple[str, ...]]:
-    """Tasks that share a master go to one process, one after another, so that its training is done once."""
+    """What goes to one process, one after another: tasks that share a master, so that its training is done once; and screens,
+    which share the base model's activations, in the order in which they were asked for."""
     bundles: dict[str, list[str]] = {}
+    screens = 0
     for task_id, task in tasks.items():
-        bundles.setdefault(identity.master_key(task), []).append(task_id)
+        if isinstance(task.study, Screen):
+            key = f"screens {screens // SCREENS}"
+            screens += 1
+        else:
+            key = identity.master_key(task)
+        bundles.setdefault(key, []).append(task_id)
     return [tuple(ids) for ids in bundles.values()]
 
 
 def _outcome_line(outcome: Outcome) -> str:
-    if outcome.measurement is None:
-        assert outcome.failure is not None
+    spent = f"({sum(outcome.seconds.values()):.0f} s)"
+    if outcome.failure is not None:
         return f"{outcome.task.genome}: FAILED, {describe(outcome.failure)}"
+    if isinstance(outcome.finding, Screening):
+        return f"{outcome.task.genome}: divergence {outcome.finding.divergence:.4f}  {spent}"
+    if outcome.measurement is None:
+        return f"{outcome.task.study.kind if outcome.task.study else ''} of the base model  {spent}"
     again = ", timed again" if outcome.task.repeat else ""
-    return f"{outcome.task.genome}{again}: {figures(outcome.measurement)}  ({sum(outcome.seconds.values()):.0f} s)"
+    return f"{outcome.task.genome}{again}: {figures(outcome.measurement)}  {spent}"

@@ -17,24 +17,45 @@ from typing import Any, Protocol
 import numpy as np
 
 from hpc_compress import guard, identity, splits
-from hpc_compress.config import ConfigError, RunConfig, build, check_name
+from hpc_compress.config import ConfigError, RunConfig, build, check_name, locate
 from hpc_compress.dispatch import Dispatch, Progress
 from hpc_compress.launch import Launcher
 from hpc_compress.models import pretrained
 from hpc_compress.operators import Particular, operator
 from hpc_compress.problems import problem
 from hpc_compress.records import Generation, Plan, Result
+from hpc_compress.search import front
+from hpc_compress.search.known import Known
 from hpc_compress.search.objective import quality_of, with_timing
 from hpc_compress.search.space import Shape
 from hpc_compress.store import Store
 from hpc_compress.summary import describe, figures, learnt
-from hpc_compress.types import Candidate, Genome, Measurement, Outcome, Proposal, SearchError, Split, Step, Task
+from hpc_compress.types import (
+    Candidate,
+    Genome,
+    Measurement,
+    Outcome,
+    Profiling,
+    Proposal,
+    Screening,
+    SearchError,
+    Split,
+    Step,
+    Study,
+    Survey,
+    Task,
+)
 
 Objective = Callable[[Measurement, Measurement], float]
 
 
 class Strategy(Protocol):
-    """Decides what is tried and what survives. `steps` and `deploys`: every step that it may use, to be checked and probed."""
+    """Decides what is tried and what survives. `steps` and `deploys`: every step that it may use, to be checked and probed.
+
+    One that has a field `known` is given a `search.known.Known`; every other one is given `shape` and `score`. It may have
+    two more attributes: `studies`, what it asks about the base model before the first generation, and `elites`, how many of the
+    fittest are timed again in each generation (None: all survivors).
+    """
 
     @property
     def steps(self) -> Sequence[Step]: ...
@@ -77,10 +98,12 @@ def search(
         objective: Objective = build(settings.objective, "objective")
         plan = _plan(store, settings, progress)
 
-        def strategy(score: Callable[[Measurement], float]) -> Strategy:
-            return build({**settings.strategy, "shape": plan.shape, "score": score}, "strategy")
+        def strategy(known: Known) -> Strategy:
+            target = locate(str(settings.strategy.get("_target_", "")))
+            told = {"known": known} if "known" in getattr(target, "model_fields", {}) else known.briefly()
+            return build({**settings.strategy, **told}, "strategy")
 
-        rehearsal = strategy(lambda measurement: 0.0)
+        rehearsal = strategy(Known(shape=plan.shape))
         for step in (*plan.base.preparation, *rehearsal.steps, *rehearsal.deploys):
             if isinstance(chosen := operator(step), Particular):
                 chosen.check(settings.config.protocol.device, len(plan.shape.heads), plan.shape.widths)
@@ -159,7 +182,7 @@ class _Search:
         store: Store,
         plan: Plan,
         objective: Objective,
-        strategy: Callable[[Callable[[Measurement], float]], Strategy],
+        strategy: Callable[[Known], Strategy],
         dispatch: Dispatch,
         progress: Progress,
     ) -> None:
@@ -167,9 +190,11 @@ class _Search:
         self.objective, self.strategy = objective, strategy
         self.dispatch, self.progress = dispatch, progress
         self.candidates: dict[str, Candidate] = {}  # every one that was ever told
+        self.told: dict[str, str] = {}  # tasks whose outcomes a selection has looked at: the candidate that each was about
         self.late: dict[str, Proposal] = {}  # sent, and told to no selection yet
         self.timing: dict[str, str] = {}  # tasks that time a candidate again, and that no selection has looked at yet
         self.repeats: Counter[str] = Counter()  # such tasks that were sent for each candidate
+        self.spent_seconds = 0.0  # of jobs, for the outcomes that were looked at
         self.artifacts: dict[str, tuple[str, str]] = {}  # of those that keep theirs: the keys of master and deployed model
 
     def run(self, rehearsal: Strategy) -> Result:
@@ -178,13 +203,17 @@ class _Search:
         base = self._first()
         base_measurement = base.measurement
         assert base_measurement is not None
-        strategy = self.strategy(lambda measurement: self.objective(measurement, base_measurement))
+        strategy = self.strategy(self._known(rehearsal, base_measurement))
         population: tuple[Candidate, ...] = (base,)
         number, stopped = 0, "all generations are done"
         for number in range(1, self.config.generations + 1):
             population = self._generation(number, strategy, population, base)
             if self._good_enough(population, base):
                 stopped = f"required_quality={self.config.required_quality} is reached"
+                break
+            hours = self.config.budget.device_hours
+            if hours is not None and self.spent_seconds >= 3600 * hours:
+                stopped = f"budget.device_hours={hours:g} is spent"
                 break
         if self.late or self.timing:
             self.dispatch.abandon()
@@ -202,8 +231,29 @@ class _Search:
             raise SearchError(f"the base model could not be measured: {describe(outcome.failure)}")
         base = Candidate(id=identity.task_id(outcome.task), genome=Genome(), measurement=outcome.measurement)
         self.candidates[base.id] = base
+        self.told[base.id] = base.id
+        self._spend([outcome])
         self._has_learnt(outcome)
         return base
+
+    def _known(self, rehearsal: Strategy, base: Measurement) -> Known:
+        """What the strategy is told before the first generation; it may ask for studies of the base model."""
+        studies: Sequence[Survey | Profiling] = getattr(rehearsal, "studies", ())
+        outcomes = self.dispatch.settle([self._task(Genome(), study=study) for study in studies], "studies", again=True)
+        if broken := [outcome for outcome in outcomes if outcome.failure]:
+            raise SearchError(f"the base model could not be studied: {describe(broken[0].failure)}")  # type: ignore[arg-type]
+        self._spend(outcomes)
+        found = {outcome.finding.kind: outcome.finding for outcome in outcomes if outcome.finding}
+        return Known(
+            shape=self.plan.shape,
+            score=lambda measurement: self.objective(measurement, base),
+            base=base,
+            survey=found.get("survey"),
+            profile=found.get("profile"),
+        )
+
+    def _spend(self, outcomes: Iterable[Outcome]) -> None:
+        self.spent_seconds += sum(sum(outcome.seconds.values()) for outcome in outcomes)
 
     def _has_learnt(self, outcome: Outcome) -> None:
         """Whether there is anything to keep: the base model against the best constant answer.
@@ -242,19 +292,19 @@ class _Search:
         rng = np.random.default_rng(identity.derive(self.config.seed, number, "variation"))
         proposals = strategy.ask(rng, population)
         what = f"generation {number}/{self.config.generations}"
-        repeats = self._repeats(population, base)
-        sent = self.dispatch.send([*(self._task(proposal.genome) for proposal in proposals), *repeats.values()], what)
+        repeats = self._repeats(population[: getattr(strategy, "elites", None)], base)
+        asked = [self._task(proposal.genome, study=proposal.screen) for proposal in proposals]
+        sent = self.dispatch.send([*asked, *repeats.values()], what)
         born_ids, repeat_ids = sent[: len(proposals)], sent[len(proposals) :]
         self.timing |= dict(zip(repeat_ids, repeats, strict=True))
-        self.late |= {task_id: p for task_id, p in zip(born_ids, proposals, strict=True) if task_id not in self.candidates}
+        self.late |= {task_id: p for task_id, p in zip(born_ids, proposals, strict=True) if task_id not in self.told}
         earlier = self.store.read(f"generations/{number:04d}.json", Generation)
         told, timed = self._told(number, born_ids, earlier)
         outcomes = {task_id: self.dispatch.outcome(task_id) for task_id in told}
         self._stop_if_all_fail_alike(what, list(outcomes.values()))
         for task_id, outcome in outcomes.items():
             proposal = self.late.pop(task_id, None) or proposals[born_ids.index(task_id)]
-            candidate = Candidate(id=task_id, genome=proposal.genome, parent=proposal.parent, measurement=outcome.measurement)
-            self.candidates.setdefault(task_id, candidate)
+            self._learn(task_id, proposal, outcome)
         again = {task_id: self.timing.pop(task_id) for task_id in timed}
         survivors = self._select(what, strategy, population, told, again, base)
         record = Generation(
@@ -277,6 +327,21 @@ class _Search:
         )
         return survivors
 
+    def _learn(self, task_id: str, proposal: Proposal, outcome: Outcome) -> None:
+        """A genome that was screened and is measured now is the same candidate, known better."""
+        if task_id in self.told:
+            return
+        self._spend([outcome])
+        candidate_id = identity.task_id(self._task(proposal.genome))
+        self.told[task_id] = candidate_id
+        first = Candidate(id=candidate_id, genome=proposal.genome, parent=proposal.parent)
+        candidate = self.candidates.get(candidate_id, first)
+        if outcome.measurement is not None:
+            candidate = candidate.model_copy(update={"measurement": outcome.measurement})
+        elif isinstance(outcome.finding, Screening):
+            candidate = candidate.model_copy(update={"screening": outcome.finding})
+        self.candidates[candidate_id] = candidate
+
     def _select(
         self,
         what: str,
@@ -292,9 +357,12 @@ class _Search:
         """
         try:
             for task_id, candidate_id in timed.items():
-                self._time_again(candidate_id, self.dispatch.outcome(task_id).measurement)
+                outcome = self.dispatch.outcome(task_id)
+                self._spend([outcome])
+                self._time_again(candidate_id, outcome.measurement)
             return strategy.tell(
-                [self.candidates[candidate.id] for candidate in population], [self.candidates[task_id] for task_id in told]
+                [self.candidates[candidate.id] for candidate in population],
+                [self.candidates[candidate_id] for candidate_id in dict.fromkeys(self.told[task_id] for task_id in told)],
             )
         except ValueError as error:
             raise SearchError(f"{what} can't be judged: {error}{self._odd((*told, *timed), base)}") from None
@@ -407,6 +475,8 @@ class _Search:
     ) -> Result:
         """Measure the fittest and the base model on the report split, which the search never saw."""
         reported = population[: self.config.report_candidates]
+        if self.config.report_front:
+            reported = tuple({candidate.id: candidate for candidate in (*reported, *self._front(base))}.values())
         tasks = [self._task(candidate.genome, "report") for candidate in {c.id: c for c in (base, *reported)}.values()]
         self.dispatch.settle(tasks, "report", again=True)
         return Result(
@@ -414,11 +484,17 @@ class _Search:
             base=base.id,
             reported=tuple(candidate.id for candidate in reported),
             timed=timed,
+            front=tuple(candidate.id for candidate in self._front(base)),
             generations=generations,
             stopped=stopped,
         )
 
-    def _task(self, genome: Genome, split: Split = "search") -> Task:
+    def _front(self, base: Candidate) -> list[Candidate]:
+        """Of all candidates, those that no other one beats in every objective."""
+        measured = [candidate for candidate in self.candidates.values() if candidate.measurement]
+        return front.of(measured, base.measurement, self.config.objectives)  # type: ignore[arg-type]
+
+    def _task(self, genome: Genome, split: Split = "search", study: Study | None = None) -> Task:
         return Task(
             base=self.plan.base,
             dataset=self.plan.dataset,
@@ -426,4 +502,5 @@ class _Search:
             seed=self.config.seed,
             genome=genome,
             split=split,
+            study=study,
         )

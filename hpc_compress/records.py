@@ -20,7 +20,17 @@ from hpc_compress.search.space import Shape
 from hpc_compress.types import Base, Count, Dataset, Record, Rows
 
 # Settings that a resumed run may change; conf/config.yaml leaves them out of the folder names of a sweep too.
-FREE = {"name", "generations", "required_quality", "report_candidates", "probe", "teacher_gb", "force"}
+FREE = {
+    "name",
+    "generations",
+    "budget",
+    "required_quality",
+    "report_candidates",
+    "report_front",
+    "probe",
+    "teacher_gb",
+    "force",
+}
 HEARTBEAT_SECONDS = 15.0  # between two signs of life of a driver that has no news
 CANCELLED = "cancelled"  # name of the file that asks the driver to stop
 
@@ -68,7 +78,7 @@ class Generation(Record):
     """Who was born and who survived, by candidate id. Genomes stand in the tasks."""
 
     number: int
-    born_ids: tuple[str, ...]
+    born_ids: tuple[str, ...]  # tasks of this generation's proposals: a candidate's own, or one that screens it
     parents: tuple[str | None, ...]  # in the order of `born_ids`
     told: tuple[str, ...]  # candidates judged now: late arrivals of earlier generations included, unfinished ones excluded
     timed: tuple[str, ...] = ()  # tasks that timed a survivor again, and that this selection is the first to use
@@ -97,6 +107,7 @@ class Result(Record):
     base: str
     reported: tuple[str, ...]  # candidate ids measured on the report split, fittest first
     timed: tuple[str, ...] = ()  # tasks that timed the fittest candidates again after the last generation
+    front: tuple[str, ...] = ()  # candidate ids that no other one beats in every objective; none in runs of earlier versions
     generations: int
     stopped: str  # why
 

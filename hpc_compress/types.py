@@ -76,6 +76,27 @@ def _short(step: Step) -> str:
     return f"{text}#{step.replicate}" if step.replicate else text
 
 
+class Structure(Record):
+    """What is left of the base model's encoder; enough to cut it from there in one go, whatever the history."""
+
+    heads: tuple[Annotated[int, Field(ge=0)], ...]  # kept in each layer that is left; 0: no attention there
+    ffn: tuple[Annotated[int, Field(ge=0)], ...]  # neurons kept in each layer that is left; 0: no FFN there
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None  # that are left, counted from 0; None: all
+    hidden: int | None = Field(default=None, ge=1)  # dimensions of the residual stream; None: all
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Structure":
+        depth = len(self.heads) if self.layers is None else len(self.layers)
+        if not len(self.heads) == len(self.ffn) == depth or depth == 0:
+            raise ValueError(
+                f"heads has {len(self.heads)} numbers and ffn {len(self.ffn)}; each needs one for each of the {depth} layers "
+                "that are left"
+            )
+        if self.layers is not None and list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"layers={list(self.layers)} must rise and name no layer twice")
+        return self
+
+
 class Base(Record):
     """The base model: what every genome starts from, and the teacher of every distillation."""
 
@@ -171,6 +192,37 @@ class MeasurementProtocol(Record):
         return self
 
 
+# --- what can be asked about a genome besides a full measurement ---
+
+
+class Survey(Record):
+    """Ask what is known of every structure before any is cut. The genome is empty."""
+
+    kind: Literal["survey"] = "survey"
+    criterion: str = "gauss_newton"
+    sentences: int = Field(default=512, ge=1)  # of train, from the start, that the criterion sees
+    deploys: tuple[tuple[Step, ...], ...] = ()  # chains of deploying steps whose bytes are wanted
+
+
+class Screen(Record):
+    """Ask how far the outputs of a genome's untrained model are from the base model's, on sentences that its repair has not seen."""
+
+    kind: Literal["screen"] = "screen"
+    judge: int = Field(default=256, ge=1)  # sentences of train that the divergence is a mean over
+    sample: int = Field(default=0, ge=0)  # which sentences those are: a number for each sample
+
+
+class Profiling(Record):
+    """Ask what the blocks of the base model take on the job's device. The genome is empty."""
+
+    kind: Literal["profile"] = "profile"
+    deploys: tuple[tuple[Step, ...], ...] = ()  # precisions
+    seconds: float = Field(default=90.0, gt=0)  # that the profile may take, about
+
+
+Study = Annotated[Survey | Screen | Profiling, Field(discriminator="kind")]
+
+
 class Task(Record):
     """One unit of work, in full: everything that the outcome depends on, and nothing else."""
 
@@ -183,6 +235,8 @@ class Task(Record):
     limit: int | None = Field(default=None, ge=1)  # examples of each split; only the probe has one
     # Above 0: the same model is timed again. Left out of the JSON when 0.
     repeat: int = Field(default=0, ge=0, exclude_if=lambda number: number == 0)
+    # What is asked; None: a full measurement. Left out of the JSON then.
+    study: Study | None = Field(default=None, exclude_if=lambda study: study is None)
 
 
 Milliseconds = Annotated[float, Field(ge=1e-6, le=1e12)]  # from a nanosecond to 30 years, so that ratios are finite
@@ -228,6 +282,67 @@ class Measurement(Timing):
         return (self, *self.again)
 
 
+Score = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class ByteCounts(Record):
+    """Bytes of the saved deployed model as a linear function of the structure."""
+
+    deploy: tuple[Step, ...]
+    fixed: float  # with no layer's heads and neurons
+    per_head: float
+    per_neuron: float
+
+
+class Surveyed(Record):
+    """The answer to a `Survey`."""
+
+    kind: Literal["survey"] = "survey"
+    heads: tuple[tuple[Score, ...], ...]  # score of each attention head, layer by layer
+    ffn: tuple[tuple[Score, ...], ...]  # of each FFN neuron
+    parameters: tuple[Count, Count]  # of one head and of one neuron
+    encoder_parameters: Count
+    bytes: tuple[ByteCounts, ...]  # for each chain of the survey
+    sample: tuple[tuple[Count, Count], ...]  # rows and padded length of each batch of the protocol's timing sample
+
+
+class Screening(Record):
+    """The answer to a `Screen`."""
+
+    kind: Literal["screen"] = "screen"
+    divergence: Score  # mean over the judged sentences of the response loss to the base model's outputs, at temperature 1
+    structure: Structure  # of the model
+
+
+class BlockProfile(Record):
+    """Milliseconds of one batch in one precision, by its padded length. Tables rise from 0 units."""
+
+    deploy: tuple[Step, ...]
+    batch: Annotated[int, Field(ge=1)]  # rows
+    lengths: tuple[Annotated[int, Field(ge=1)], ...]  # rising
+    heads: tuple[Count, ...]  # rising, from 0
+    widths: tuple[Count, ...]  # rising, from 0
+    fixed_ms: tuple[float, ...]  # (lengths,) embeddings, pooler and head
+    layer_ms: tuple[float, ...]  # (lengths,) a layer with neither attention nor FFN
+    attention_ms: tuple[tuple[float, ...], ...]  # (lengths, heads) what so many heads add to a layer
+    ffn_ms: tuple[tuple[float, ...], ...]  # (lengths, widths) what so many neurons add to a layer
+
+
+class DeviceProfile(Record):
+    """The answer to a `Profiling`: a device's file. It holds for every model of the same kind of layers."""
+
+    kind: Literal["profile"] = "profile"
+    device: str  # as the device calls itself
+    device_type: Literal["cpu", "cuda"]
+    model_type: str
+    hidden: Count
+    head_size: Count
+    blocks: tuple[BlockProfile, ...] = Field(min_length=1)
+
+
+Finding = Annotated[Surveyed | Screening | DeviceProfile, Field(discriminator="kind")]
+
+
 class Failure(Record):
     """Why a task has no measurement."""
 
@@ -243,30 +358,35 @@ class Outcome(Record):
     task: Task
     measurement: Measurement | None = None
     failure: Failure | None = None
+    finding: Finding | None = Field(default=None, exclude_if=lambda finding: finding is None)  # the answer to the task's study
     host: str = ""
     seconds: dict[str, float] = {}  # wall-clock of each stage
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> "Outcome":
-        if (self.measurement is None) == (self.failure is None):
-            raise ValueError("an outcome holds either a measurement or a failure")
+    def _one_of_them(self) -> "Outcome":
+        if sum(part is not None for part in (self.measurement, self.finding, self.failure)) != 1:
+            raise ValueError("an outcome holds either a measurement, or the finding of a study, or a failure")
+        if self.failure is None and (self.task.study and self.task.study.kind) != (self.finding and self.finding.kind):
+            raise ValueError("an outcome's finding must answer its task's study")
         return self
 
 
 class Candidate(Record):
     """A genome and what became of it."""
 
-    id: str  # of its search task
+    id: str  # of the task that measures it on the search split
     genome: Genome
     parent: str | None = None  # candidate id; crossover's other parent is always the base model
-    measurement: Measurement | None = None  # None: failed
+    measurement: Measurement | None = None  # None: failed, or only screened
+    screening: Screening | None = Field(default=None, exclude_if=lambda found: found is None)  # the latest one
 
 
 class Proposal(Record):
-    """A genome that a strategy wants to see measured, and where it came from."""
+    """A genome that a strategy wants to know better, and where it came from."""
 
     genome: Genome
     parent: str | None = None
+    screen: Screen | None = None  # None: measure it in full
 
 
 OnProgress = Callable[[str, int, int], None]  # is told what is being done, units done, units in all

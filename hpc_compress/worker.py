@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from hpc_compress import door, identity, measure
+from hpc_compress import door, identity, measure, profiling, studies
 from hpc_compress.config import RunConfig
 from hpc_compress.context import Checkpoint, Context
 from hpc_compress.data.batches import Encoded
@@ -28,7 +28,20 @@ from hpc_compress.problems import problem
 from hpc_compress.problems.outputs import Teacher
 from hpc_compress.store import Store
 from hpc_compress.training import teaching
-from hpc_compress.types import Failure, Genome, Measurement, OnProgress, Outcome, SpentError, Step, Task
+from hpc_compress.types import (
+    Failure,
+    Finding,
+    Genome,
+    Measurement,
+    OnProgress,
+    Outcome,
+    Screen,
+    SpentError,
+    Step,
+    Study,
+    Survey,
+    Task,
+)
 
 log = logging.getLogger(__name__)
 # How CUDA says that an operator gave a kernel what it can't work on, such as an index that is out of bounds.
@@ -106,7 +119,7 @@ class Job:
         self.checkpoint_seconds = checkpoint_seconds
         self.device = measure.device()
         self.spent = False  # whether the device does nothing more for this process
-        self._kept: dict[tuple[str, ...], Any] = {}
+        self._kept: dict[tuple[Any, ...], Any] = {}
 
     def settle(self, task: Task) -> None:
         """Leave an outcome, whatever happens short of the process dying."""
@@ -121,9 +134,13 @@ class Job:
 
     def _attempt(self, task: Task) -> Outcome:
         stages = Stages()
-        measurement, failure = None, None
+        measurement, finding, failure = None, None, None
         try:
-            measurement = self._measure(task, stages)
+            if task.study is None:
+                measurement = self._measure(task, stages)
+            else:
+                with stages(task.study.kind):
+                    finding = self._find(task, task.study)
         except self.interrupts:
             raise
         except Exception as error:
@@ -137,7 +154,24 @@ class Job:
                 torch.cuda.empty_cache()
             except RuntimeError:  # after some errors, whatever a process asks of its device fails in the same way
                 self.spent = True
-        return Outcome(task=task, measurement=measurement, failure=failure, host=platform.node(), seconds=stages.rounded())
+        return Outcome(
+            task=task,
+            measurement=measurement,
+            finding=finding,
+            failure=failure,
+            host=platform.node(),
+            seconds=stages.rounded(),
+        )
+
+    def _find(self, task: Task, study: Study) -> Finding:
+        """The answer to a study."""
+        context = self._context(task, task.genome.steps, Step(operator=study.kind))
+        if isinstance(study, Survey):
+            sample = measure.timing_sample(self._examples(task, task.split), task.protocol, self.device)
+            return studies.survey(study, self._base_model(task), context, sample)
+        if isinstance(study, Screen):
+            return studies.screen(study, task.genome.steps, self._base_model(task), context)
+        return profiling.profile(study, self._base_model(task, measure.device(task.protocol.device)), task.protocol, context)
 
     def _measure(self, task: Task, stages: "Stages") -> Measurement:
         on = measure.device(task.protocol.device)
@@ -267,6 +301,7 @@ class Job:
             taught=lambda: self._taught(task),
             tokenizer=self.tokenizer,
             block_times=lambda: self._block_times(task),
+            kept=lambda key, make: self._keep(("kept", identity.master_key(task, ()), *key), make),
             progress=lambda done, total: self.report(step.operator, done, total),
             checkpoint=checkpoint,
         )
@@ -357,7 +392,7 @@ class Job:
                 tokenizer.save_pretrained(folder)
         return tokenizer
 
-    def _keep(self, key: tuple[str, ...], make: Callable[[], T]) -> T:
+    def _keep(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]

@@ -18,7 +18,7 @@ from hpc_compress.models.modeling_hpc_compress import linear_of
 from hpc_compress.problems import Problem
 from hpc_compress.pruning import criteria, obs
 from hpc_compress.pruning.allocation import Place, allocate, levels
-from hpc_compress.search.space import Structure
+from hpc_compress.types import Structure
 
 UnitArrays = dict[str, list[np.ndarray]]  # of each kind of unit, layer by layer: scores, or the positions of those that stay
 

@@ -6,10 +6,9 @@ from pydantic import Field, field_validator, model_validator
 
 from hpc_compress.config import validate
 from hpc_compress.context import Context
-from hpc_compress.search.space import Structure
 from hpc_compress.training.settings import Training
 from hpc_compress.training.steps import Distill
-from hpc_compress.types import Record
+from hpc_compress.types import Record, Structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

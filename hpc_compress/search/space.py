@@ -1,32 +1,11 @@
 """The space of genomes around one base model: its shape, and what steps do to it. Knows nothing of weights."""
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 
-from hpc_compress.types import Record, Step
-
-
-class Structure(Record):
-    """What is left of the base model's encoder; enough to cut it from there in one go, whatever the history."""
-
-    heads: tuple[Annotated[int, Field(ge=0)], ...]  # kept in each layer that is left; 0: no attention there
-    ffn: tuple[Annotated[int, Field(ge=0)], ...]  # neurons kept in each layer that is left; 0: no FFN there
-    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None  # that are left, counted from 0; None: all
-    hidden: int | None = Field(default=None, ge=1)  # dimensions of the residual stream; None: all
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "Structure":
-        depth = len(self.heads) if self.layers is None else len(self.layers)
-        if not len(self.heads) == len(self.ffn) == depth or depth == 0:
-            raise ValueError(
-                f"heads has {len(self.heads)} numbers and ffn {len(self.ffn)}; each needs one for each of the {depth} layers "
-                "that are left"
-            )
-        if self.layers is not None and list(self.layers) != sorted(set(self.layers)):
-            raise ValueError(f"layers={list(self.layers)} must rise and name no layer twice")
-        return self
+from hpc_compress.types import Genome, Params, Record, Step, Structure
 
 
 class Shape(Record):
@@ -50,6 +29,11 @@ class Shape(Record):
             )
         names = ("hidden_size", "dim", "intermediate_size", "hidden_dim")
         return Shape(heads=(heads,) * layers, widths=tuple(config[name] for name in names if isinstance(config.get(name), int)))
+
+    @property
+    def ffn(self) -> int:
+        """FFN neurons of each layer of the base model."""
+        return self.widths[1]
 
     def after(self, step: Step) -> "Shape | None":
         """The shape after one step; None when the step would leave no layer, or no head in one.
@@ -75,3 +59,77 @@ class Shape(Record):
         for step in steps:
             shape = shape.after(step) if shape else None
         return shape
+
+
+class Space(Record):
+    """The genomes that a strategy chooses among: a structure, how it is trained, how it is deployed.
+
+    A structure is explicit, so two histories that lead to one structure are one genome. Its heads are counted one by one, its FFN
+    neurons in multiples.
+    """
+
+    ffn_multiple: int = Field(default=64, ge=1, description="FFN widths are multiples of this, since kernels are faster then")
+    carve: Params = Field(default={}, description="parameters of the step `carve` besides the structure")
+    trainings: dict[str, tuple[Step, ...]] = Field(min_length=1, description="what may follow the cut; [] for no training")
+    deploys: dict[str, tuple[Step, ...] | None] = Field(
+        min_length=1, description="ways to deploy, in order of preference; [] for fp32, null: not on this device"
+    )
+
+    @field_validator("trainings", "deploys", mode="before")
+    @classmethod
+    def _flat(cls, chains: Any) -> Any:
+        """In a config a step lies flat: {operator: distill, epochs: 1}."""
+        if not isinstance(chains, dict):
+            return chains
+        return {
+            name: [_step(step) for step in chain] if isinstance(chain, (list, tuple)) else chain
+            for name, chain in chains.items()
+        }
+
+    def whole(self, shape: Shape) -> Structure:
+        """That of the base model."""
+        return Structure(heads=shape.heads, ffn=(shape.ffn,) * len(shape.heads))
+
+    def widths(self, shape: Shape) -> tuple[int, ...]:
+        """How many FFN neurons a layer may keep, rising from 0."""
+        return (*range(0, shape.ffn, self.ffn_multiple), shape.ffn)
+
+    def possible_deploys(self) -> dict[str, tuple[Step, ...]]:
+        """Those of this device."""
+        return {name: chain for name, chain in self.deploys.items() if chain is not None}
+
+    def genome(
+        self, shape: Shape, structure: Structure, training: tuple[Step, ...] = (), deploy: tuple[Step, ...] = ()
+    ) -> Genome:
+        """The one genome of a structure with a training and a way to deploy. What is left whole is not carved."""
+        kept = {name: value for name, value in structure.model_dump().items() if value is not None}
+        carve = Step(operator="carve", params={**self.carve, **kept})
+        return Genome(steps=(*(() if structure == self.whole(shape) else (carve,)), *training), deploy=deploy)
+
+    def structure(self, shape: Shape, genome: Genome) -> Structure:
+        """The structure of a genome that `genome` made."""
+        first = genome.steps[0] if genome.steps else None
+        if first is None or first.operator != "carve":
+            return self.whole(shape)
+        return Structure(**{name: first.params[name] for name in Structure.model_fields if name in first.params})
+
+    def steps(self, shape: Shape) -> tuple[Step, ...]:
+        """Every kind of step for the master that a genome may have, to be checked and tried."""
+        half = Structure(
+            heads=tuple(max(1, heads // 2) for heads in shape.heads),
+            ffn=(self.widths(shape)[len(self.widths(shape)) // 2],) * len(shape.heads),
+        )
+        return (
+            *self.genome(shape, half).steps,
+            *{step.model_dump_json(): step for chain in self.trainings.values() for step in chain}.values(),
+        )
+
+    def deploy_steps(self) -> tuple[Step, ...]:
+        """Every kind of step that deploys, to be checked and tried."""
+        return tuple({step.model_dump_json(): step for chain in self.possible_deploys().values() for step in chain}.values())
+
+
+def _step(values: Any) -> Any:
+    if not isinstance(values, dict) or "params" in values:
+        return values
+    return {"operator": values.get("operator"), "params": {key: value for key, value in values.items() if key != "operator"}}
