@@ -19,7 +19,7 @@ def _no_outputs() -> "Teacher | None":
     return None
 
 
-def _made(key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+def _made(name: str, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
     return make()
 
 
@@ -48,8 +48,10 @@ class Context:
     tokenizer: "Callable[[], PreTrainedTokenizerBase] | None" = None  # the base model's; a fresh one at each call
     folder: Path | None = None  # of the model to deploy: what is written there is shipped beside its weights
     block_times: "Callable[[], BlockTimes]" = _no_times  # of the base model on this kind of device; measured once a run
-    # What later operators of this process may use again, such as activations of the base model: (name and settings, how to make).
-    kept: Callable[[tuple[Any, ...], Callable[[], Any]], Any] = _made
+    given: str = ""  # stands for the model that the operator is given: equal models have equal ones; empty: nothing is known
+    # Something that later operators of this process may use again, such as activations of the base model: by name, what it
+    # depends on, and how to make it. One of each name is kept.
+    kept: Callable[[str, tuple[Any, ...], Callable[[], Any]], Any] = _made
     progress: Callable[[int, int], None] | None = None  # told (updates done, updates in all)
     checkpoint: Checkpoint | None = None  # for a long training; a user's own operator may hand it to `training.fit` too
 

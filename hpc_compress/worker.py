@@ -120,6 +120,7 @@ class Job:
         self.device = measure.device()
         self.spent = False  # whether the device does nothing more for this process
         self._kept: dict[tuple[Any, ...], Any] = {}
+        self._last: dict[str, tuple[tuple[Any, ...], Any]] = {}
 
     def settle(self, task: Task) -> None:
         """Leave an outcome, whatever happens short of the process dying."""
@@ -165,7 +166,7 @@ class Job:
 
     def _find(self, task: Task, study: Study) -> Finding:
         """The answer to a study."""
-        context = self._context(task, task.genome.steps, Step(operator=study.kind))
+        context = self._context(task, (Step(operator=study.kind),), Step(operator=study.kind))
         if isinstance(study, Survey):
             sample = measure.timing_sample(self._examples(task, task.split), task.protocol, self.device)
             return studies.survey(study, self._base_model(task), context, sample)
@@ -301,7 +302,8 @@ class Job:
             taught=lambda: self._taught(task),
             tokenizer=self.tokenizer,
             block_times=lambda: self._block_times(task),
-            kept=lambda key, make: self._keep(("kept", identity.master_key(task, ()), *key), make),
+            given=identity.master_key(task, prefix[:-1]),
+            kept=self._keep_last,
             progress=lambda done, total: self.report(step.operator, done, total),
             checkpoint=checkpoint,
         )
@@ -396,6 +398,13 @@ class Job:
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]
+
+    def _keep_last(self, name: str, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+        """As `_keep`, for what is too large to keep more than one of each name."""
+        if self._last.get(name, (None, None))[0] != key:
+            self._last.pop(name, None)  # before the next one is made
+            self._last[name] = key, make()
+        return self._last[name][1]
 
 
 class Stages:

@@ -22,6 +22,7 @@ from hpc_compress.models.modeling_hpc_compress import linear_of
 from hpc_compress.operators import operator
 from hpc_compress.problems import PROBLEMS
 from hpc_compress.pruning import criteria, cutting, obs
+from hpc_compress.pruning.abreast import Abreast, UnitArrays
 from hpc_compress.pruning.allocation import Place, allocate, levels
 from hpc_compress.pruning.steps import SCORABLE, Prune
 from hpc_compress.types import MeasurementProtocol, Step
@@ -471,27 +472,33 @@ def test_a_repair_after_several_rounds_aims_at_the_model_before_them_all(
 ):
     before = logits(model)
     targets, left = [], []
-    repair = cutting._repair
 
-    def spy(model: nn.Module, dense: nn.Module, kept: cutting.UnitArrays, batches: list) -> None:
-        targets.append(logits(dense))
-        left.append(kept)
-        repair(model, dense, kept, batches)
+    class Spy(Abreast):
+        def repair(self, model: nn.Module, kept: UnitArrays) -> list:
+            targets.append(logits(self.dense))
+            left.append(kept)
+            return super().repair(model, kept)
 
-    monkeypatch.setattr(cutting, "_repair", spy)
+    monkeypatch.setattr(cutting, "Abreast", Spy)
     how = {"share": 0.6, "rounds": 3, "schedule": "linear", "units": units, "ffn_multiple": 8, "sentences": 24}
     done = prune(copy.deepcopy(model), **how, repair=True)
     assert len(targets) == 3
     assert all(torch.equal(target, before) for target in targets)
     at_once = copy.deepcopy(model)
-    cutting._cut(at_once, left[-1])
-    repair(at_once, copy.deepcopy(model), left[-1], batches())
+    cutting.cut(at_once, left[-1])
+    Abreast(copy.deepcopy(model), batches(), drift=units == ["layers"]).repair(at_once, left[-1])
     torch.testing.assert_close(logits(done), logits(at_once), rtol=1e-4, atol=1e-5)
 
 
 def test_a_repair_after_a_training_aims_at_what_was_learnt(model: nn.Module, monkeypatch: pytest.MonkeyPatch):
     targets = []
-    monkeypatch.setattr(cutting, "_repair", lambda model, dense, kept, batches: targets.append(surgery.ffn_widths(dense)))
+
+    class Spy(Abreast):
+        def repair(self, model: nn.Module, kept: UnitArrays) -> list:
+            targets.append(surgery.ffn_widths(self.dense))
+            return []
+
+    monkeypatch.setattr(cutting, "Abreast", Spy)
     prune(model, share=0.5, rounds=3, ffn_multiple=16, scope="local", repair=True, training={"batch_size": 8})
     assert targets[0] == [96] * 3
     assert targets[0] > targets[1] > targets[2]
@@ -502,8 +509,8 @@ def test_an_ffn_without_neurons_says_what_it_said_on_average(model: nn.Module):
     kept = {"ffn": [np.arange(0), np.arange(96), np.arange(96)]}
     inputs = np.concatenate(_inputs(dense, surgery.family(dense).ffn_out, 0))
     expected = out.bias.detach().numpy() + inputs.mean(0) @ out.weight.detach().numpy().T
-    cutting._cut(model, kept)
-    cutting._repair(model, dense, kept, batches())
+    cutting.cut(model, kept)
+    Abreast(dense, batches(), drift=False).repair(model, kept)
     np.testing.assert_allclose(surgery.ffn_outputs(model)[0].bias.detach(), expected, atol=1e-5)
 
 
@@ -511,9 +518,9 @@ def test_a_repair_keeps_zeros(model: nn.Module):
     dense = operator(Step(operator="sparsify", params={"share": 0.4}))(model, context(model))
     kept = {"ffn": [np.arange(96), np.arange(0, 96, 2), np.arange(96)]}
     cut = copy.deepcopy(dense)
-    cutting._cut(cut, kept)
+    cutting.cut(cut, kept)
     repaired = copy.deepcopy(cut)
-    cutting._repair(repaired, dense, kept, batches())
+    Abreast(dense, batches(), drift=False).repair(repaired, kept)
     for one, other in zip(surgery.ffn_outputs(repaired), surgery.ffn_outputs(cut), strict=True):
         assert torch.equal(one.weight == 0, other.weight == 0)
     errors = [float((logits(one) - logits(dense)).norm()) for one in (repaired, cut)]
@@ -526,17 +533,12 @@ def test_a_refit_is_the_least_squares_solution(monkeypatch: pytest.MonkeyPatch):
     x, y = (torch.randn(500, n, generator=generator, dtype=torch.float64) + 1 for n in (6, 4))
     y = y + x[:, :4]
     weight, bias = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((3, 6), (3,)))
-    cross, own = ((x - x.mean(0)).T @ (y - y.mean(0)), (y - y.mean(0)).T @ (y - y.mean(0)))
-    lost = torch.randn(500, 3, generator=generator, dtype=torch.float64) + x[:, 2:5]
     design = np.concatenate([y.numpy(), np.ones((500, 1))], axis=1)
-    for drift in (lost[:, :0], lost):
-        centred = (drift - drift.mean(0)).T @ (y - y.mean(0)) / 500
-        seen = obs.Moments(cross / 500, own / 500, centred, x.mean(0), y.mean(0), drift.mean(0))
-        fitted, shifted = obs.refit(weight, bias, seen, torch.arange(4))
-        wanted = x @ weight.T + bias + (drift if drift.numel() else 0)
-        oracle, *_ = np.linalg.lstsq(design, wanted.numpy(), rcond=None)
-        np.testing.assert_allclose(fitted.numpy(), oracle[:4].T, atol=1e-6)
-        np.testing.assert_allclose(shifted.numpy(), oracle[4], atol=1e-6)
+    wanted = x @ weight.T + bias
+    fitted, shifted = obs.fit(weight[:, :4], bias, y, wanted)
+    oracle, *_ = np.linalg.lstsq(design, wanted.numpy(), rcond=None)
+    np.testing.assert_allclose(fitted.numpy(), oracle[:4].T, atol=1e-5)
+    np.testing.assert_allclose(shifted.numpy(), oracle[4], atol=1e-5)
 
 
 def test_the_hidden_size_is_cut_to_a_multiple(model: nn.Module):

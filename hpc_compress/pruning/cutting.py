@@ -2,25 +2,21 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
 from hpc_compress import identity
-from hpc_compress.calibration import Walk
 from hpc_compress.context import Context
 from hpc_compress.data.batches import Batch
 from hpc_compress.models import surgery
 from hpc_compress.models.gates import counts
-from hpc_compress.models.modeling_hpc_compress import linear_of
 from hpc_compress.problems import Problem
-from hpc_compress.pruning import criteria, obs
+from hpc_compress.pruning import criteria
+from hpc_compress.pruning.abreast import Abreast, UnitArrays, shared_copy
 from hpc_compress.pruning.allocation import Place, allocate, levels
 from hpc_compress.types import Structure
-
-UnitArrays = dict[str, list[np.ndarray]]  # of each kind of unit, layer by layer: scores, or the positions of those that stay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,41 +116,64 @@ def prune(
     batches = context.batches(sentences)
     price = _parameters(model) if cost == "parameters" else _times(context)
     whole, first = price.of(model), {unit: counts(model, unit) for unit in ("heads", "ffn")}
-    dense, left_of_it = copy.deepcopy(model) if repair else None, None
+    by_layers = "layers" in scores.units
+    dense, left_of_it = _target(model, batches, by_layers) if repair else None, None
     for done, share in enumerate(shares, 1):
         found, left = scores.of(model, context.problem, batches), 1 - share
         if scope == "local":
             kept = _alike(model, found, first, left, ffn_multiple)
         else:
             kept = _cheapest(model, found, price, left * whole, ffn_multiple)
-        _cut(model, kept)
+        cut(model, kept)
         left_of_it = kept if left_of_it is None else _composed(left_of_it, kept)
         if dense is not None:
             # The target is the model before all rounds: errors of one round are not what the next one aims at.
-            _repair(model, dense, left_of_it, batches)
+            dense.repair(model, left_of_it)
         if between is not None and done < len(shares):
             seed = identity.derive(context.seed, "round", done)
             model = between(model, dataclasses.replace(context, seed=seed, checkpoint=None))
             # A repair must not undo what was learnt, so the trained model is the next target.
-            dense, left_of_it = copy.deepcopy(model) if repair else None, None
+            dense, left_of_it = _target(model, batches, by_layers) if repair else None, None
     return model
 
 
-def carve(
-    model: PreTrainedModel, context: Context, structure: Structure, criterion: str, sentences: int, repair: bool, drift: bool
-) -> PreTrainedModel:
-    """Cut an uncut model to a structure in one go; of each layer the units with the highest scores stay.
+@dataclasses.dataclass(frozen=True)
+class Carving:
+    """How a model is cut to a structure that is given in full."""
 
-    drift: the repair also makes up for what the residual stream has lost before a linear, not for the linear's output alone
-    (Park et al. 2024, K-prune, https://arxiv.org/abs/2308.03449).
+    criterion: str
+    sentences: int  # of train, that the criterion and the repair see
+    repair: bool
+    drift: bool  # as in `Abreast`
+    rescore: bool  # cut and repair block by block, first layer first, and score all that is left anew before each
+
+
+def carve(model: PreTrainedModel, context: Context, structure: Structure, how: Carving) -> PreTrainedModel:
+    """Cut an uncut model in one go; of each layer the units with the highest scores stay.
 
     Raises: ValueError for a structure that the model can't have.
     """
-    batches, depth = context.batches(sentences), len(surgery.layers(model))
+    if how.rescore:
+        counts_ = {"heads": structure.heads, "ffn": structure.ffn}
+        return _block_by_block(model, context, how, lambda unit, layer, scores: counts_[unit][layer])
+    kept = kept_of(model, context, structure, how)
+    dense = dense_of(model, context, how) if how.repair else None
+    cut(model, kept)
+    if dense is not None:
+        dense.repair(model, kept)
+    if structure.hidden is not None:
+        scores = scores_of(model, context, Scores(how.criterion, ["hidden"]), how.sentences)
+        order = np.argsort(scores["hidden"][0], kind="stable")
+        surgery.prune_hidden(model, order[: surgery.hidden_size(model) - structure.hidden].tolist())
+    return model
+
+
+def kept_of(model: PreTrainedModel, context: Context, structure: Structure, how: Carving) -> UnitArrays:
+    """What a structure leaves of an uncut model. Raises: ValueError for a structure that the model can't have."""
+    depth = len(surgery.layers(model))
     layers = range(depth) if structure.layers is None else structure.layers
     wanted = {"heads": dict(zip(layers, structure.heads, strict=True)), "ffn": dict(zip(layers, structure.ffn, strict=True))}
-    units = ["heads", "ffn"] if structure.hidden is None else ["heads", "ffn", "hidden"]
-    scores = Scores(criterion, units).of(model, context.problem, batches)
+    scores = dict(scores_of(model, context, Scores(how.criterion, ["heads", "ffn"]), how.sentences))
     if surgery.family(model).shared_bias:  # all layers that have heads keep the same ones
         scores["heads"] = [np.sum(scores["heads"], axis=0)] * depth
     kept: UnitArrays = {}
@@ -165,14 +184,71 @@ def carve(
         kept[unit] = [_best(scores[unit][layer], counts_.get(layer, whole[layer])) for layer in range(depth)]
     if structure.layers is not None:
         kept["layers"] = [np.array(layers)]
-    dense = copy.deepcopy(model) if repair else None
-    _cut(model, kept)
-    if dense is not None:
-        _repair(model, dense, kept, batches, drift)
-    if structure.hidden is not None:
-        order = np.argsort(scores["hidden"][0], kind="stable")
-        surgery.prune_hidden(model, order[: surgery.hidden_size(model) - structure.hidden].tolist())
+    return kept
+
+
+def scores_of(model: PreTrainedModel, context: Context, scores: Scores, sentences: int) -> UnitArrays:
+    """Scores of the model that the operator was given, uncut; computed once for all structures of it."""
+    key = (context.given, scores.criterion, tuple(scores.units), sentences)
+    return context.kept("scores", key, lambda: scores.of(model, context.problem, context.batches(sentences)))
+
+
+def dense_of(model: PreTrainedModel, context: Context, how: Carving, judged: Sequence[Batch] = (), sample: int = 0) -> Abreast:
+    """What repairs aim at, kept for all structures of the uncut model. sample: which sentences are judged; 0 for none."""
+    key = (context.given, how.sentences, how.drift, sample, sum(map(len, judged)))
+
+    def make() -> Abreast:
+        return Abreast(copy.deepcopy(model), context.batches(how.sentences), judged, how.drift)
+
+    return context.kept("dense", key, make)
+
+
+def _block_by_block(
+    model: PreTrainedModel, context: Context, how: Carving, choose: Callable[[str, int, UnitArrays], int]
+) -> PreTrainedModel:
+    """Cut the attention and the FFN of one layer after another, repair what is cut so far, and score what is left anew (after
+    Park et al. 2024, K-prune, algorithm 1, https://arxiv.org/abs/2308.03449).
+
+    choose: from the kind of unit, the layer and all present scores, how many of them stay there.
+    """
+    batches, scores = context.batches(how.sentences), Scores(how.criterion, ["heads", "ffn"])
+    dense = dense_of(model, context, how)
+    whole = copy.deepcopy(model)
+    kept: UnitArrays = {unit: [np.arange(count) for count in counts(model, unit)] for unit in ("heads", "ffn")}
+    for layer in range(len(surgery.layers(whole))):
+        for unit in ("heads", "ffn"):
+            found = (
+                scores.of(model, context.problem, batches)
+                if layer or unit == "ffn"
+                else scores_of(whole, context, scores, how.sentences)
+            )
+            count = choose(unit, layer, found)
+            if count == len(found[unit][layer]):
+                continue
+            kept[unit][layer] = _best(found[unit][layer], count)
+            model = shared_copy(whole)
+            cut(model, kept)
+            dense.repair(model, kept)
     return model
+
+
+def rescored(model: PreTrainedModel, context: Context, share: float, ffn_multiple: int, how: Carving) -> PreTrainedModel:
+    """Remove a share of the encoder's parameters block by block; before each block, the budget that is left is allocated anew."""
+    price = _parameters(model)
+    budget = (1 - share) * price.of(model)
+    spent = price.layer * len(surgery.layers(model))
+
+    def choose(unit: str, layer: int, scores: UnitArrays) -> int:
+        nonlocal spent
+        sites = [site for site in _sites(model, scores, ffn_multiple) if site.layers[0] > layer or site.layers[0] == layer]
+        sites = [site for site in sites if not (unit == "ffn" and site.unit == "heads" and site.layers[0] == layer)]
+        sites.sort(key=lambda site: (site.layers[0], site.unit == "ffn"))
+        level = allocate([site.place(price) for site in sites], budget - spent)[0]
+        stays = int(sites[0].stays[level])
+        spent += float(sites[0].place(price).cost[level])
+        return stays
+
+    return _block_by_block(model, context, how, choose)
 
 
 # --- what goes ---
@@ -280,11 +356,16 @@ def _best(scores: np.ndarray, count: int) -> np.ndarray:
 
 
 def _cut_once(model: PreTrainedModel, kept: UnitArrays, batches: Sequence[Batch], repair: bool) -> PreTrainedModel:
-    dense = copy.deepcopy(model) if repair else None
-    _cut(model, kept)
+    dense = _target(model, batches, drift="layers" in kept) if repair else None
+    cut(model, kept)
     if dense is not None:
-        _repair(model, dense, kept, batches)
+        dense.repair(model, kept)
     return model
+
+
+def _target(model: PreTrainedModel, batches: Sequence[Batch], drift: bool = False) -> Abreast:
+    """The model as it is now, for a repair to aim at. Where whole layers go, those that follow must make up for the stream."""
+    return Abreast(copy.deepcopy(model), batches, drift=drift)
 
 
 def _composed(before: UnitArrays, kept: UnitArrays) -> UnitArrays:
@@ -293,53 +374,14 @@ def _composed(before: UnitArrays, kept: UnitArrays) -> UnitArrays:
     return {**before, **later}
 
 
-def _cut(model: PreTrainedModel, kept: UnitArrays) -> None:
+def cut(model: PreTrainedModel, kept: UnitArrays) -> None:
+    """Remove all units but those at the given positions; kinds of units that are not named stay whole."""
     if surgery.family(model).shared_bias and "heads" in kept:
         stays = max(kept["heads"], key=len)  # all alike, but for layers that have none
         surgery.prune_heads_everywhere(model, np.setdiff1d(np.arange(max(counts(model, "heads"))), stays).tolist())
-    for unit, cut in (("heads", surgery.prune_heads), ("ffn", surgery.prune_ffn)):
+    for unit, remove in (("heads", surgery.prune_heads), ("ffn", surgery.prune_ffn)):
         for layer, (stays, count) in enumerate(zip(kept.get(unit, []), counts(model, unit), strict=False)):
             if len(stays) < count:
-                cut(model, layer, np.setdiff1d(np.arange(count), stays).tolist())
+                remove(model, layer, np.setdiff1d(np.arange(count), stays).tolist())
     if "layers" in kept:
         surgery.drop_layers(model, np.setdiff1d(np.arange(len(surgery.layers(model))), kept["layers"][0]).tolist())
-
-
-@torch.no_grad()
-def _repair(
-    model: PreTrainedModel, dense: PreTrainedModel, kept: UnitArrays, batches: Sequence[Batch], drift: bool = False
-) -> None:
-    """Refit every output linear, first layer first, so that it reproduces its output in `dense` from its present inputs.
-    Where whole layers were removed, the linears that follow add what those layers contributed.
-
-    kept: what is left of `dense`. drift: linears add what the stream has lost before them wherever it was.
-    """
-    before, after = Walk(dense, batches), Walk(model, batches)
-    changed = False
-    for index, origin, name, stays in _outputs(model, dense, kept):
-        linear, whole = linear_of(surgery.layers(model)[index], name), linear_of(surgery.layers(dense)[origin], name)
-        changed = changed or linear.in_features < whole.in_features or index != origin
-        if changed:  # with no input left, the bias still takes over what the inputs contributed on average
-            look = drift or "layers" in kept
-            at, now = _output(dense, origin, name, look), _output(model, index, name, look)
-            seen = obs.moments(before, at, after, now)
-            weight, bias = obs.refit(whole.weight, whole.bias, seen, torch.from_numpy(stays).to(whole.weight.device))
-            linear.weight.copy_(weight)
-            if bias is not None:
-                linear.bias.copy_(bias)
-
-
-def _output(model: PreTrainedModel, layer: int, name: str, look: bool) -> obs.OutputLinear:
-    """look: at the stream too."""
-    stream = surgery.stream(model, layer, name) if look else None
-    return obs.OutputLinear(layer, surgery.path(model, layer, name), stream)
-
-
-def _outputs(model: PreTrainedModel, dense: PreTrainedModel, kept: UnitArrays) -> Iterator[tuple[int, int, str, np.ndarray]]:
-    """Every linear that writes into the residual stream: layer now, layer before, name, input features that it kept."""
-    names, size, depth = surgery.family(model), surgery.head_size(model), len(surgery.layers(dense))
-    before = {"heads": counts(dense, "heads"), "ffn": counts(dense, "ffn")}
-    for index, origin in enumerate(kept["layers"][0] if "layers" in kept else range(depth)):
-        for unit, name, features in (("heads", names.attention_out, size), ("ffn", names.ffn_out, 1)):
-            stays = kept[unit][origin] if unit in kept else np.arange(before[unit][origin])
-            yield index, int(origin), name, (stays[:, None] * features + np.arange(features)).ravel()

@@ -13,6 +13,7 @@ from hpc_compress.types import Record, Structure
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from hpc_compress.pruning.cutting import Carving
     from hpc_compress.pruning.movement import Goal
 
 
@@ -119,10 +120,16 @@ class Prune(Record):
     )
     sentences: int = Field(default=512, ge=1, description="training sentences that the criterion and the repair use")
     repair: bool = Field(default=False, description=REPAIR)
+    rescore: bool = Field(
+        default=False,
+        description="cut and repair, drift included, one block after another, and decide anew before each where the rest goes",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "Prune":
         units: set[str] = set(self.units)
+        if self.rescore and (units != {"heads", "ffn"} or (self.scope, self.cost, self.rounds) != ("global", "parameters", 1)):
+            raise ValueError("rescore=true goes with units=[heads, ffn], scope=global, cost=parameters and rounds=1 only")
         if len(units) > 1 and not units <= {"heads", "ffn"}:
             raise ValueError(f"units={list(self.units)}: blocks and layers stand alone; together only heads and ffn can be")
         if self.scope == "local" and not units <= {"heads", "ffn"}:
@@ -140,6 +147,9 @@ class Prune(Record):
     def __call__(self, model: "PreTrainedModel", context: Context) -> "PreTrainedModel":
         from hpc_compress.pruning import cutting
 
+        if self.rescore:
+            how = cutting.Carving(self.criterion, self.sentences, repair=True, drift=True, rescore=True)
+            return cutting.rescored(model, context, self.share, self.ffn_multiple, how)
         return cutting.prune(
             model,
             context,
@@ -163,16 +173,28 @@ class Carve(Structure):
     drift: bool = Field(
         default=True, description="the repair also makes up for what the residual stream has lost in the layers before"
     )
+    rescore: bool = Field(
+        default=False,
+        description="cut and repair the attention and the FFN of one layer after another, and score what is left anew each time",
+    )
 
     @model_validator(mode="after")
     def _scored(self) -> "Carve":
         _require_criterion(self.criterion, {"heads", "ffn"} | ({"hidden"} if self.hidden else set()))
+        if self.rescore and (self.layers is not None or self.hidden is not None or not self.repair):
+            raise ValueError("rescore=true cuts heads and ffn and repairs after each cut; leave layers, hidden and repair out")
         return self
+
+    @property
+    def how(self) -> "Carving":
+        from hpc_compress.pruning.cutting import Carving
+
+        return Carving(self.criterion, self.sentences, self.repair, self.drift, self.rescore)
 
     def __call__(self, model: "PreTrainedModel", context: Context) -> "PreTrainedModel":
         from hpc_compress.pruning import cutting
 
-        return cutting.carve(model, context, self, self.criterion, self.sentences, self.repair, self.drift)
+        return cutting.carve(model, context, self, self.how)
 
 
 class PruneHidden(Record):
