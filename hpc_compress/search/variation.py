@@ -1,0 +1,129 @@
+"""Structures of one encoder and how they vary: the knapsack's, level switching, crossing. Pure numpy.
+
+A structure is a row of levels, one for each site: the heads that each layer keeps, then the FFN width of each layer in steps of
+the space. A site's price is what its level is predicted to take on the device, so equal prices mean equal speed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hpc_compress.search.allocation import Place, allocate
+from hpc_compress.search.prediction import Prediction
+from hpc_compress.search.space import Shape, Space
+from hpc_compress.types import Step, Structure
+
+Levels = tuple[int, ...]  # (2 * layers,)
+TRIES = 50  # for a random variation that keeps the price
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Where structures differ. Made by `Sites.of`."""
+
+    depth: int
+    widths: tuple[int, ...]  # FFN neurons at each level
+    prices: tuple[np.ndarray, ...]  # for each site (levels,): its share of the time of all blocks of the base model; level 0 is 0
+    losses: tuple[np.ndarray, ...]  # for each site (levels,): the removed share of the scores
+
+    @staticmethod
+    def of(shape: Shape, space: Space, prediction: Prediction, deploy: Sequence[Step]) -> "Sites":
+        """deploy: the way to deploy whose times are the prices."""
+        depth, most, widths = len(shape.heads), max(shape.heads), space.widths(shape)
+        none = np.zeros((1, depth), dtype=int)
+        sites = [(at, np.arange(most + 1), True) for at in range(depth)] + [(at, np.array(widths), False) for at in range(depth)]
+        times, losses = [], []
+        for at, counts, is_heads in sites:
+            rows = np.zeros((len(counts), depth), dtype=int)
+            rows[:, at] = counts
+            others = np.zeros_like(rows)
+            pair = (rows, others) if is_heads else (others, rows)
+            times.append(prediction.latency(*pair, deploy) - prediction.latency(none, none, deploy))
+            mass = prediction.mass(*pair)
+            losses.append(mass - mass[-1])
+        whole = sum(float(time[-1]) for time in times)
+        return Sites(depth, widths, tuple(time / max(whole, 1e-12) for time in times), tuple(losses))
+
+    @property
+    def most(self) -> Levels:
+        return tuple(len(price) - 1 for price in self.prices)
+
+    def structure(self, levels: Levels) -> Structure:
+        return Structure(heads=levels[: self.depth], ffn=tuple(self.widths[level] for level in levels[self.depth :]))
+
+    def levels(self, structure: Structure) -> Levels:
+        """Of a structure with all layers. A width between two levels counts as the lower one."""
+        return (*structure.heads, *(int(np.searchsorted(self.widths, width, "right")) - 1 for width in structure.ffn))
+
+    def price(self, levels: Levels) -> float:
+        """Share of the time of the base model's blocks."""
+        return float(sum(price[level] for price, level in zip(self.prices, levels, strict=True)))
+
+    def mass(self, levels: Levels) -> float:
+        """Removed share of the scores."""
+        return float(sum(loss[level] for loss, level in zip(self.losses, levels, strict=True)))
+
+    def knapsack(self, budget: float) -> Levels:
+        """The structure that removes the smallest share of the scores at this price at most."""
+        places = [Place(loss[::-1], price[::-1]) for loss, price in zip(self.losses, self.prices, strict=True)]
+        cuts = allocate(places, budget)
+        return tuple(most - cut for most, cut in zip(self.most, cuts, strict=True))
+
+    def moved(self, levels: Levels, site: int, by: int) -> Levels | None:
+        """One site with more or fewer levels; None where there are none."""
+        level = levels[site] + by
+        return (*levels[:site], level, *levels[site + 1 :]) if 0 <= level <= self.most[site] else None
+
+    def switched(self, rng: np.random.Generator, levels: Levels, switches: int) -> Levels:
+        """Levels move from some sites to others, at about the same price (level switching: Sieberling et al. 2024, EvoPress,
+        section 3, https://arxiv.org/abs/2410.14649)."""
+        for _ in range(switches):
+            one, other = (int(site) for site in rng.choice(len(levels), 2, replace=False))
+            cut = self.moved(levels, one, -int(rng.integers(1, 3)))
+            if cut is not None:
+                levels = self._refilled(cut, other, self.price(levels))
+        return levels
+
+    def _refilled(self, levels: Levels, site: int, price: float) -> Levels:
+        """More levels at one site, up to a price."""
+        while (more := self.moved(levels, site, 1)) is not None and self.price(more) <= price * (1 + 1e-6):
+            levels = more
+        return levels
+
+    def crossed(self, rng: np.random.Generator, one: Levels, other: Levels) -> Levels:
+        """Each site as in one of two parents."""
+        mask = rng.random(len(one)) < 0.5
+        return tuple(int(a if first else b) for a, b, first in zip(one, other, mask, strict=True))
+
+    def neighbours(self, levels: Levels, by: int) -> dict[tuple[int, int], Levels]:
+        """By site and direction, every structure that differs at one site, by so many levels."""
+        moves = {(site, step): self.moved(levels, site, step) for site in range(len(levels)) for step in (by, -by)}
+        return {move: near for move, near in moves.items() if near is not None}
+
+    def combined(self, levels: Levels, gains: dict[tuple[int, int], float], by: int, count: int) -> list[Levels]:
+        """Structures of about the same price, from what single moves gain: the best pairs of a site that grows and one that
+        shrinks, alone and several together.
+
+        gains: of each move as in `neighbours`, how far the divergence falls. Returns: at most `count`, the most promising first.
+        """
+        pairs = sorted(
+            (
+                (-(gains[grow, by] + gains[shrink, -by]), grow, shrink)
+                for grow in range(len(levels))
+                for shrink in range(len(levels))
+                if grow != shrink and (grow, by) in gains and (shrink, -by) in gains
+            ),
+        )
+        budget, found, together, used = self.price(levels), [], levels, set()
+        for loss, grow, shrink in pairs:
+            if loss >= 0 or len(found) >= count:
+                break
+            cut = self.moved(levels, shrink, -by)
+            if cut is not None:
+                found.append(self._refilled(cut, grow, budget))
+            if not used & {grow, shrink} and (less := self.moved(together, shrink, -by)) is not None:
+                used |= {grow, shrink}
+                together = self._refilled(less, grow, budget)
+                found.append(together)
+        return [each for each in dict.fromkeys(found) if each != levels][:count]
