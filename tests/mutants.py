@@ -82,7 +82,7 @@ MUTANTS = (
     Mutant(
         "models/zeros.py", 'weight_values"] = weight[nonzero]', 'weight_values"] = weight[nonzero].abs()', "test_sparsity.py"
     ),
-    Mutant("pruning/allocation.py", "at -= steps[result[-1]]", "at -= 0", "test_pruning.py"),
+    Mutant("search/allocation.py", "at -= steps[result[-1]]", "at -= 0", "test_pruning.py"),
     Mutant(
         "pruning/criteria.py",
         "(problem.differentiated(outputs) * signs.to(outputs.device))",

@@ -23,8 +23,8 @@ from hpc_compress.operators import operator
 from hpc_compress.problems import PROBLEMS
 from hpc_compress.pruning import criteria, cutting, obs
 from hpc_compress.pruning.abreast import Abreast, UnitArrays
-from hpc_compress.pruning.allocation import Place, allocate, levels
 from hpc_compress.pruning.steps import SCORABLE, Prune
+from hpc_compress.search.allocation import Place, allocate, levels
 from hpc_compress.types import MeasurementProtocol, Step
 
 CLASSIFICATION = PROBLEMS["classification"]

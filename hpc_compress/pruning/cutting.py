@@ -15,7 +15,7 @@ from hpc_compress.models.gates import counts
 from hpc_compress.problems import Problem
 from hpc_compress.pruning import criteria
 from hpc_compress.pruning.abreast import Abreast, UnitArrays, shared_copy
-from hpc_compress.pruning.allocation import Place, allocate, levels
+from hpc_compress.search.allocation import Place, allocate, levels
 from hpc_compress.types import Structure
 
 
