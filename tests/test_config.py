@@ -27,7 +27,11 @@ from hpc_compress.launch.slurm import Cluster, Slurm
 from hpc_compress.operators import operator
 from hpc_compress.records import FREE
 from hpc_compress.search.genetic import Genetic
+from hpc_compress.search.grid import Grid
+from hpc_compress.search.known import Known
 from hpc_compress.search.objective import Product
+from hpc_compress.search.random_search import RandomSearch
+from hpc_compress.search.regularized_evolution import RegularizedEvolution
 from hpc_compress.search.space import Shape
 from hpc_compress.types import MeasurementProtocol, Step
 
@@ -37,6 +41,7 @@ OPTIONS = sorted(
 )
 GROUPS = sorted({option.partition("=")[0] for option in OPTIONS})
 MISSING = {"dataset=file": ["dataset.train=rows.csv"], "model=custom": ["model.path=my_model"]}  # values that are ???
+INNER = {"space": "strategy=random space@strategy.space"}  # groups that stand below another one
 PARTS = ("strategy", "objective", "launcher", "cluster")  # of the composed config; objects and no plain data
 
 Compose = Callable[..., dict[str, Any]]
@@ -44,7 +49,8 @@ Compose = Callable[..., dict[str, Any]]
 
 def overrides(option: str) -> list[str]:
     """What chooses an option on the command line."""
-    return [option, *MISSING.get(option, [])]
+    group, _, name = option.partition("=")
+    return [*f"{INNER.get(group, group)}={name}".split(), *MISSING.get(option, [])]
 
 
 # --- conf/ ---
@@ -52,7 +58,7 @@ def overrides(option: str) -> list[str]:
 
 def test_a_sweep_goes_on_in_the_same_folders_with_what_a_resumed_run_may_change():
     sweep = yaml.safe_load((CONF / "config.yaml").read_text())["hydra"]["job"]["config"]["override_dirname"]
-    assert {key for key in sweep["exclude_keys"] if key in RunConfig.model_fields} == FREE
+    assert {key.partition(".")[0] for key in sweep["exclude_keys"]} & RunConfig.model_fields.keys() == FREE
 
 
 def test_every_group_is_there():
@@ -70,13 +76,19 @@ def test_every_option_composes_validates_and_names_what_exists(compose: Compose,
     assert callable(config.build(parts["launcher"], "launcher").open)
     assert config.validate(Cluster, parts["cluster"], "cluster").timeout_min > 0
     assert callable(config.build(parts["objective"], "objective"))
-    whole = {**parts["strategy"], "shape": Shape(heads=(12,) * 6), "score": lambda measurement: 0.0}
-    strategy = config.build(whole, "strategy")
+    known = Known(shape=Shape(heads=(12,) * 6, widths=(384, 1536)))
+    told = {"known": known} if "known" in fields_of(parts["strategy"]) else known.briefly()
+    strategy = config.build({**parts["strategy"], **told}, "strategy")
     groups = (getattr(strategy, name, {}) for name in ("mutations", "vocabularies", "quantizations"))
     choices = [choice for group in groups for choice in group.values()]  # those of weight 0 as well
     steps = [*strategy.steps, *strategy.deploys, *(choice.step for choice in choices)]
     for step in [*steps, Step(operator="fine_tune", params=settings.model.fine_tune)]:
         assert step is None or callable(operator(step))
+
+
+def fields_of(node: dict[str, Any]) -> set[str]:
+    """Of the class that a node of the configuration describes."""
+    return set(config.locate(node["_target_"]).model_fields)
 
 
 @pytest.mark.parametrize("option", MISSING)
@@ -94,6 +106,9 @@ FIELDS = {
     "protocol=standard": (MeasurementProtocol, set()),
     "objective=product": (Product, set()),
     "strategy=genetic": (Genetic, {"shape", "score"}),
+    "strategy=random": (RandomSearch, {"known"}),
+    "strategy=grid": (Grid, {"known"}),
+    "strategy=regularized_evolution": (RegularizedEvolution, {"known"}),
     "launcher=debug": (Debug, {"worker"}),
     "launcher=local": (Local, {"worker"}),
     "launcher=slurm": (Slurm, {"worker"}),

@@ -98,6 +98,11 @@ class Space(Record):
         """Those of this device."""
         return {name: chain for name, chain in self.deploys.items() if chain is not None}
 
+    def require_training(self, name: str) -> None:
+        """Raises: ValueError when there is no training of this name."""
+        if name not in self.trainings:
+            raise ValueError(f"training={name!r} is not in space.trainings; choose one of {', '.join(self.trainings)}")
+
     def genome(
         self, shape: Shape, structure: Structure, training: tuple[Step, ...] = (), deploy: tuple[Step, ...] = ()
     ) -> Genome:

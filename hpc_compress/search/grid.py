@@ -1,0 +1,63 @@
+"""A grid, as a user tries it by hand: a few sizes, each cut by the scores, trained, and deployed in every way."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from pydantic import Field, PrivateAttr, model_validator
+
+from hpc_compress.search import survival
+from hpc_compress.search.knapsack import Knapsack
+from hpc_compress.search.strategy import AbstractSpaceStrategy
+from hpc_compress.types import Candidate, Genome, Proposal, Survey
+
+
+class Grid(AbstractSpaceStrategy):
+    """Proposes the whole grid, some of it in each generation, and then nothing more. Learns nothing.
+
+    What is not cut is not trained.
+    """
+
+    removed: tuple[float, ...] = Field(
+        default=(0.0, 0.33, 0.5, 0.67, 0.8), min_length=1, description="shares of the encoder's parameters to remove"
+    )
+    training: str = Field(default="short", description="the training after a cut, a name of space.trainings")
+    criterion: str = Field(default="gauss_newton", description="scores the heads and neurons")
+    sentences: int = Field(default=512, ge=1, description="training sentences that the criterion sees")
+    _next: int = PrivateAttr(default=0)  # the first point that was not proposed yet
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Grid":
+        self.space.require_training(self.training)
+        if wrong := [share for share in self.removed if not 0 <= share < 1]:
+            raise ValueError(f"removed={list(self.removed)} holds {wrong[0]}; a share is from 0 to below 1")
+        return self
+
+    @property
+    def studies(self) -> tuple[Survey, ...]:
+        return (Survey(criterion=self.criterion, sentences=self.sentences),)
+
+    def ask(self, rng: np.random.Generator, population: Sequence[Candidate]) -> list[Proposal]:
+        self._remember(population)
+        proposals: list[Proposal] = []
+        points = list(self._points())
+        while self._next < len(points) and len(proposals) < self.population:
+            if self._is_new(genome := points[self._next]):
+                proposals.append(Proposal(genome=genome))
+            self._next += 1
+        return proposals
+
+    def tell(self, population: Sequence[Candidate], candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+        """Returns the front, the highest score first."""
+        return survival.of_front(self.known, population, candidates)
+
+    def _points(self) -> Iterator[Genome]:
+        """Along diagonals, so that the first points have every size and every way to deploy."""
+        survey, shape = self.known.survey, self.known.shape
+        assert survey is not None
+        knapsack = Knapsack(self.space, shape, survey)
+        structures = [knapsack.best(share) for share in self.removed]
+        deploys = list(self.space.possible_deploys().values())
+        for shift in range(len(deploys)):
+            for at, structure in enumerate(structures):
+                training = () if structure == self.space.whole(shape) else self.space.trainings[self.training]
+                yield self.space.genome(shape, structure, training, deploys[(at + shift) % len(deploys)])

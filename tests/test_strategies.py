@@ -1,0 +1,351 @@
+"""What every strategy over a space promises, on measurements that are a function of the genome. No torch.
+
+A new strategy needs one line in `STRATEGIES`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hpc_compress import identity
+from hpc_compress.config import ConfigError, validate
+from hpc_compress.operators import operator
+from hpc_compress.search import front
+from hpc_compress.search.coordinates import Coordinates
+from hpc_compress.search.grid import Grid
+from hpc_compress.search.knapsack import Knapsack
+from hpc_compress.search.known import Known
+from hpc_compress.search.objective import Product
+from hpc_compress.search.random_search import RandomSearch
+from hpc_compress.search.regularized_evolution import RegularizedEvolution
+from hpc_compress.search.space import Shape, Space
+from hpc_compress.types import (
+    Candidate,
+    Genome,
+    Measurement,
+    MeasurementProtocol,
+    Proposal,
+    Screen,
+    Screening,
+    Structure,
+    Surveyed,
+)
+
+SHAPE = Shape(heads=(4, 4, 4), widths=(64, 256))
+SPACE = Space(
+    ffn_multiple=32,
+    trainings={
+        "none": (),
+        "short": ({"operator": "distill", "params": {"epochs": 1}},),
+        "long": ({"operator": "distill", "params": {"epochs": 3}},),
+    },
+    deploys={
+        "fp32": (),
+        "nf4": ({"operator": "quantize", "params": {"scheme": "nf4"}},),
+        "bf16": None,
+        "small": ({"operator": "trim_vocabulary"}, {"operator": "quantize", "params": {"scheme": "int8"}}),
+    },
+)
+POPULATION = 6
+STRATEGIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
+    "random": (RandomSearch, {}),
+    "grid": (Grid, {}),
+    "regularized_evolution": (RegularizedEvolution, {"members": 8, "sample": 3}),
+}
+LEARNING = ("regularized_evolution",)  # what these propose grows better
+
+# --- a world in which the outer layers matter most ---
+
+SCORES = np.array([3.0, 1.0, 2.0])  # of a head and of 64 neurons of each layer
+HEAD, NEURON = 4000, 128  # parameters
+SURVEY = Surveyed(
+    heads=tuple(tuple(score * (1 + 0.1 * unit) for unit in range(4)) for score in SCORES),
+    ffn=tuple(tuple(score * (1 + unit) / 8000 for unit in range(256)) for score in SCORES),
+    parameters=(HEAD, NEURON),
+    encoder_parameters=3 * (4 * HEAD + 256 * NEURON) + 1000,
+    bytes=(),
+    sample=(),
+)
+
+
+def damage(structure: Structure) -> float:
+    """From 0 to 1."""
+    kept = np.array(structure.heads) / 4 + np.array(structure.ffn) / 256
+    return float((SCORES * (1 - kept / 2) ** 2).sum() / SCORES.sum())
+
+
+def measured(genome: Genome) -> Measurement:
+    structure = SPACE.structure(SHAPE, genome)
+    epochs = sum(step.params["epochs"] for step in genome.steps if step.operator == "distill")
+    scheme = next((step.params["scheme"] for step in genome.deploy if step.operator == "quantize"), "fp32")
+    lost, time, size = {"fp32": (0, 1, 4), "nf4": (0.02, 1.5, 0.6), "int8": (0.01, 0.6, 1.2)}[scheme]
+    kept = sum(structure.heads) * HEAD + sum(structure.ffn) * NEURON
+    return Measurement(
+        metrics={"accuracy": max(0.0, 0.9 - lost - 0.8 * damage(structure) / (1 + epochs))},
+        latency_ms=(time * (1 + 9 * kept / SURVEY.encoder_parameters),),
+        base_latency_ms=(10.0,),
+        of_base=genome == Genome(),
+        model_bytes=round(size * (50_000 + kept)),
+        parameters=50_000 + kept,
+        encoder_parameters=kept,
+        device="test",
+        device_type="cpu",
+        protocol=MeasurementProtocol(),
+    )
+
+
+BASE = Candidate(id="base", genome=Genome(), measurement=measured(Genome()))
+KNOWN = Known(
+    shape=SHAPE,
+    score=lambda measurement: Product()(measurement, BASE.measurement),
+    base=BASE.measurement,
+    survey=SURVEY,
+)
+Answer = Callable[[Candidate, Screen | None], Candidate]
+
+
+def answered(candidate: Candidate, screen: Screen | None) -> Candidate:
+    """A candidate with what was asked about it."""
+    if screen is None:
+        return candidate.model_copy(update={"measurement": measured(candidate.genome)})
+    structure = SPACE.structure(SHAPE, candidate.genome)
+    luck = int(identity.content_hash(candidate.genome, screen.sample), 16) % 1000 / 1000
+    divergence = damage(structure) + 0.3 * luck / math.sqrt(screen.judge)
+    return candidate.model_copy(update={"screening": Screening(divergence=divergence, structure=structure)})
+
+
+def hopeless(candidate: Candidate, screen: Screen | None) -> Candidate:
+    """Every task failed."""
+    return candidate
+
+
+def unlucky(candidate: Candidate, screen: Screen | None) -> Candidate:
+    """Two of three tasks failed; what was known of the candidate before is still known."""
+    return answered(candidate, screen) if int(identity.content_hash(candidate.genome, screen), 16) % 3 == 0 else candidate
+
+
+@dataclasses.dataclass
+class Turn:
+    """One generation."""
+
+    proposals: list[Proposal]
+    told: list[Candidate]
+    survivors: tuple[Candidate, ...]
+
+
+def made(name: str, **changes: Any) -> Any:
+    kind, settings = STRATEGIES[name]
+    return kind(**{"known": KNOWN, "space": SPACE, "population": POPULATION, **settings, **changes})
+
+
+def play(strategy: Any, generations: int, seed: int = 0, answer: Answer = answered) -> Iterator[Turn]:
+    """A search as the driver does it."""
+    population: tuple[Candidate, ...] = (BASE,)
+    everyone: dict[str, Candidate] = {BASE.id: BASE}
+    for number in range(1, generations + 1):
+        proposals = strategy.ask(np.random.default_rng([seed, number]), population)
+        told = set()
+        for proposal in proposals:
+            id = identity.content_hash(proposal.genome)
+            known = everyone.get(id, Candidate(id=id, genome=proposal.genome, parent=proposal.parent))
+            everyone[id] = answer(known, proposal.screen)
+            told.add(id)
+        candidates = [everyone[id] for id in sorted(told)]
+        population = strategy.tell([everyone[member.id] for member in population], candidates)
+        yield Turn(proposals, candidates, population)
+
+
+def volume(candidates: list[Candidate]) -> float:
+    vectors = [front.vector(c.measurement, KNOWN.base, KNOWN.objectives) for c in candidates if c.measurement]
+    return front.hypervolume(np.array(vectors), KNOWN.objectives)
+
+
+every_strategy = pytest.mark.parametrize("name", STRATEGIES)
+
+
+# --- what they promise ---
+
+
+@every_strategy
+def test_what_is_proposed_is_in_the_space_and_new_and_never_more_than_was_asked_for(name: str):
+    strategy, coordinates = made(name), Coordinates(space=SPACE, shape=SHAPE)
+    asked = set()
+    for turn in play(strategy, 12):
+        assert len(turn.proposals) <= POPULATION
+        for proposal in turn.proposals:
+            assert coordinates.encode(proposal.genome) is not None
+            assert proposal.genome != Genome(), "the base model is known"
+            key = identity.canonical(proposal)
+            assert key not in asked
+            asked.add(key)
+    measured_in_full = [key for key in asked if '"screen":null' in key]
+    assert measured_in_full
+
+
+@every_strategy
+def test_every_step_is_named_beforehand_and_accepted_by_its_operator(name: str):
+    rehearsal = made(name, known=Known(shape=SHAPE))  # nothing else is known then
+    steps = [*rehearsal.steps, *rehearsal.deploys]
+    assert {step.operator for step in steps} == {"carve", "distill", "quantize", "trim_vocabulary"}
+    for turn in play(made(name), 8):
+        for proposal in turn.proposals:
+            for step in (*proposal.genome.steps, *proposal.genome.deploy):
+                assert callable(operator(step))
+                assert step.operator == "carve" or step in steps
+
+
+@every_strategy
+def test_equal_seeds_make_equal_searches(name: str):
+    one, other = ([turn.proposals for turn in play(made(name), 8, seed=1)] for _ in range(2))
+    assert one == other
+    if name != "grid":
+        assert one != [turn.proposals for turn in play(made(name), 8, seed=2)]
+
+
+@every_strategy
+def test_a_strategy_that_is_built_again_goes_on_as_if_nothing_had_happened(name: str):
+    """Whatever other random numbers are drawn in between."""
+    whole = [turn.proposals for turn in play(made(name), 9)]
+    resumed = []
+    np.random.seed(5)
+    for turn in play(made(name), 9, answer=answered):
+        np.random.random()
+        resumed.append(turn.proposals)
+    assert resumed == whole
+
+
+@every_strategy
+@pytest.mark.parametrize("answer", [hopeless, unlucky])
+def test_failures_are_survived(name: str, answer: Answer):
+    turns = list(play(made(name), 12, answer=answer))
+    assert turns[0].proposals
+    for turn in turns:
+        assert all(survivor.measurement for survivor in turn.survivors)
+    if answer is hopeless:
+        assert {survivor.id for turn in turns for survivor in turn.survivors} == {BASE.id}
+
+
+@every_strategy
+def test_who_survives_was_measured_and_the_fittest_comes_first(name: str):
+    known = {BASE.id}
+    for turn in play(made(name), 8):
+        known |= {candidate.id for candidate in turn.told if candidate.measurement}
+        assert {survivor.id for survivor in turn.survivors} <= known
+        scores = [KNOWN.score(survivor.measurement) for survivor in turn.survivors]
+        assert scores == sorted(scores, reverse=True)
+        assert len({survivor.id for survivor in turn.survivors}) == len(scores)
+
+
+@every_strategy
+def test_at_the_end_nobody_is_told_but_new_timings(name: str):
+    strategy = made(name)
+    *_, last = play(strategy, 6)
+    assert strategy.tell(last.survivors, ()) == last.survivors
+
+
+@every_strategy
+def test_the_search_finds_more_than_its_first_generation(name: str):
+    turns = list(play(made(name), 30))
+    everyone = [candidate for turn in turns for candidate in turn.told]
+    first = next(turn.told for turn in turns if any(candidate.measurement for candidate in turn.told))
+    assert volume(everyone) > volume(first)
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_what_is_learnt_shows_in_what_is_proposed(name: str):
+    turns = list(play(made(name), 40))
+    scores = [[KNOWN.score(c.measurement) for c in turn.told if c.measurement] for turn in turns]
+    early, late = (np.median([score for turn in part for score in turn]) for part in (scores[:2], scores[-8:]))
+    assert late > early + 0.5
+
+
+@every_strategy
+def test_a_quality_of_zero_is_survived(name: str):
+    """Its score is -inf."""
+
+    def worthless(candidate: Candidate, screen: Screen | None) -> Candidate:
+        found = answered(candidate, screen)
+        zero = found.measurement and found.measurement.model_copy(update={"metrics": {"accuracy": 0.0}})
+        return found.model_copy(update={"measurement": zero})
+
+    turns = list(play(made(name), 6, answer=worthless))
+    assert turns[-1].survivors
+
+
+@every_strategy
+def test_a_setting_that_is_unknown_is_refused_by_name(name: str):
+    kind, settings = STRATEGIES[name]
+    with pytest.raises(ConfigError, match="did you mean population"):
+        validate(kind, {"known": KNOWN, "space": SPACE.model_dump(), **settings, "populaton": 3}, "strategy")
+
+
+# --- the parts ---
+
+
+def test_a_vector_is_one_genome():
+    coordinates, rng = Coordinates(space=SPACE, shape=SHAPE), np.random.default_rng(0)
+    assert coordinates.sizes == (5, 5, 5, 9, 9, 9, 3, 3)
+    vectors = {coordinates.draw(rng) for _ in range(300)}
+    for vector in vectors:
+        genome = coordinates.decode(vector)
+        assert coordinates.encode(Genome.model_validate_json(genome.model_dump_json())) == vector
+        mutant = coordinates.mutate(rng, vector)
+        assert sum(one != other for one, other in zip(vector, mutant, strict=True)) == 1
+        assert all(0 <= number < size for number, size in zip(mutant, coordinates.sizes, strict=True))
+    assert len({identity.canonical(coordinates.decode(vector)) for vector in vectors}) == len(vectors)
+    assert coordinates.encode(Genome()) == (4, 4, 4, 8, 8, 8, 0, 0)
+
+
+def test_a_genome_of_another_space_has_no_vector():
+    coordinates = Coordinates(space=SPACE, shape=SHAPE)
+    whole = SPACE.whole(SHAPE)
+    odd = Structure(heads=(4, 4, 4), ffn=(33, 32, 32))
+    short = Structure(heads=(4, 4), ffn=(32, 32), layers=(0, 2))
+    foreign = SPACE.trainings["short"][0].model_copy(update={"params": {"epochs": 9}})
+    for genome in (
+        SPACE.genome(SHAPE, odd),
+        SPACE.genome(SHAPE, short),
+        SPACE.genome(SHAPE, whole, (foreign,)),
+        SPACE.genome(SHAPE, whole, (), (foreign,)),
+    ):
+        assert coordinates.encode(genome) is None
+
+
+@pytest.mark.parametrize("removed", [0.0, 0.3, 0.6, 0.9])
+def test_the_knapsack_loses_least_within_the_budget(removed: float):
+    knapsack = Knapsack(SPACE, SHAPE, SURVEY)
+    best = knapsack.best(removed)
+    assert knapsack.parameters(SPACE.whole(SHAPE)) == SURVEY.encoder_parameters
+    assert knapsack.parameters(best) <= knapsack.budget(removed) + 1e-6
+    assert knapsack.parameters(best) >= knapsack.budget(removed) - 32 * NEURON
+    assert best.heads[0] >= best.heads[1], "the first layer's heads are worth more"
+    assert (removed > 0) == (best != SPACE.whole(SHAPE))
+
+
+def test_the_grid_is_proposed_once_and_its_first_slice_has_every_size_and_every_deployment():
+    turns = list(play(made("grid", population=5), 6))
+    first = [proposal.genome for proposal in turns[0].proposals]
+    assert len({SPACE.structure(SHAPE, genome) for genome in first}) == 5
+    assert len({identity.canonical(genome.deploy) for genome in first}) == 3
+    everyone = [proposal.genome for turn in turns for proposal in turn.proposals]
+    assert len(everyone) == 5 * 3 - 1, "all but the base model"
+    assert [len(turn.proposals) for turn in turns] == [5, 5, 4, 0, 0, 0]
+    assert all(bool(genome.steps) == (SPACE.structure(SHAPE, genome) != SPACE.whole(SHAPE)) for genome in everyone)
+
+
+def test_the_oldest_dies_however_fit_and_the_best_is_not_forgotten():
+    strategy = made("regularized_evolution", members=3, sample=1)
+    best = answered(Candidate(id="best", genome=SPACE.genome(SHAPE, SPACE.whole(SHAPE), SPACE.trainings["long"])), None)
+    small = [
+        answered(Candidate(id=f"{n}", genome=SPACE.genome(SHAPE, Structure(heads=(n, 0, 0), ffn=(0,) * 3))), None)
+        for n in range(4)
+    ]
+    strategy.tell([BASE], [best])
+    survivors = strategy.tell([best], small[:3])
+    assert {survivor.id for survivor in survivors} == {"best", "0", "1", "2"}
+    survivors = strategy.tell(survivors, small[3:])
+    assert {survivor.id for survivor in survivors} == {"best", "1", "2", "3"}
