@@ -29,6 +29,7 @@ from hpc_compress.records import FREE
 from hpc_compress.search.genetic import Genetic
 from hpc_compress.search.grid import Grid
 from hpc_compress.search.known import Known
+from hpc_compress.search.local_search import LocalSearch
 from hpc_compress.search.objective import Product
 from hpc_compress.search.random_search import RandomSearch
 from hpc_compress.search.regularized_evolution import RegularizedEvolution
@@ -109,6 +110,7 @@ FIELDS = {
     "strategy=random": (RandomSearch, {"known"}),
     "strategy=grid": (Grid, {"known"}),
     "strategy=regularized_evolution": (RegularizedEvolution, {"known"}),
+    "strategy=local_search": (LocalSearch, {"known"}),
     "launcher=debug": (Debug, {"worker"}),
     "launcher=local": (Local, {"worker"}),
     "launcher=slurm": (Slurm, {"worker"}),

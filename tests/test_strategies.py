@@ -4,6 +4,7 @@ A new strategy needs one line in `STRATEGIES`.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +20,7 @@ from hpc_compress.search.coordinates import Coordinates
 from hpc_compress.search.grid import Grid
 from hpc_compress.search.knapsack import Knapsack
 from hpc_compress.search.known import Known
+from hpc_compress.search.local_search import LocalSearch
 from hpc_compress.search.objective import Product
 from hpc_compress.search.random_search import RandomSearch
 from hpc_compress.search.regularized_evolution import RegularizedEvolution
@@ -51,9 +53,11 @@ SPACE = Space(
     },
 )
 POPULATION = 6
+SELECTIONS = ({"judge": 16, "keep": 3}, {"judge": 256, "keep": 1})
 STRATEGIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "random": (RandomSearch, {}),
     "grid": (Grid, {}),
+    "local_search": (LocalSearch, {"rounds": 3, "removed": (0.5, 0.2), "selections": SELECTIONS}),
     "regularized_evolution": (RegularizedEvolution, {"members": 8, "sample": 3}),
 }
 LEARNING = ("regularized_evolution",)  # what these propose grows better
@@ -349,3 +353,63 @@ def test_the_oldest_dies_however_fit_and_the_best_is_not_forgotten():
     assert {survivor.id for survivor in survivors} == {"best", "0", "1", "2"}
     survivors = strategy.tell(survivors, small[3:])
     assert {survivor.id for survivor in survivors} == {"best", "1", "2", "3"}
+
+
+# --- local search ---
+
+
+def test_a_level_switch_keeps_the_budget_and_uses_it():
+    strategy, knapsack, rng = made("local_search"), Knapsack(SPACE, SHAPE, SURVEY), np.random.default_rng(0)
+    structure, budget = knapsack.best(0.5), knapsack.budget(0.5)
+    visited = set()
+    for _ in range(300):
+        structure = strategy._switched(rng, structure, budget)
+        visited.add(structure)
+        assert budget - 2 * 32 * NEURON < knapsack.parameters(structure) <= budget
+    assert len(visited) > 100
+
+
+def test_offspring_are_screened_in_selections_and_the_best_is_measured_in_every_deployment():
+    *turns, end = play(made("local_search", removed=(0.5,)), 8)
+    screens = [[proposal.screen for proposal in turn.proposals] for turn in turns]
+    assert [len(screen) for screen in screens] == [6, 4, 6, 4, 6, 4, 3]
+    assert [screen[0] and screen[0].judge for screen in screens] == [16, 256] * 3 + [None]
+    assert [screen[0].sample for screen in screens[:-1]] == [1, 2, 3, 4, 5, 6]
+    assert all(not proposal.genome.deploy for turn in turns[:-1] for proposal in turn.proposals)
+    for first, second in zip(turns[:-1:2], turns[1:-1:2], strict=True):
+        ranked = sorted(first.told, key=lambda candidate: candidate.screening.divergence)
+        best = {identity.canonical(candidate.genome) for candidate in ranked[:3]}
+        assert best < {identity.canonical(proposal.genome) for proposal in second.proposals}, "and the parent"
+    last = min(turns[-2].told, key=lambda candidate: candidate.screening.divergence)
+    found = SPACE.structure(SHAPE, last.genome)
+    assert [proposal.genome for proposal in turns[-1].proposals] == [
+        SPACE.genome(SHAPE, found, SPACE.trainings["short"], deploy) for deploy in SPACE.possible_deploys().values()
+    ]
+    assert end.proposals == []
+
+
+def test_a_search_by_screening_comes_near_the_best_structure_of_all_whatever_the_scores_say():
+    flat = tuple((1.0,) * 256 for _ in SCORES)
+    misleading = SURVEY.model_copy(update={"heads": ((1e-3,) * 4,) * 3, "ffn": flat})
+    knapsack = Knapsack(SPACE, SHAPE, misleading)
+    *_, last = play(made("local_search", known=KNOWN.model_copy(update={"survey": misleading}), removed=(0.5,), rounds=20), 41)
+    found = damage(SPACE.structure(SHAPE, last.proposals[0].genome))
+    heads, widths = itertools.product(range(5), repeat=3), itertools.product(SPACE.widths(SHAPE)[::2], repeat=3)
+    everyone = [Structure(heads=h, ffn=f) for h, f in itertools.product(heads, widths)]
+    best = min(damage(structure) for structure in everyone if knapsack.parameters(structure) <= knapsack.budget(0.5))
+    assert found < 1.1 * best < 0.5 * damage(knapsack.best(0.5))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"removed": (0.0,)}, "above 0 and below 1"),
+        ({"training": "none at all"}, "choose one of none, short, long"),
+        ({"selections": ({"judge": 8, "keep": 2},)}, "the last keeps 1"),
+        ({"selections": ({"judge": 8, "keep": 1}, {"judge": 8, "keep": 2}, {"judge": 8, "keep": 1})}, "at most as many"),
+        ({"population": 3}, "no room for the parent"),
+    ],
+)
+def test_settings_of_a_local_search_that_do_not_fit_are_refused(changes: dict[str, Any], words: str):
+    with pytest.raises(ValueError, match=words):
+        made("local_search", **changes)

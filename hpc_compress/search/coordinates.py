@@ -30,31 +30,35 @@ class Coordinates(Record):
 
     def decode(self, vector: Sequence[int]) -> Genome:
         """The genome of a vector."""
-        depth, widths = len(self.shape.heads), self.space.widths(self.shape)
-        numbers = [int(number) for number in vector]
-        structure = Structure(
-            heads=tuple(numbers[:depth]), ffn=tuple(widths[position] for position in numbers[depth : 2 * depth])
-        )
-        training = list(self.space.trainings.values())[numbers[-2]]
-        deploy = list(self.space.possible_deploys().values())[numbers[-1]]
-        return self.space.genome(self.shape, structure, training, deploy)
+        training = list(self.space.trainings.values())[vector[-2]]
+        deploy = list(self.space.possible_deploys().values())[vector[-1]]
+        return self.space.genome(self.shape, self.structure(vector[:-2]), training, deploy)
 
     def encode(self, genome: Genome) -> Vector | None:
         """The vector of a genome; None when the genome is outside the space, as the base model may be."""
-        structure = self.space.structure(self.shape, genome)
+        levels = self.levels(self.space.structure(self.shape, genome))
         steps = genome.steps[1:] if genome.steps and genome.steps[0].operator == "carve" else genome.steps
         trainings, deploys = list(self.space.trainings.values()), list(self.space.possible_deploys().values())
-        widths = self.space.widths(self.shape)
-        if steps not in trainings or genome.deploy not in deploys or not set(structure.ffn) <= set(widths):
+        if levels is None or steps not in trainings or genome.deploy not in deploys:
             return None
-        vector = (
-            *structure.heads,
-            *(widths.index(width) for width in structure.ffn),
-            trainings.index(steps),
-            deploys.index(genome.deploy),
+        vector = (*levels, trainings.index(steps), deploys.index(genome.deploy))
+        return vector if canonical(self.decode(vector)) == canonical(genome) else None
+
+    def structure(self, levels: Sequence[int]) -> Structure:
+        """That of the first part of a vector, which leaves out the training and the way to deploy."""
+        depth, widths = len(self.shape.heads), self.space.widths(self.shape)
+        return Structure(
+            heads=tuple(int(level) for level in levels[:depth]), ffn=tuple(widths[int(level)] for level in levels[depth:])
         )
-        inside = len(vector) == len(self.sizes) and all(number < size for number, size in zip(vector, self.sizes, strict=True))
-        return vector if inside and canonical(self.decode(vector)) == canonical(genome) else None
+
+    def levels(self, structure: Structure) -> Vector | None:
+        """The first part of the vector of a structure; None when the structure is outside the space."""
+        widths = self.space.widths(self.shape)
+        whole = structure.layers is None and structure.hidden is None and len(structure.heads) == len(self.shape.heads)
+        fits = whole and all(kept <= heads for kept, heads in zip(structure.heads, self.shape.heads, strict=True))
+        if not fits or not set(structure.ffn) <= set(widths):
+            return None
+        return (*structure.heads, *(widths.index(width) for width in structure.ffn))
 
     def draw(self, rng: np.random.Generator) -> Vector:
         """Each coordinate uniformly."""
