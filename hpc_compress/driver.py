@@ -248,6 +248,8 @@ class _Search:
             shape=self.plan.shape,
             score=lambda measurement: self.objective(measurement, base),
             base=base,
+            objectives=self.config.objectives,
+            target=self.config.target,
             survey=found.get("survey"),
             profile=found.get("profile"),
         )
@@ -321,6 +323,8 @@ class _Search:
             self.store.delete("result.json")
             self.store.write(f"generations/{number:04d}.json", record)
         late = f", {len(self.late)} late" if self.late else ""
+        for note in getattr(strategy, "notes", list)():
+            self.progress.say(f"{what}: {note}")
         self.progress.say(
             f"{what}: {len(told)} judged{late}, {len(survivors)} alive, best {survivors[0].genome}: "
             f"{figures(survivors[0].measurement)}"  # type: ignore[arg-type]

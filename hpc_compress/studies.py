@@ -31,6 +31,7 @@ def survey(study: Survey, model: PreTrainedModel, context: Context, sample: Sequ
         **rounded,
         parameters=surgery.unit_parameters(model),
         encoder_parameters=surgery.encoder_parameters(model),
+        train_rows=len(context.train),
         bytes=tuple(_bytes(deploy, model, context) for deploy in study.deploys),
         sample=tuple((rows, length) for rows, length in shapes),
     )

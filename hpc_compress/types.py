@@ -205,7 +205,7 @@ class Survey(Record):
 
 
 class Screen(Record):
-    """Ask how far the outputs of a genome's untrained model are from the base model's, on sentences that its repair has not seen."""
+    """Ask how far the outputs of a genome's untrained model are from the base model's, on sentences that no repair has seen."""
 
     kind: Literal["screen"] = "screen"
     judge: int = Field(default=256, ge=1)  # sentences of train that the divergence is a mean over
@@ -302,6 +302,7 @@ class Surveyed(Record):
     ffn: tuple[tuple[Score, ...], ...]  # of each FFN neuron
     parameters: tuple[Count, Count]  # of one head and of one neuron
     encoder_parameters: Count
+    train_rows: Count
     bytes: tuple[ByteCounts, ...]  # for each chain of the survey
     sample: tuple[tuple[Count, Count], ...]  # rows and padded length of each batch of the protocol's timing sample
 

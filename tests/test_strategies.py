@@ -71,6 +71,7 @@ SURVEY = Surveyed(
     ffn=tuple(tuple(score * (1 + unit) / 8000 for unit in range(256)) for score in SCORES),
     parameters=(HEAD, NEURON),
     encoder_parameters=3 * (4 * HEAD + 256 * NEURON) + 1000,
+    train_rows=1000,
     bytes=(),
     sample=(),
 )

@@ -211,6 +211,10 @@ def _block_by_block(
 
     choose: from the kind of unit, the layer and all present scores, how many of them stay there.
     """
+    if surgery.family(model).shared_bias:
+        raise ValueError(
+            "the layers of this encoder share one position bias, so they can't be cut one by one: leave rescore out"
+        )
     batches, scores = context.batches(how.sentences), Scores(how.criterion, ["heads", "ffn"])
     dense = dense_of(model, context, how)
     whole = copy.deepcopy(model)
@@ -233,16 +237,15 @@ def _block_by_block(
 
 
 def rescored(model: PreTrainedModel, context: Context, share: float, ffn_multiple: int, how: Carving) -> PreTrainedModel:
-    """Remove a share of the encoder's parameters block by block; before each block, the budget that is left is allocated anew."""
+    """Remove a share of the encoder's parameters block by block; before each one, allocate what is left of the budget anew."""
     price = _parameters(model)
     budget = (1 - share) * price.of(model)
     spent = price.layer * len(surgery.layers(model))
 
     def choose(unit: str, layer: int, scores: UnitArrays) -> int:
         nonlocal spent
-        sites = [site for site in _sites(model, scores, ffn_multiple) if site.layers[0] > layer or site.layers[0] == layer]
-        sites = [site for site in sites if not (unit == "ffn" and site.unit == "heads" and site.layers[0] == layer)]
-        sites.sort(key=lambda site: (site.layers[0], site.unit == "ffn"))
+        ordered = sorted(_sites(model, scores, ffn_multiple), key=lambda site: (site.layers[0], site.unit == "ffn"))
+        sites = ordered[2 * layer + (unit == "ffn") :]  # this one and those that follow
         level = allocate([site.place(price) for site in sites], budget - spent)[0]
         stays = int(sites[0].stays[level])
         spent += float(sites[0].place(price).cost[level])

@@ -50,8 +50,8 @@ def elimination(weight: torch.Tensor, hessian: torch.Tensor, features: int = 1, 
 def fit(
     start: torch.Tensor, bias: torch.Tensor | None, inputs: torch.Tensor, wanted: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weights W and a bias b of least `||W x + b - t||^2 + ridge ||W - W_start||^2` over tokens with inputs x and wanted outputs t.
-    Without a bias there is none after it either. Weights that are 0 stay 0.
+    """Weights W and a bias b of least `||W x + b - t||^2 + ridge ||W - W_start||^2`, over tokens with inputs x and wanted
+    outputs t. Without a bias there is none after it either. Weights that are 0 stay 0.
 
     start: (out, in). inputs: (tokens, in). wanted: (tokens, out).
     """

@@ -175,7 +175,7 @@ class Carve(Structure):
     )
     rescore: bool = Field(
         default=False,
-        description="cut and repair the attention and the FFN of one layer after another, and score what is left anew each time",
+        description="cut and repair the attention and the FFN of one layer after another; score what is left anew before each",
     )
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Vectors of objectives, all minimised: who is on the front, and what volume it dominates. Knows no genomes' steps and no models.
+"""Vectors of objectives, all minimised: who is on the front, and what volume it dominates. Knows no steps and no models.
 
 The hypervolume is the one figure by which searches are compared, so its scale is fixed here. A quality counts from 90 % of the
 base model's (0) to the base model's own (1), linearly. A latency and a number of bytes count by how many times they are halved.
@@ -23,8 +23,8 @@ LEAST_QUALITY = 0.9  # of the base model's, from which a quality counts
 
 
 def vector(measurement: Measurement, base: Measurement, objectives: Sequence[Objective]) -> np.ndarray:
-    """(objectives,) all minimised: what is lost of the quality, in tenths of the base model's, and log2 of the ratios to the base
-    model. The base model is (0, 0, ...), and the hypervolume's reference point is (1, 0, 0, ...).
+    """(objectives,) all minimised: what is lost of the quality, in tenths of the base model's, and log2 of the ratios to the
+    base model. The base model is (0, 0, ...), and the hypervolume's reference point is (1, 0, 0, ...).
 
     Raises: ValueError when the two were measured on different devices or by different protocols.
     """
@@ -82,22 +82,28 @@ def of(candidates: Sequence[Candidate], base: Measurement, objectives: Sequence[
 
 
 def missed(measurement: Measurement, base: Measurement, target: Target) -> float:
-    """By how many halvings a model misses its targets, summed over them; 0: it keeps to all. A quality misses by the share of the
-    quality that it may lose: 0.98 where 0.99 is wanted misses by 1."""
+    """By how many halvings a model misses its targets, summed over them; 0: it keeps to all. A quality misses by the share of
+    the quality that it may lose: 0.98 where 0.99 is wanted misses by 1."""
+    names: tuple[Objective, ...] = ("quality", "latency", "bytes")
+    return missed_by(vector(measurement, base, names), names, base, target)
+
+
+def missed_by(found: np.ndarray, objectives: Sequence[Objective], base: Measurement, target: Target) -> float:
+    """The same for a vector of objectives. What is no objective of the vector misses nothing."""
+    values = dict(zip(objectives, map(float, found), strict=True))
     total = 0.0
-    if target.quality is not None:
-        allowed = 1 - target.quality
-        lost = (1 - LEAST_QUALITY) * lost_quality(quality_of(measurement), quality_of(base))
+    if target.quality is not None and "quality" in values:
+        lost, allowed = (1 - LEAST_QUALITY) * values["quality"], 1 - target.quality
         total += max(0.0, (lost - allowed) / max(allowed, 0.01))
-    if target.speed_up is not None:
-        total += max(0.0, math.log2(target.speed_up * latency_of(measurement)))
-    if target.megabytes is not None:
-        total += max(0.0, math.log2(measurement.model_bytes / (1e6 * target.megabytes)))
+    if target.speed_up is not None and "latency" in values:
+        total += max(0.0, math.log2(target.speed_up) + values["latency"])
+    if target.megabytes is not None and "bytes" in values:
+        total += max(0.0, values["bytes"] + math.log2(base.model_bytes / (1e6 * target.megabytes)))
     return total
 
 
 def nearest(candidates: Sequence[Candidate], base: Measurement, target: Target) -> Candidate:
-    """The candidate that misses the targets least; of those that keep to all, the one of the best quality, then the smallest."""
+    """The candidate that misses the targets least; of those that keep to all the best in quality, then the smallest."""
 
     def rank(candidate: Candidate) -> tuple[float, float, int, str]:
         found = candidate.measurement

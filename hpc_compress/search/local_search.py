@@ -29,8 +29,8 @@ class LocalSearch(AbstractSpaceStrategy):
 
     A parent's offspring are its structure with some levels switched: one place gets more heads or neurons, another one fewer.
     They are screened, not trained. Each selection takes one generation of the run and judges fewer offspring on more sentences;
-    the parent joins the last one. After `rounds` parents, the structure is trained, and measured in every way to deploy it. Then
-    the next budget begins; after the last one nothing more is proposed.
+    the parent joins the last one. After `rounds` parents, the structure is trained, and measured in every way to deploy it.
+    Then the next budget begins; after the last one nothing more is proposed.
     """
 
     removed: tuple[float, ...] = Field(

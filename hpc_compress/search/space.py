@@ -64,8 +64,8 @@ class Shape(Record):
 class Space(Record):
     """The genomes that a strategy chooses among: a structure, how it is trained, how it is deployed.
 
-    A structure is explicit, so two histories that lead to one structure are one genome. Its heads are counted one by one, its FFN
-    neurons in multiples.
+    A structure is explicit, so two histories that lead to one structure are one genome. Its heads are counted one by one, its
+    FFN neurons in multiples.
     """
 
     ffn_multiple: int = Field(default=64, ge=1, description="FFN widths are multiples of this, since kernels are faster then")

@@ -24,7 +24,9 @@ class Sites:
 
     depth: int
     widths: tuple[int, ...]  # FFN neurons at each level
-    prices: tuple[np.ndarray, ...]  # for each site (levels,): its share of the time of all blocks of the base model; level 0 is 0
+    prices: tuple[
+        np.ndarray, ...
+    ]  # for each site (levels,): its share of the time of all blocks of the base model; level 0 is 0
     losses: tuple[np.ndarray, ...]  # for each site (levels,): the removed share of the scores
 
     @staticmethod
@@ -32,7 +34,9 @@ class Sites:
         """deploy: the way to deploy whose times are the prices."""
         depth, most, widths = len(shape.heads), max(shape.heads), space.widths(shape)
         none = np.zeros((1, depth), dtype=int)
-        sites = [(at, np.arange(most + 1), True) for at in range(depth)] + [(at, np.array(widths), False) for at in range(depth)]
+        sites = [(at, np.arange(most + 1), True) for at in range(depth)] + [
+            (at, np.array(widths), False) for at in range(depth)
+        ]
         times, losses = [], []
         for at, counts, is_heads in sites:
             rows = np.zeros((len(counts), depth), dtype=int)
@@ -105,7 +109,7 @@ class Sites:
         """Structures of about the same price, from what single moves gain: the best pairs of a site that grows and one that
         shrinks, alone and several together.
 
-        gains: of each move as in `neighbours`, how far the divergence falls. Returns: at most `count`, the most promising first.
+        gains: of each move as in `neighbours`, how far the divergence falls. Returns: at most `count`, the best first.
         """
         pairs = sorted(
             (

@@ -1,0 +1,481 @@
+"""A search that thinks first and trains last: predict every structure, screen the promising, train and measure the few.
+
+What it knows of a genome grows at rising cost. Predicted: the share of the scores that a structure removes, its time by the
+device's profile, its bytes. Screened: how far the repaired, untrained model's outputs are from the base model's, on sentences
+that its repair has not seen. Measured: quality, time and bytes of the deployed model, untrained or trained. All choices follow
+from the generator and from what was told.
+
+References:
+    Kwon et al. 2022, A Fast Post-Training Pruning Framework for Transformers, https://arxiv.org/abs/2204.09656
+    Park et al. 2024, K-prune, https://arxiv.org/abs/2308.03449 (scoring anew block by block)
+    Sieberling et al. 2024, EvoPress, https://arxiv.org/abs/2410.14649 (level switching, screening)
+"""
+
+import math
+from collections.abc import Generator, Iterable, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from pydantic import Field, PrivateAttr, model_validator
+from scipy.optimize import isotonic_regression
+from scipy.stats import spearmanr
+
+from hpc_compress.identity import canonical
+from hpc_compress.search import front, survival
+from hpc_compress.search.objective import quality_of
+from hpc_compress.search.prediction import Prediction
+from hpc_compress.search.strategy import AbstractSpaceStrategy
+from hpc_compress.search.variation import Levels, Sites
+from hpc_compress.types import Candidate, Genome, Params, Profiling, Proposal, Screen, Step, Survey
+
+RANKS = 0.3  # Spearman correlation below which a stage is taken not to rank
+LEAST_PAIRS = 8  # that such a correlation is judged by
+ROWS = 1500  # of training, which take about as long as measuring a model
+RECOVERED = 0.6  # of the lost quality is still lost after a training, as long as nothing is known of it
+UNSETTLED = 0.1  # lost tenths of the quality that a training leaves, or makes, where hardly any was lost
+AIMED = 4.0  # times the gain of a model that keeps to the targets, against one that is far from them
+
+
+class Cut(NamedTuple):
+    """What is left of the encoder, and how its units were chosen."""
+
+    levels: Levels
+    rescored: bool = False  # by scores that were computed anew before each block was cut
+
+
+class Design(NamedTuple):
+    """A genome, by the names of the space."""
+
+    cut: Cut
+    training: str
+    deploy: str
+
+
+class Evolve(AbstractSpaceStrategy):
+    """First the knapsack's structures at some budgets, measured untrained; then better structures by screening; then training.
+
+    The knapsack's structures always compete. Each later generation measures the designs that are expected to add the most
+    hypervolume for what they cost. The population is the front, so a search that is stopped has a complete one.
+    """
+
+    budgets: tuple[float, ...] = Field(
+        default=(1.0, 0.6, 0.4, 0.27, 0.18, 0.12),
+        min_length=1,
+        description="time of the encoder's blocks that the first structures keep, as shares of the base model's",
+    )
+    screens: int = Field(default=32, ge=0, description="structures screened in a generation; 0: none are, in the whole search")
+    judge: int = Field(default=256, ge=1, description="sentences that a structure is judged on at first; more later")
+    negligible: float = Field(
+        default=0.02, ge=0, description="divergence below which a structure is not worth improving: nothing is lost that shows"
+    )
+    rescoring: bool = Field(
+        default=True, description="also try structures whose scores are computed anew before each block is cut"
+    )
+    switching: int = Field(default=2, ge=0, description="rounds of level switching by marginals, before the first training")
+    elites: int = Field(default=3, ge=0, description="of the fittest, which are timed again in each generation")
+    profile_seconds: float = Field(default=90.0, gt=0, description="that the device's profile takes, where no file is given")
+    _candidates: dict[str, Candidate] = PrivateAttr(default_factory=dict)  # all that was told, by id
+    _designs: dict[str, Design] = PrivateAttr(default_factory=dict)  # what was proposed to be measured, by genome
+    _divergences: dict[Cut, float] = PrivateAttr(default_factory=dict)  # the latest of each structure that was screened
+    _sample: int = PrivateAttr(default=0)  # number of the last one that was screened on
+    _course: Generator[list[Proposal], None, None] | None = PrivateAttr(default=None)
+    _rng: np.random.Generator = PrivateAttr(default_factory=lambda: np.random.default_rng(0))  # of the present generation
+    _notes: list[str] = PrivateAttr(default_factory=list)
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Evolve":
+        if "none" not in self.space.trainings or self.space.trainings["none"]:
+            raise ValueError("space.trainings needs `none: []`: the first models are not trained")
+        if wrong := [budget for budget in self.budgets if not 0 < budget <= 1]:
+            raise ValueError(f"budgets={list(self.budgets)} holds {wrong[0]}; a share is above 0 and at most 1")
+        return self
+
+    @property
+    def studies(self) -> tuple[Survey | Profiling, ...]:
+        chains = tuple(self.space.possible_deploys().values())
+        # As the cuts are made: the scores of the survey are those of every cut.
+        survey = Survey(**self._seen_by_cuts, deploys=chains)
+        return survey, Profiling(deploys=chains, seconds=self.profile_seconds)
+
+    def ask(self, rng: np.random.Generator, population: Sequence[Candidate]) -> list[Proposal]:
+        self._rng = rng
+        self._learn(population)
+        if self._course is None:
+            self._course = self._stages()
+        return next(self._course)
+
+    def tell(self, population: Sequence[Candidate], candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+        self._learn((*population, *candidates))
+        return survival.of_front(self.known, population, candidates)
+
+    def notes(self) -> list[str]:
+        """What people should know of the last stage; each line is given once."""
+        said, self._notes[:] = list(self._notes), []
+        return said
+
+    def _learn(self, candidates: Iterable[Candidate]) -> None:
+        for candidate in candidates:
+            self._candidates[candidate.id] = candidate
+            if candidate.screening is not None:
+                first = candidate.genome.steps[0]
+                # A `prune` has found its structure on the node.
+                rescored = first.operator == "prune" or bool(first.params.get("rescore"))
+                cut = Cut(self._sites.levels(candidate.screening.structure), rescored)
+                self._divergences[cut] = candidate.screening.divergence
+
+    # --- the course of a search: each `yield` is a generation ---
+
+    def _stages(self) -> Generator[list[Proposal], None, None]:
+        plain = [Cut(levels) for levels in dict.fromkeys(map(self._sites.knapsack, self._reachable()))]
+        leading = self._leading()
+        first = [Design(cut, "none", deploy) for cut in plain for deploy in leading]
+        # Alternately from the mildest and the deepest cut, so that an early stop leaves a wide front.
+        order = sorted(range(len(first)), key=lambda at: (at % len(leading), at))
+        yield self._measured([first[at] for at in order][: max(self.population, len(plain))])
+        if self.screens:
+            yield self._screened([cut for cut in plain if cut.levels != self._sites.most])
+            deep = [cut for cut in plain if self._divergences.get(cut, 0.0) > self.negligible]
+            if self.rescoring and deep:
+                yield self._rescored(deep)
+            done: set[Levels] = set()
+            for _ in range(self.switching):
+                yield from self._switched(done)
+        number = 0
+        while True:
+            yield self._promising()
+            number += 1
+            if self.screens and number % 2 == 0:
+                yield self._screened(self._offspring())
+
+    def _measured(self, designs: Iterable[Design]) -> list[Proposal]:
+        proposals = []
+        for design in designs:
+            genome = self._genome(design)
+            if self._is_new(genome):
+                self._designs[_key(genome)] = design
+                proposals.append(Proposal(genome=genome, parent=self._parent(design)))
+        return proposals
+
+    def _screened(self, cuts: Iterable[Cut]) -> list[Proposal]:
+        """Ordered so that structures that begin alike follow one another: a worker then computes their beginning once."""
+        depth = self._sites.depth
+        self._sample += 1
+        cuts = {cut for cut in cuts if cut.levels != self._sites.most}
+        ordered = sorted(cuts, key=lambda cut: [(cut.levels[at], cut.levels[depth + at]) for at in range(depth)])
+        return [Proposal(genome=Genome(steps=self._steps(cut)), screen=self._screen) for cut in ordered]
+
+    def _rescored(self, cuts: Sequence[Cut]) -> list[Proposal]:
+        """Ask the nodes for structures as deep as these, found block by block."""
+        self._sample += 1
+        survey = self.known.survey
+        assert survey is not None
+        proposals = []
+        for cut in cuts:
+            share = round(1 - self._parameters(cut.levels) / survey.encoder_parameters, 3)
+            how = {**self._seen_by_cuts, "ffn_multiple": self.space.ffn_multiple}
+            step = Step(operator="prune", params={**how, "share": share, "rescore": True})
+            proposals.append(Proposal(genome=Genome(steps=(step,)), screen=self._screen))
+        return proposals
+
+    def _switched(self, done: set[Levels]) -> Generator[list[Proposal], None, None]:
+        """Level switching by marginals at one depth: what each single move changes, then the best moves together. Two
+        generations. done: structures at which this was tried; the new one is added."""
+        open_ = [cut for cut in self._best_cuts() if self._divergences[cut] > self.negligible and cut.levels not in done]
+        if not open_:
+            return
+        # Where about half of what counts is lost there is most to win.
+        cut = min(open_, key=lambda cut: (abs(self._loss_of_cut(cut) - 0.5), cut))
+        done.add(cut.levels)
+        near = self._sites.neighbours(cut.levels, by=2)
+        yield self._screened([Cut(cut.levels), *(Cut(levels) for levels in near.values())])
+        start = self._divergences.get(Cut(cut.levels), math.inf)
+        gains = {
+            move: start - self._divergences[Cut(levels)] for move, levels in near.items() if Cut(levels) in self._divergences
+        }
+        together = self._sites.combined(cut.levels, gains, by=2, count=max(4, self.screens // 3))
+        done.update(together)
+        yield self._screened([Cut(cut.levels), *map(Cut, together)])
+
+    def _promising(self) -> list[Proposal]:
+        """The designs that are expected to add the most hypervolume for what they cost; each counts as done for the next."""
+        known = [self._vector(candidate) for candidate in self._measured_candidates()]
+        pool = {design: self._expected(design) for design in self._pool()}
+        chosen: list[Design] = []
+        best = front.hypervolume(np.array(known), self.known.objectives)
+        while pool and len(chosen) < self.population:
+            gains = {
+                design: self._aim(vector)
+                * (front.hypervolume(np.array([*known, vector]), self.known.objectives) - best)
+                / self._cost(design.training)
+                for design, vector in pool.items()
+            }
+            design = max(gains, key=lambda design: (gains[design], design))
+            if gains[design] <= 0:
+                break
+            chosen.append(design)
+            known.append(pool.pop(design))
+            best = front.hypervolume(np.array(known), self.known.objectives)
+        return self._measured(chosen)
+
+    def _pool(self) -> list[Design]:
+        """Every design of the best structures that was not proposed yet."""
+        tried = set(self._designs.values())
+        deploys = self.space.possible_deploys()
+        designs = [
+            Design(cut, training, deploy)
+            for cut in self._best_cuts()
+            for training in self.space.trainings
+            for deploy in deploys
+        ]
+        return [design for design in designs if design not in tried]
+
+    def _offspring(self) -> list[Cut]:
+        """New structures near the best ones: switched, crossed, and the knapsack's at prices between them."""
+        parents = [cut.levels for cut in self._best_cuts()]
+        known, found = {cut.levels for cut in self._divergences}, {}
+        for _ in range(20 * self.screens):
+            kind = self._rng.integers(3)
+            one, other = (parents[int(at)] for at in self._rng.integers(len(parents), size=2))
+            if kind == 0:
+                levels = self._sites.switched(self._rng, one, int(self._rng.integers(1, 4)))
+            elif kind == 1:
+                levels = self._sites.crossed(self._rng, one, other)
+            else:
+                low, high = sorted((self._sites.price(one), self._sites.price(other)))
+                levels = self._sites.knapsack(float(self._rng.uniform(low, high)) if high > low else low)
+            if levels not in known:
+                found[levels] = self._sites.mass(levels) / max(
+                    1e-9, self._sites.mass(self._sites.knapsack(self._sites.price(levels)))
+                )
+        order = sorted(found, key=lambda levels: (found[levels], levels))
+        if not self._mass_ranks():
+            order = [order[int(at)] for at in self._rng.permutation(len(order))]
+        return [Cut(levels) for levels in order[: self.screens]]
+
+    # --- what is known, and what is expected ---
+
+    @cached_property
+    def _prediction(self) -> Prediction:
+        assert self.known.survey is not None
+        assert self.known.profile is not None
+        return Prediction.of(self.known.survey, self.known.profile)
+
+    @cached_property
+    def _first_deploy(self) -> str:
+        """The one that is fastest, whose times are the prices of structures."""
+        whole = self.space.whole(self.known.shape)
+        heads, ffn = np.array([whole.heads]), np.array([whole.ffn])
+        chains = self.space.possible_deploys()
+        return min(chains, key=lambda name: float(self._prediction.latency(heads, ffn, chains[name])[0]))
+
+    @cached_property
+    def _sites(self) -> Sites:
+        chains = self.space.possible_deploys()
+        return Sites.of(self.known.shape, self.space, self._prediction, chains[self._first_deploy])
+
+    @property
+    def _screen(self) -> Screen:
+        """The sample grows as the search goes on: what is chosen by one sample is soon chosen for that sample."""
+        return Screen(judge=self.judge * (1 + self._sample // 3), sample=self._sample)
+
+    def _reachable(self) -> list[float]:
+        """The budgets, and those at which each way to deploy is as fast as the target asks."""
+        budgets, wanted = list(self.budgets), self.known.target.speed_up
+        if wanted is not None:
+            nothing, whole = ((0,) * len(self._sites.most), self._sites.most)
+            for deploy in self.space.possible_deploys():
+                fixed, all_ = (self._shape_of(levels, deploy)[0] for levels in (nothing, whole))
+                share = (0.95 / wanted - fixed) / max(all_ - fixed, 1e-12)  # a little faster, since predictions err
+                budgets += [share] if 0.02 < share < 1 else []
+        return sorted(budgets, reverse=True)
+
+    def _leading(self) -> list[str]:
+        """The two ways to deploy that together promise most, where a cut loses nothing."""
+        middle = self._sites.knapsack(0.4)
+        vectors = {
+            deploy: np.array(self._point(0.2, *self._shape_of(middle, deploy))) for deploy in self.space.possible_deploys()
+        }
+        chosen: list[str] = []
+        while len(chosen) < min(2, len(vectors)):
+            chosen.append(
+                max(
+                    (deploy for deploy in vectors if deploy not in chosen),
+                    key=lambda deploy: front.hypervolume(
+                        np.array([vectors[name] for name in [*chosen, deploy]]), self.known.objectives
+                    ),
+                )
+            )
+        return chosen
+
+    def _shape_of(self, levels: Levels, deploy: str) -> tuple[float, float]:
+        """Predicted latency in units of the base model's, and predicted bytes."""
+        structure, chain = self._sites.structure(levels), self.space.possible_deploys()[deploy]
+        heads, ffn = np.array([structure.heads]), np.array([structure.ffn])
+        return float(self._prediction.latency(heads, ffn, chain)[0]), float(self._prediction.bytes(heads, ffn, chain)[0])
+
+    def _parameters(self, levels: Levels) -> float:
+        """Encoder parameters of a structure."""
+        survey, structure, whole = self.known.survey, self._sites.structure(levels), self.space.whole(self.known.shape)
+        assert survey is not None
+        head, neuron = survey.parameters
+        return (
+            survey.encoder_parameters
+            - head * (sum(whole.heads) - sum(structure.heads))
+            - neuron * (sum(whole.ffn) - sum(structure.ffn))
+        )
+
+    def _point(self, loss: float, latency: float, size: float) -> list[float]:
+        """As `front.vector`, of figures that are expected."""
+        assert self.known.base is not None
+        values = {
+            "quality": loss,
+            "latency": math.log2(latency),
+            "bytes": math.log2(size / self.known.base.model_bytes),
+            "peak_bytes": math.log2(size / self.known.base.model_bytes),
+        }
+        return [values[name] for name in self.known.objectives]
+
+    def _vector(self, candidate: Candidate) -> np.ndarray:
+        assert candidate.measurement is not None
+        assert self.known.base is not None
+        return front.vector(candidate.measurement, self.known.base, self.known.objectives)
+
+    def _measured_candidates(self) -> list[Candidate]:
+        return [candidate for candidate in self._candidates.values() if candidate.measurement is not None]
+
+    def _losses(self) -> dict[Design, float]:
+        """Lost tenths of the quality of each design that was measured."""
+        assert self.known.base is not None
+        base, losses = quality_of(self.known.base), {}
+        for candidate in self._measured_candidates():
+            design = self._designs.get(_key(candidate.genome))
+            if design is not None and candidate.measurement is not None:
+                losses[design] = front.lost_quality(quality_of(candidate.measurement), base)
+        return losses
+
+    def _best_cuts(self) -> list[Cut]:
+        """Structures that no other one beats in time, parameters and divergence; before any is screened, the knapsack's."""
+        if not self.screens or not self._divergences:
+            return [Cut(levels) for levels in dict.fromkeys(map(self._sites.knapsack, self._reachable()))]
+        cuts = [Cut(self._sites.most), *self._divergences]
+        rows = np.array(
+            [[self._sites.price(cut.levels), self._parameters(cut.levels), self._divergences.get(cut, 0.0)] for cut in cuts]
+        )
+        return [cut for cut, best in zip(cuts, front.nondominated(rows), strict=True) if best]
+
+    def _loss_of_cut(self, cut: Cut) -> float:
+        """Expected lost tenths of the quality, untrained: by its divergence if it was screened, else by its removed scores."""
+        screened = cut in self._divergences
+        untrained = {
+            design.cut: loss for design, loss in sorted(self._losses().items(), reverse=True) if design.training == "none"
+        }
+        if screened:
+            pairs = [(self._divergences[other], loss) for other, loss in untrained.items() if other in self._divergences]
+            return _rising(pairs, self._divergences[cut])
+        return _rising(
+            [(self._sites.mass(other.levels), loss) for other, loss in untrained.items()], self._sites.mass(cut.levels)
+        )
+
+    def _expected(self, design: Design) -> np.ndarray:
+        """The vector of objectives that a design will have, as far as can be told."""
+        losses = self._losses()
+        alike = [loss for other, loss in losses.items() if other[:2] == design[:2]]
+        order = list(self.space.trainings)
+        if alike:
+            loss = float(np.mean(alike))
+        else:
+            less = [
+                (order.index(other.training), loss)
+                for other, loss in losses.items()
+                if other.cut == design.cut and order.index(other.training) < order.index(design.training)
+            ]
+            start, loss = max(less) if less else (0, self._loss_of_cut(design.cut))
+            for _ in range(order.index(design.training) - start):
+                loss = max(self._recovery() * loss, min(loss, UNSETTLED) if loss > UNSETTLED else UNSETTLED)
+        return np.array(self._point(loss, *self._shape_of(design.cut.levels, design.deploy)))
+
+    def _recovery(self) -> float:
+        """What part of a loss a training leaves: the median over structures that were measured before and after one."""
+        losses = self._losses()
+        order = list(self.space.trainings)
+        ratios = [
+            loss / losses[before]
+            for design, loss in losses.items()
+            if order.index(design.training) > 0
+            and (before := design._replace(training=order[order.index(design.training) - 1])) in losses
+            and losses[before] > UNSETTLED
+        ]
+        return float(np.clip(np.median([RECOVERED, *ratios]), 0.1, 1.0))
+
+    def _cost(self, training: str) -> float:
+        """Of measuring a design, in measurements: what is cut in a second is trained for minutes."""
+        epochs = sum(float(step.params.get("epochs", 1)) for step in self.space.trainings[training])
+        rows = self.known.survey.train_rows if self.known.survey else 0
+        return 1 + epochs * rows / ROWS
+
+    def _aim(self, vector: np.ndarray) -> float:
+        """How much more a gain counts near the targets."""
+        if not self.known.target.wanted:
+            return 1.0
+        assert self.known.base is not None
+        return 1 + AIMED * 2 ** -front.missed_by(vector, self.known.objectives, self.known.base, self.known.target)
+
+    def _mass_ranks(self) -> bool:
+        """Whether what is free ranks structures as screening does, among those of a similar price."""
+        cuts = [cut for cut in self._divergences if not cut.rescored]
+        return self._ranks(
+            "removed scores", "divergence", [(self._sites.mass(cut.levels), self._divergences[cut]) for cut in cuts]
+        )
+
+    def _ranks(self, one: str, other: str, pairs: Sequence[tuple[float, float]]) -> bool:
+        if len(pairs) < LEAST_PAIRS:
+            return True
+        correlation = float(spearmanr(*zip(*pairs, strict=True)).statistic)
+        ranks = correlation >= RANKS
+        left_out = "" if ranks else "; it does not rank, so structures are drawn without it"
+        self._notes.append(f"rank correlation of {one} and {other} over {len(pairs)} structures: {correlation:.2f}{left_out}")
+        return ranks
+
+    # --- genomes ---
+
+    def _steps(self, cut: Cut) -> tuple[Step, ...]:
+        steps = self.space.genome(self.known.shape, self._sites.structure(cut.levels)).steps
+        return tuple(
+            step.model_copy(update={"params": dict(sorted({**step.params, "rescore": True}.items()))}) if cut.rescored else step
+            for step in steps
+        )
+
+    @property
+    def _seen_by_cuts(self) -> Params:
+        """What the step `carve` says of its scores."""
+        return {name: self.space.carve[name] for name in ("criterion", "sentences") if name in self.space.carve}
+
+    def _genome(self, design: Design) -> Genome:
+        steps = (*self._steps(design.cut), *self.space.trainings[design.training])
+        return Genome(steps=steps, deploy=self.space.possible_deploys()[design.deploy])
+
+    def _parent(self, design: Design) -> str | None:
+        """The measured candidate that was trained less, whose weights this one goes on from."""
+        order = list(self.space.trainings)
+        less = {
+            order.index(other.training): candidate.id
+            for candidate in self._candidates.values()
+            if (other := self._designs.get(_key(candidate.genome))) is not None and other.cut == design.cut
+        }
+        return less[max(less)] if less else None
+
+
+def _key(genome: Genome) -> str:
+    return canonical(genome)
+
+
+def _rising(pairs: Sequence[tuple[float, float]], at: float) -> float:
+    """A rising function through (x, y) pairs and the origin, by isotonic regression, at one more point. Beyond the last pair it
+    goes on in a line through the origin."""
+    points = sorted([(0.0, 0.0), *pairs])
+    x, y = np.array(points).T
+    y = np.maximum(isotonic_regression(y).x, 0.0)
+    if at > x[-1]:
+        return float(y[-1] * at / x[-1]) if x[-1] > 0 else float(at)
+    return float(np.interp(at, x, y))
