@@ -315,18 +315,35 @@ class Screening(Record):
     structure: Structure  # of the model
 
 
-class BlockProfile(Record):
-    """Milliseconds of one batch in one precision, by its padded length. Tables rise from 0 units."""
+BlockMs = Annotated[float, Field(ge=0, le=1e12)]
 
-    deploy: tuple[Step, ...]
-    batch: Annotated[int, Field(ge=1)]  # rows
-    lengths: tuple[Annotated[int, Field(ge=1)], ...]  # rising
-    heads: tuple[Count, ...]  # rising, from 0
-    widths: tuple[Count, ...]  # rising, from 0
-    fixed_ms: tuple[float, ...]  # (lengths,) embeddings, pooler and head
-    layer_ms: tuple[float, ...]  # (lengths,) a layer with neither attention nor FFN
-    attention_ms: tuple[tuple[float, ...], ...]  # (lengths, heads) what so many heads add to a layer
-    ffn_ms: tuple[tuple[float, ...], ...]  # (lengths, widths) what so many neurons add to a layer
+
+class BlockProfile(Record):
+    """Milliseconds of one batch in one precision, by its rows and its padded length. More units are never cheaper."""
+
+    deploy: tuple[Step, ...]  # the steps that have an effect on time
+    rows: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)  # rising
+    lengths: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)  # rising
+    heads: tuple[Count, ...] = Field(min_length=2)  # rising, from 0
+    widths: tuple[Count, ...] = Field(min_length=2)  # rising, from 0
+    fixed_ms: tuple[tuple[BlockMs, ...], ...]  # (rows, lengths) embeddings, pooler and head
+    layer_ms: tuple[tuple[BlockMs, ...], ...]  # (rows, lengths) a layer with neither attention nor FFN
+    attention_ms: tuple[tuple[tuple[BlockMs, ...], ...], ...]  # (rows, lengths, heads) what so many heads add to a layer
+    ffn_ms: tuple[tuple[tuple[BlockMs, ...], ...], ...]  # (rows, lengths, widths) what so many neurons add to a layer
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "BlockProfile":
+        for name in ("rows", "lengths", "heads", "widths"):
+            axis = getattr(self, name)
+            if list(axis) != sorted(set(axis)) or (name in ("heads", "widths") and axis[0] != 0):
+                raise ValueError(f"{name}={list(axis)} must rise" + (" from 0" if name in ("heads", "widths") else ""))
+        for name, last in (("fixed_ms", None), ("layer_ms", None), ("attention_ms", self.heads), ("ffn_ms", self.widths)):
+            table = getattr(self, name)
+            cells = [cell for row in table for cell in row]
+            whole = len(table) == len(self.rows) and all(len(row) == len(self.lengths) for row in table)
+            if not whole or (last is not None and any(len(cell) != len(last) for cell in cells)):
+                raise ValueError(f"{name} needs a number for each of its rows, lengths and units")
+        return self
 
 
 class DeviceProfile(Record):
