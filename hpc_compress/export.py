@@ -67,7 +67,9 @@ def export(root: Path, target: Path, candidate: str | None = None, trust: bool =
         if run.result is None:
             raise ConfigError(f"{root} has not come to its end, so it has no best model yet; name one with --candidate")
         candidate = run.result.best
-    candidates = [task_id for task_id, seen in run.seen.items() if seen.split == "search" and not seen.repeats]
+    candidates = [
+        task_id for task_id, seen in run.seen.items() if seen.split == "search" and not seen.repeats and not seen.study
+    ]
     found = [task_id for task_id in candidates if task_id.startswith(candidate)]
     outcome = run.outcomes.get(found[0]) if len(found) == 1 else None
     if outcome is None or outcome.measurement is None:

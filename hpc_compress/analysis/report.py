@@ -11,7 +11,8 @@ import pandas as pd
 from pydantic import ValidationError
 
 from hpc_compress import door
-from hpc_compress.analysis.runs import Run, find_runs, open_runs
+from hpc_compress.analysis import found
+from hpc_compress.analysis.runs import Run, Seen, find_runs, open_runs
 from hpc_compress.config import ConfigError
 from hpc_compress.search.objective import Product, noise, speed_up, speed_up_spread
 from hpc_compress.store import write_atomically
@@ -37,12 +38,15 @@ REPORT_COLUMNS = {  # of a report, with their units
 def load_runs(paths: Path | str | Iterable[Path | str]) -> pd.DataFrame:
     """Every candidate of some runs, one row each, in the order of birth.
 
-    Columns: run, dataset, model, candidate, parent, generation, genome, steps, deploy, status (measured, or the kind of
-    failure), failure, alive, best, fitness (F within the last population; missing for an own objective), metric, quality,
-    search_<metric>, report_<metric>, latency_ms, base_latency_ms, report_latency_ms (of the first timing), speed_up (median of
-    all timings), speed_up_best (over the base model in 16 bits), timings (how many), speed_up_spread (largest minus smallest),
-    noise (how far the base model's speed-up over itself was from 1, for 9 of 10 pairs of passes), model_bytes, parameters,
-    encoder_parameters, peak_bytes, enqueue_share (part of a pass until the CPU has sent all work to the GPU), seconds, device.
+    Columns: run, dataset, model, candidate, parent, generation, genome, steps, deploy, status (measured, screened, or the kind
+    of failure), failure, fidelity (measured; or screened: its untrained model was only compared with the base model),
+    divergence (of its latest screening), alive, best, on_front (no other candidate of its run is at least as good in every
+    objective), fitness (F within the last population; missing for an own objective), metric, quality, search_<metric>,
+    report_<metric>, latency_ms, base_latency_ms, report_latency_ms (of the first timing), speed_up (median of all timings),
+    speed_up_best (over the base model in 16 bits), timings (how many), speed_up_spread (largest minus smallest), noise (how far
+    the base model's speed-up over itself was from 1, for 9 of 10 pairs of passes), model_bytes, parameters, encoder_parameters,
+    peak_bytes, enqueue_share (part of a pass until the CPU has sent all work to the GPU), seconds (of all of its tasks on the
+    search split), device.
 
     What is missing or damaged in a run is named in the log, and the rest is shown.
 
@@ -57,43 +61,58 @@ def _load(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def _candidates(run: Run) -> pd.DataFrame:
+    base, tasks = run.base, _tasks(run)
     born: dict[str, tuple[int, str | None]] = {}  # generation and parent
-    if any(seen.is_base and seen.split == "search" for seen in run.seen.values()):
+    if base is not None:
         born[run.base_id] = (0, None)
     for generation in run.generations:
         for task_id, parent in zip(generation.born_ids, generation.parents, strict=True):
-            born.setdefault(task_id, (generation.number, parent))
+            born.setdefault(run.candidate_of(task_id), (generation.number, parent))
     population = run.generations[-1].population if run.generations else tuple(born)
-    alive, fitness = set(population), _fitness(run, population)
-    base = next((seen.measurement for seen in run.seen.values() if seen.is_base and seen.split == "search"), None)
+    alive, fitness, front = set(population), _fitness(run, population), set(found.front_of(run))
     rows = []
-    for task_id, (number, parent) in born.items():
-        seen = run.seen.get(task_id)
-        if seen is None:
+    for candidate, (number, parent) in born.items():
+        about = tasks.get(candidate, [])
+        screens = [seen for seen in about if seen.divergence is not None]
+        first = [seen for seen in about if seen.repeats is None]
+        if not first:
             continue
+        seen = run.seen.get(candidate) or first[-1]
         rows.append(
             {
                 "run": run.root.name,
                 "dataset": run.plan.dataset.name,
                 "model": run.plan.base.name,
-                "candidate": task_id,
+                "candidate": candidate,
                 "parent": parent,
                 "generation": number,
                 "genome": seen.genome,
                 "steps": seen.steps,
                 "deploy": seen.deploy,
-                "status": seen.failure.kind if seen.failure else "measured",
+                "status": seen.failure.kind if seen.failure else ("measured" if seen.measurement else "screened"),
                 "failure": seen.failure.message if seen.failure else None,
-                "alive": task_id in alive,
-                "best": task_id == run.best,
-                "fitness": fitness.get(task_id, math.nan),
+                "fidelity": "measured" if seen.measurement else ("screened" if screens else None),
+                "divergence": screens[-1].divergence if screens else math.nan,
+                "alive": candidate in alive,
+                "best": candidate == run.best,
+                "on_front": candidate in front,
+                "fitness": fitness.get(candidate, math.nan),
                 "noise": noise(base) if base else math.nan,
-                "seconds": seen.seconds,
+                "seconds": sum(seen.seconds for seen in about),
                 **_figures(seen.measurement, "search"),
                 **_report_figures(run, seen.report_id),
             }
         )
     return pd.DataFrame(rows)
+
+
+def _tasks(run: Run) -> dict[str, list[Seen]]:
+    """By candidate, what became of its tasks on the search split, in the order in which selections looked at them."""
+    tasks: dict[str, list[Seen]] = {}
+    for task_id in dict.fromkeys((*(id for id in run.told if id in run.seen), *run.seen)):
+        if run.seen[task_id].split == "search":
+            tasks.setdefault(run.candidate_of(task_id), []).append(run.seen[task_id])
+    return tasks
 
 
 def _fitness(run: Run, population: Sequence[str]) -> dict[str, float]:

@@ -7,14 +7,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
+
+from pydantic import Field
 
 from hpc_compress import door, identity
 from hpc_compress.config import ConfigError
 from hpc_compress.records import Ends, Generation, Heartbeat, Plan, Result, Submission
 from hpc_compress.search.objective import with_timing
 from hpc_compress.store import write_atomically
-from hpc_compress.types import Failure, Genome, Measurement, Outcome, Record, Split
+from hpc_compress.types import Failure, Genome, Measurement, Outcome, Record, Score, Screening, Split
 
 R = TypeVar("R", bound=Record)
 SEEN = "seen.json"
@@ -33,9 +35,13 @@ class Seen(Record):
     genome: str
     steps: int
     deploy: str
-    is_base: bool  # the base model
+    is_base: bool  # a measurement of the base model, and no study of it
     report_id: str  # of the task that measures the same genome on the report split
     repeats: str | None = None  # the task whose model this one timed again
+    # What earlier versions did not know is left out of the JSON where it is missing.
+    study: Literal["survey", "screen", "profile"] | None = Field(default=None, exclude_if=lambda study: study is None)
+    candidate: str | None = Field(default=None, exclude_if=lambda id: id is None)  # of a study: the task without it
+    divergence: Score | None = Field(default=None, exclude_if=lambda number: number is None)  # of a screen
     measurement: Measurement | None
     failure: Failure | None  # without its traceback
     seconds: float
@@ -52,9 +58,12 @@ class Seen(Record):
             genome=str(task.genome),
             steps=len(task.genome.steps),
             deploy=deploy or "fp32",
-            is_base=task.genome == Genome(),
-            report_id=identity.task_id(task.model_copy(update={"split": "report"})),
+            is_base=task.genome == Genome() and task.study is None,
+            report_id=identity.task_id(task.model_copy(update={"split": "report", "study": None})),
             repeats=identity.task_id(task.model_copy(update={"repeat": 0})) if task.repeat else None,
+            study=task.study and task.study.kind,
+            candidate=identity.task_id(task.model_copy(update={"study": None})) if task.study else None,
+            divergence=outcome.finding.divergence if isinstance(outcome.finding, Screening) else None,
             measurement=outcome.measurement,
             failure=failure,
             seconds=sum(outcome.seconds.values()),
@@ -123,6 +132,25 @@ class Run:
                 return task_id
         raise ConfigError(f"{self.root} has no measurement of the base model yet; start its search again")
 
+    @property
+    def base(self) -> Measurement | None:
+        """The base model's measurement on the search split; None where there is none."""
+        return next((seen.measurement for seen in self.seen.values() if seen.is_base and seen.split == "search"), None)
+
+    @property
+    def told(self) -> dict[str, int]:
+        """Tasks of candidates that a selection has looked at, in this order, and the generation in which it did."""
+        told: dict[str, int] = {}
+        for generation in self.generations:
+            for task_id in generation.told:
+                told.setdefault(task_id, generation.number)
+        return told
+
+    def candidate_of(self, task_id: str) -> str:
+        """The id of the candidate that a task is about: that of the task that measures it."""
+        seen = self.seen.get(task_id)
+        return (seen and (seen.candidate or seen.repeats)) or task_id
+
     def report_of(self, candidate: str) -> Outcome | None:
         """The outcome of the same genome on the report split."""
         return self.outcomes.get(self.seen[candidate].report_id)
@@ -162,7 +190,7 @@ class Reader:
         for task_id in (*timed, *(result.timed if result else ())):
             _join(seen, task_id)
         judged = (task_id for generation in generations for task_id in generation.told)
-        known = [*(result.reported if result else ()), *judged]
+        known = [*((*result.reported, *result.front) if result else ()), *judged]
         if gone := list(dict.fromkeys(task_id for task_id in known if task_id not in settled)):
             damage.append(f"{len(gone)} candidates have no usable outcome, such as tasks/{gone[0]}/outcome.json")
         return Run(

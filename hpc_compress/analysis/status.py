@@ -31,6 +31,9 @@ def status_of(run: Run) -> str:
     failures = Counter(describe(seen.failure)[:100] for seen in run.seen.values() if seen.failure)
     lines.append(("tasks", f"{run.settled} of {run.tasks} settled, {failures.total()} failed"))
     lines += [("", f"{number} x {reason}") for reason, number in failures.most_common(5)]
+    if screened := {run.candidate_of(task_id) for task_id, seen in run.seen.items() if seen.divergence is not None}:
+        measured = {task_id for task_id, seen in run.seen.items() if seen.measurement and seen.split == "search"}
+        lines.append(("candidates", f"{len(screened)} screened, {len(screened & measured)} of them measured"))
     best = run.seen.get(run.best) if run.best else None
     if best and best.measurement:
         lines.append(("best so far", f"{best.genome}: {figures(best.measurement)}"))
@@ -52,8 +55,11 @@ def gpu_hours(run: Run) -> float:
             seconds += end.seconds * ends.gpus
             if 0 <= index < len(submission.packs):
                 counted |= {task_id for bundle in submission.packs[index] for task_id in bundle}
+    base = run.base
     for task_id, seen in run.seen.items():
-        if seen.measurement and seen.measurement.device_type == "cuda" and task_id not in counted:
+        # A study does not say where it ran. All tasks of a run are for one kind of device.
+        measurement = base if seen.study else seen.measurement
+        if measurement and measurement.device_type == "cuda" and task_id not in counted:
             seconds += seen.seconds
     return seconds / 3600
 

@@ -1,0 +1,46 @@
+"""A strategy that screens before it measures, for tests of readers; its worker is `light.run`. Imports no torch."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from hpc_compress.search.space import Shape
+from hpc_compress.types import Candidate, Genome, Measurement, Proposal, Screen, Step, Survey
+
+SETTINGS = ("strategy._target_=screens.Screens", "probe=false", "generations=4")
+
+
+class Screens:
+    """Odd generations screen new genomes; even ones measure those with the smallest divergence.
+
+    The first of each generation has been screened before, with another sample.
+    """
+
+    def __init__(self, shape: Shape, score: Callable[[Measurement], float], population: int = 4, **ignored: Any) -> None:
+        self.score, self.population, self.number = score, population, 0
+        self.screened: dict[str, Candidate] = {}
+        self.steps = (Step(operator="fine_tune"),)
+        self.deploys = ()
+        self.studies = (Survey(),)
+        self.elites = 1
+
+    def ask(self, rng: np.random.Generator, population: Sequence[Candidate]) -> list[Proposal]:
+        self.number += 1
+        parent = population[0].id
+        ranked = sorted(self.screened.values(), key=lambda candidate: candidate.screening.divergence)
+        if self.number % 2 == 0:
+            return [Proposal(genome=candidate.genome, parent=parent) for candidate in ranked[: self.population // 2]]
+        epochs = [int(number) for number in rng.integers(1, 10**6, self.population)]
+        genomes = [Genome(steps=(Step(operator="fine_tune", params={"epochs": number}),)) for number in epochs]
+        again = [Proposal(genome=ranked[-1].genome, parent=parent, screen=Screen(sample=self.number))] if ranked else []
+        return [*again, *(Proposal(genome=genome, parent=parent, screen=Screen()) for genome in genomes)]
+
+    def tell(self, population: Sequence[Candidate], candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+        self.screened |= {candidate.id: candidate for candidate in candidates if candidate.screening}
+        for candidate in candidates:
+            if candidate.measurement:
+                self.screened.pop(candidate.id, None)
+        rivals = {candidate.id: candidate for candidate in (*population, *candidates) if candidate.measurement}
+        ranked = sorted(rivals.values(), key=lambda candidate: (self.score(candidate.measurement), candidate.id), reverse=True)
+        return tuple(ranked[: self.population])

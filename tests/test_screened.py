@@ -1,0 +1,120 @@
+"""Runs whose candidates are screened before they are measured, as readers see them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import screens
+from searches import Setup
+
+import hpc_compress
+from hpc_compress import analysis, export
+from hpc_compress.analysis import found, runs
+from hpc_compress.config import ConfigError
+from hpc_compress.launch.local import Debug
+from hpc_compress.store import Store
+
+
+@pytest.fixture(scope="module")
+def finished(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("screened")
+    setup.run(root, *screens.SETTINGS, launcher=Debug(worker="light.run"))
+    return root
+
+
+@pytest.fixture
+def root(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_a_genome_that_was_screened_and_then_measured_is_one_row(finished: Path):
+    run, table = analysis.open_run(finished), hpc_compress.load_runs(finished)
+    born = {run.candidate_of(task_id) for generation in run.generations for task_id in generation.born_ids}
+    assert sorted(table["candidate"]) == sorted({run.base_id, *born})
+    assert table["candidate"].is_unique
+    assert table["fidelity"].value_counts().to_dict() == {"measured": 5, "screened": 4}
+    assert (table["status"] == table["fidelity"]).all()
+    both = table[(table["fidelity"] == "measured") & (table["generation"] > 0)]
+    assert both["divergence"].notna().all()
+    assert set(both["generation"]) <= {1, 3}  # in which they were born
+    assert table.loc[table["generation"] == 0, "divergence"].isna().all()
+    assert table.loc[table["fidelity"] == "screened", "quality"].isna().all()
+
+
+def test_the_latest_screening_counts(finished: Path):
+    run, table = analysis.open_run(finished), hpc_compress.load_runs(finished).set_index("candidate")
+    screened = [run.candidate_of(task_id) for task_id in run.told if run.seen[task_id].study == "screen"]
+    [twice] = {candidate for candidate in screened if screened.count(candidate) == 2}
+    third = next(run.seen[id] for id in run.generations[2].told if run.candidate_of(id) == twice)
+    assert table.loc[twice, "divergence"] == third.divergence
+
+
+def test_seconds_are_those_of_all_tasks_on_the_search_split(finished: Path):
+    run, table = analysis.open_run(finished), hpc_compress.load_runs(finished)
+    searched = [seen for seen in run.seen.values() if seen.split == "search"]
+    assert table["seconds"].sum() == sum(seen.seconds for seen in searched) == len(searched)
+    assert table["seconds"].iloc[0] == 2  # the base model's measurement and its survey
+
+
+def test_readers_find_the_front_that_the_search_found(finished: Path):
+    run, table = analysis.open_run(finished), hpc_compress.load_runs(finished)
+    assert found.front_of(run) == list(run.result.front)
+    assert set(table.loc[table["on_front"], "candidate"]) == set(run.result.front)
+
+
+def test_a_study_of_the_base_model_is_not_its_measurement(root: Path):
+    run = analysis.open_run(root)
+    surveys = [task_id for task_id, seen in run.seen.items() if seen.study == "survey"]
+    assert len(surveys) == 1
+    assert run.candidate_of(surveys[0]) == run.base_id != surveys[0]
+    assert run.seen[run.base_id].measurement is not None
+    (root / "tasks" / run.base_id / "outcome.json").unlink()
+    assert analysis.open_run(root).base is None
+    assert (hpc_compress.load_runs(root)["generation"] > 0).all()
+
+
+def test_the_status_counts_those_that_are_only_screened(root: Path):
+    run = analysis.open_run(root)
+    assert "candidates  8 screened, 4 of them measured" in analysis.status_of(run)
+    screen = next(id for id in run.generations[0].told if run.candidate_of(id) not in run.seen)
+    (root / "tasks" / screen / "outcome.json").write_text("{")
+    assert f"tasks/{screen}/outcome.json is cut short" in analysis.status(root)
+    assert len(hpc_compress.load_runs(root)) == 8
+
+
+def test_gpu_hours_include_studies(root: Path):
+    for path in root.glob("tasks/*/outcome.json"):
+        path.write_text(path.read_text().replace('"cpu"', '"cuda"'))
+    run = analysis.open_run(root)
+    assert analysis.gpu_hours(run) == pytest.approx(len(run.seen) / 3600)
+
+
+def test_an_id_names_a_candidate_and_never_its_screening(finished: Path, tmp_path: Path):
+    run = analysis.open_run(finished)
+    for task_id in run.generations[0].told:
+        with pytest.raises(ConfigError, match="names 0 measured candidates"):
+            export.export(finished, tmp_path / "model", task_id)
+
+
+def test_what_an_earlier_version_kept_of_outcomes_is_read(root: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runs, "SEEN_FROM", 1)
+    whole = hpc_compress.load_runs(root)
+    assert (root / "seen.json").exists()
+    assert hpc_compress.load_runs(root).equals(whole)
+    kept = json.loads((root / "seen.json").read_text())["seen"]
+    measured = {task_id: seen for task_id, seen in kept.items() if seen["measurement"]}
+    assert not {"study", "candidate", "divergence"} & {key for seen in measured.values() for key in seen}
+    (root / "seen.json").write_text(json.dumps({"seen": measured}))  # all that it could read
+    assert hpc_compress.load_runs(root).equals(whole)
+
+
+def test_a_run_of_screens_alone_is_shown(root: Path, finished: Path):
+    Store(root).delete("result.json")
+    for number in (2, 3, 4):
+        Store(root).delete(f"generations/{number:04d}.json")
+    for task_id in analysis.open_run(finished).generations[1].told:
+        Store(root).delete(f"tasks/{task_id}/outcome.json")
+    table = hpc_compress.load_runs(root)
+    assert table["fidelity"].tolist() == ["measured", *["screened"] * 4]
+    assert "best so far" in analysis.status(root)
