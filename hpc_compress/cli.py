@@ -344,8 +344,12 @@ def _answer(root: Path, analysis: Any, export: Any) -> None:
     table = analysis.write_report([root], root)
     best = _short(export.export(root, root / "best", trust=True))
     dataset = analysis.open_run(root).plan.dataset
+    targets = analysis.on_targets([root])
     print(f"\n{analysis.as_text(table)}")
-    print(f"\nbest model: {best}\n\n{problem(dataset.problem).example(best, dataset)}")
+    for line in targets:
+        print(f"\n{line}")
+    what = "model for the targets" if targets else "best model"
+    print(f"\n{what}: {best}\n\n{problem(dataset.problem).example(best, dataset)}")
     print(f"\nall candidates: {_short(root)}/candidates.csv, as a picture: {_short(root)}/candidates.png")
     print("next: hpc-compress search generations=... goes on with this run; README.md shows how to use your own model and data")
 
@@ -460,8 +464,9 @@ def _require_own_run(root: Path) -> None:
 def _report(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         "hpc-compress report",
-        description="Show the base model and the fittest candidates, measured on the report split. Writes report.md, "
-        "report.csv, candidates.csv (one row a candidate) and candidates.png.",
+        description="Show the base model and the fittest candidates, measured on the report split, and the model that comes "
+        "nearest to the targets. Writes report.md and report.csv, which hold the front too, candidates.csv (one row a "
+        "candidate) and candidates.png.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders with runs below them")
     parser.add_argument("--out", type=Path, help="folder for the files; default: the run's own, or results/ for several runs")
@@ -471,6 +476,8 @@ def _report(arguments: list[str]) -> None:
     roots = analysis.find_runs(options.runs)
     out = options.out or (roots[0] if len(roots) == 1 else Path("results"))
     print(analysis.as_text(analysis.write_report(roots, out)))
+    for line in analysis.on_targets(roots):
+        print(f"\n{line}")
     print(f"\nwritten to {_short(out)}: report.md, report.csv, candidates.csv, candidates.png")
 
 
@@ -482,7 +489,9 @@ def _export(arguments: list[str]) -> None:
     parser.add_argument("run", type=Path, help="run folder, such as results/demo")
     parser.add_argument("folder", type=Path, help="target folder: a new one, or an earlier export")
     parser.add_argument(
-        "--candidate", help="id from candidates.csv, or its first digits; default: the best candidate of the run"
+        "--candidate",
+        help="id from candidates.csv, or its first digits; default: the candidate that comes nearest to the targets, "
+        "if the run has targets, and the fittest one otherwise",
     )
     parser.add_argument(
         "--trust",

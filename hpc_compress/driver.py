@@ -450,7 +450,7 @@ class _Search:
     def _bury(self, alive: Iterable[Candidate], base: Candidate) -> None:
         """Delete the artifacts of the dead, but for those that late children start from."""
         parents = {proposal.parent for proposal in self.late.values()}
-        kept = {candidate.id: candidate.genome for candidate in (*alive, base)}
+        kept = {candidate.id: candidate.genome for candidate in (*alive, base, *self._nearest(base))}
         kept |= {parent: self.candidates[parent].genome for parent in parents if parent in self.candidates}
         kept |= {task_id: proposal.genome for task_id, proposal in self.late.items()}
         kept |= {candidate_id: self.candidates[candidate_id].genome for candidate_id in self.timing.values()}
@@ -478,9 +478,9 @@ class _Search:
         self, population: Sequence[Candidate], base: Candidate, generations: int, stopped: str, timed: tuple[str, ...]
     ) -> Result:
         """Measure the fittest and the base model on the report split, which the search never saw."""
-        reported = population[: self.config.report_candidates]
-        if self.config.report_front:
-            reported = tuple({candidate.id: candidate for candidate in (*reported, *self._front(base))}.values())
+        more = self._front(base) if self.config.report_front else []
+        everyone = (*population[: self.config.report_candidates], *self._nearest(base), *more)
+        reported = tuple({candidate.id: candidate for candidate in everyone}.values())
         tasks = [self._task(candidate.genome, "report") for candidate in {c.id: c for c in (base, *reported)}.values()]
         self.dispatch.settle(tasks, "report", again=True)
         return Result(
@@ -497,6 +497,11 @@ class _Search:
         """Of all candidates, those that no other one beats in every objective."""
         measured = [candidate for candidate in self.candidates.values() if candidate.measurement]
         return front.of(measured, base.measurement, self.config.objectives)  # type: ignore[arg-type]
+
+    def _nearest(self, base: Candidate) -> list[Candidate]:
+        """The one that comes nearest to the targets, if there are any."""
+        measured, target = [candidate for candidate in self.candidates.values() if candidate.measurement], self.config.target
+        return [front.nearest(measured, base.measurement, target)] if target.wanted else []  # type: ignore[arg-type]
 
     def _task(self, genome: Genome, split: Split = "search", study: Study | None = None) -> Task:
         return Task(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_compress import door, identity
-from hpc_compress.analysis import runs
+from hpc_compress.analysis import found, runs
 from hpc_compress.config import ConfigError
 from hpc_compress.deployment.schemes import SCHEMES
 from hpc_compress.door import DamageError
@@ -54,8 +54,9 @@ log = logging.getLogger(__name__)
 
 
 def export(root: Path, target: Path, candidate: str | None = None, trust: bool = False) -> Path:
-    """Export a candidate of a finished run, by default the best one. The run folder is taken as a stranger's.
+    """Export a candidate of a finished run, by default the one nearest to the targets if the run has any, else the fittest.
 
+    The run folder is taken as a stranger's.
     trust: use what the run names that is no part of this program (operators, criteria, the file of a corpus), and ship the
     files that such operators wrote.
 
@@ -66,18 +67,21 @@ def export(root: Path, target: Path, candidate: str | None = None, trust: bool =
     if candidate is None:
         if run.result is None:
             raise ConfigError(f"{root} has not come to its end, so it has no best model yet; name one with --candidate")
-        candidate = run.result.best
+        nearest = found.nearest(run)
+        if nearest is not None and not nearest.within:
+            log.warning("%s", door.one_line(nearest.text))
+        candidate = nearest.candidate if nearest else run.result.best
     candidates = [
         task_id for task_id, seen in run.seen.items() if seen.split == "search" and not seen.repeats and not seen.study
     ]
-    found = [task_id for task_id in candidates if task_id.startswith(candidate)]
-    outcome = run.outcomes.get(found[0]) if len(found) == 1 else None
+    named = [task_id for task_id in candidates if task_id.startswith(candidate)]
+    outcome = run.outcomes.get(named[0]) if len(named) == 1 else None
     if outcome is None or outcome.measurement is None:
         damaged = [line for line in run.damage if line.startswith(f"tasks/{candidate}")]
-        if damaged and not found:
+        if damaged and not named:
             raise DamageError(f"{run.root}/{damaged[0]}; name another candidate with --candidate")
         raise ConfigError(
-            f"--candidate {candidate!r} names {len(found)} measured candidates of {root}; "
+            f"--candidate {candidate!r} names {len(named)} measured candidates of {root}; "
             "see the column `candidate` of candidates.csv"
         )
     place = Path(os.path.abspath(target))
@@ -101,7 +105,7 @@ def export(root: Path, target: Path, candidate: str | None = None, trust: bool =
             safe = _without(door.json_object(draft / "tokenizer_config.json"))
             (draft / "tokenizer_config.json").write_text(json.dumps(safe, indent=2) + "\n", encoding="utf-8")
         shutil.copyfile(_code(), draft / CODE)
-        (draft / "README.md").write_text(card(run, found[0], target), encoding="utf-8")
+        (draft / "README.md").write_text(card(run, named[0], target), encoding="utf-8")
         _swap(draft, place)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

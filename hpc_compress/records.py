@@ -105,7 +105,7 @@ class Result(Record):
 
     best: str  # candidate id
     base: str
-    reported: tuple[str, ...]  # candidate ids measured on the report split, fittest first
+    reported: tuple[str, ...]  # candidate ids measured on the report split: the fittest first, then others that were wanted
     timed: tuple[str, ...] = ()  # tasks that timed the fittest candidates again after the last generation
     front: tuple[str, ...] = ()  # candidate ids that no other one beats in every objective; none in runs of earlier versions
     generations: int

@@ -11,6 +11,11 @@ from hpc_compress.types import Candidate, Genome, Measurement, Proposal, Screen,
 SETTINGS = ("strategy._target_=screens.Screens", "probe=false", "generations=4")
 
 
+def largest(measurement: Measurement, whole: Measurement, /, **ignored: Any) -> float:
+    """An objective by which the base model survives."""
+    return measurement.model_bytes
+
+
 class Screens:
     """Odd generations screen new genomes; even ones measure those with the smallest divergence.
 

@@ -4,12 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import screens
 from searches import Setup
 
 import hpc_compress
-from hpc_compress import analysis, export
+from hpc_compress import analysis, export, identity
 from hpc_compress.analysis import found, runs
 from hpc_compress.config import ConfigError
 from hpc_compress.launch.local import Debug
@@ -77,7 +78,9 @@ def test_a_study_of_the_base_model_is_not_its_measurement(root: Path):
 def test_the_status_counts_those_that_are_only_screened(root: Path):
     run = analysis.open_run(root)
     assert "candidates  8 screened, 4 of them measured" in analysis.status_of(run)
-    screen = next(id for id in run.generations[0].told if run.candidate_of(id) not in run.seen)
+    screened = [run.candidate_of(id) for id in run.told if run.seen[id].study]
+    once = [id for id in run.told if run.candidate_of(id) not in run.seen and screened.count(run.candidate_of(id)) == 1]
+    screen = once[0]
     (root / "tasks" / screen / "outcome.json").write_text("{")
     assert f"tasks/{screen}/outcome.json is cut short" in analysis.status(root)
     assert len(hpc_compress.load_runs(root)) == 8
@@ -118,3 +121,82 @@ def test_a_run_of_screens_alone_is_shown(root: Path, finished: Path):
     table = hpc_compress.load_runs(root)
     assert table["fidelity"].tolist() == ["measured", *["screened"] * 4]
     assert "best so far" in analysis.status(root)
+
+
+# --- results of a front ---
+
+
+def targets(setup: Setup, root: Path, *limits: str) -> Path:
+    setup.run(root, *screens.SETTINGS, *limits, launcher=Debug(worker="light.run"))
+    return root
+
+
+def test_the_report_has_a_table_of_the_front(finished: Path, tmp_path: Path):
+    table, run = analysis.write_report([finished], tmp_path), analysis.open_run(finished)
+    text = (tmp_path / "report.md").read_text()
+    rows = text.partition("## Front")[2].splitlines()
+    assert [id for id in run.result.front if any(id in row for row in rows)] == list(run.result.front)
+    written = pd.read_csv(tmp_path / "report.csv")
+    front = written[written["method"] == "front"]
+    assert front["candidate"].tolist() == list(run.result.front)
+    assert set(front["split"]) == {"search"}
+    reported = set(table["candidate"])
+    assert front["report_quality"].notna().tolist() == [id in reported for id in run.result.front]
+    assert written[written["split"] == "report"]["candidate"].tolist() == table["candidate"].tolist()
+
+
+def test_the_whole_front_is_reported_where_that_is_wanted(setup: Setup, tmp_path: Path):
+    root = targets(setup, tmp_path / "run", "report_front=true", "report_candidates=1")
+    table, run = analysis.report([root]), analysis.open_run(root)
+    assert set(table["candidate"]) == {run.base_id, run.result.best, *run.result.front}
+    methods = table.set_index("candidate")["method"]
+    assert methods[run.result.best] == "best"
+    assert set(methods) <= {"base model", "best", "front"}
+
+
+def test_a_model_within_the_targets_is_named_reported_and_exported(setup: Setup, tmp_path: Path):
+    root = targets(setup, tmp_path / "run", "target.speed_up=1.0", "target.megabytes=0.9")
+    run, nearest = analysis.open_run(root), found.nearest(analysis.open_run(root))
+    assert nearest.within
+    measured = hpc_compress.load_runs(root).query("speed_up >= 1 and model_bytes <= 900_000")
+    assert nearest.candidate == measured.loc[measured["quality"].idxmax(), "candidate"]
+    assert nearest.candidate in run.result.reported
+    [line] = analysis.on_targets([root])
+    assert line.startswith(f"within the targets (at least 1x speed, at most 0.9 MB): candidate {nearest.candidate}: accuracy")
+    assert "on the report split" in line
+    analysis.write_report([root], tmp_path)
+    assert line[1:] in (tmp_path / "report.md").read_text()
+
+
+def test_targets_that_no_model_keeps_to_are_said_to_be_missed(setup: Setup, tmp_path: Path):
+    root = targets(setup, tmp_path / "run", "target.quality=0.01", "target.speed_up=50", "target.megabytes=0.001")
+    nearest = found.nearest(analysis.open_run(root))
+    assert not nearest.within
+    [line] = analysis.on_targets([root])
+    assert line.startswith(
+        "no model keeps to all targets (at least 1 % of the base model's quality, at least 50x speed, at most"
+    )
+    assert line.count("misses by") == 2
+
+
+def test_a_run_without_targets_says_nothing_of_them(finished: Path):
+    assert analysis.on_targets([finished]) == []
+    assert found.nearest(analysis.open_run(finished)) is None
+
+
+def test_the_model_for_the_targets_keeps_its_files(setup: Setup, tmp_path: Path):
+    """It may not be among the survivors."""
+    root = tmp_path / "run"
+    setup.run(root, "target.megabytes=0.001", "strategy.survivors=1", "objective._target_=screens.largest")
+    run, nearest = analysis.open_run(root), found.nearest(analysis.open_run(root))
+    assert run.generations[-1].population == (run.base_id,)
+    assert nearest.candidate != run.base_id
+    task = run.outcomes[nearest.candidate].task
+    assert Store(root).artifact(identity.deployed_key(task)) is not None
+    target = export.export(root, tmp_path / "model")
+    assert f"candidate `{nearest.candidate}`" in (target / "README.md").read_text()
+
+
+def test_the_picture_shows_both_projections(finished: Path, tmp_path: Path):
+    analysis.plot(hpc_compress.load_runs(finished), tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 20_000

@@ -1,6 +1,6 @@
 """From run folders to tables, plots and a status. Reads files only: imports no torch, and neither driver nor launchers."""
 
-from hpc_compress.analysis.report import as_text, load_runs, plot, report, write_report
+from hpc_compress.analysis.report import as_text, load_runs, on_targets, plot, report, write_report
 from hpc_compress.analysis.runs import Reader, Run, find_runs, open_run
 from hpc_compress.analysis.status import gpu_hours, status, status_of
 
@@ -11,6 +11,7 @@ __all__ = [
     "find_runs",
     "gpu_hours",
     "load_runs",
+    "on_targets",
     "open_run",
     "plot",
     "report",

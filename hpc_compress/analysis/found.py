@@ -1,9 +1,13 @@
 """What a run has found: its front, and the model that comes nearest to its targets. Recomputed whenever it is asked for."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from hpc_compress.analysis.runs import Run
+from hpc_compress.config import Target
 from hpc_compress.search import front
+from hpc_compress.search.objective import quality_of, speed_up
 from hpc_compress.types import Candidate, Genome, Measurement
 
 
@@ -34,3 +38,73 @@ def front_of(run: Run) -> list[str]:
     """Ids of the candidates that no other one beats in every objective, the best quality first."""
     candidates, base = measured(run), run.base
     return [candidate.id for candidate in front.of(candidates, base, run.plan.config.objectives)] if base else []
+
+
+# --- targets ---
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The model that comes nearest to a run's targets."""
+
+    candidate: str
+    within: bool  # it keeps to all of them
+    text: str  # says which model it is, and by how much it misses each target
+
+
+def nearest(run: Run) -> Nearest | None:
+    """By its measurement on the search split; None for a run without targets, or with no measured model."""
+    target, base, candidates = run.plan.config.target, run.base, measured(run)
+    if not (target.wanted and base and candidates):
+        return None
+    try:
+        best = front.nearest(candidates, base, target)
+        assert best.measurement is not None
+        within = front.missed(best.measurement, base, target) == 0
+    except (ValueError, OverflowError):
+        return None  # targets that no search of ours has
+    named = f"candidate {best.id}: {', '.join(_figures(best.measurement, base, target))}{_reported(run, best.id)}"
+    wanted = f"({', '.join(_limits(target))})"
+    text = (
+        f"within the targets {wanted}: {named}" if within else f"no model keeps to all targets {wanted}; the nearest is {named}"
+    )
+    return Nearest(best.id, within, text)
+
+
+def _limits(target: Target) -> list[str]:
+    limits = []
+    if target.quality is not None:
+        limits.append(f"at least {100 * target.quality:g} % of the base model's quality")
+    if target.speed_up is not None:
+        limits.append(f"at least {target.speed_up:g}x speed")
+    if target.megabytes is not None:
+        limits.append(f"at most {target.megabytes:g} MB")
+    return limits
+
+
+def _figures(measurement: Measurement, base: Measurement, target: Target) -> list[str]:
+    share, speed, megabytes = _kept(measurement, base), speed_up(measurement), measurement.model_bytes / 1e6
+    name = next(iter(measurement.metrics))
+    quality = f"{name} {quality_of(measurement):.3f} on the search split, {100 * share:.2f} % of the base model's"
+    short = 0.0 if target.quality is None else 100 * (target.quality - share)
+    slow = 0.0 if target.speed_up is None else target.speed_up - speed
+    large = 0.0 if target.megabytes is None else megabytes - target.megabytes
+    return [
+        quality + (f" (misses by {short:.2g} %)" if short > 0 else ""),
+        f"{speed:.2f}x speed" + (f" (misses by {slow:.2g}x)" if slow > 0 else ""),
+        f"{megabytes:.1f} MB" + (f" (misses by {large:.2g} MB)" if large > 0 else ""),
+    ]
+
+
+def _kept(measurement: Measurement, base: Measurement) -> float:
+    """The share of the base model's quality that a model has, as targets count it."""
+    return 1 - (1 - front.LEAST_QUALITY) * front.lost_quality(quality_of(measurement), quality_of(base))
+
+
+def _reported(run: Run, candidate: str) -> str:
+    """What the report split says of it."""
+    ids = (run.seen[candidate].report_id, run.seen[run.base_id].report_id)
+    model, base = (run.seen[id].measurement if id in run.seen else None for id in ids)
+    if model is None or base is None:
+        return ""
+    return f"; on the report split {quality_of(model):.3f}, {100 * _kept(model, base):.2f} % of the base model's"

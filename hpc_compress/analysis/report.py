@@ -7,20 +7,32 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from pydantic import ValidationError
 
 from hpc_compress import door
 from hpc_compress.analysis import found
-from hpc_compress.analysis.runs import Run, Seen, find_runs, open_runs
+from hpc_compress.analysis.runs import Run, Seen, find_runs, open_run, open_runs
 from hpc_compress.config import ConfigError
-from hpc_compress.search.objective import Product, noise, speed_up, speed_up_spread
+from hpc_compress.search.front import nondominated
+from hpc_compress.search.objective import Product, noise, quality_of, speed_up, speed_up_spread
 from hpc_compress.store import write_atomically
 from hpc_compress.summary import learnt
 from hpc_compress.types import Measurement
 
 BOUND = 0.9  # an enqueue_share above it: the time is that of starting kernels
 
+FRONT_COLUMNS = {  # of the table of a front
+    "dataset": "dataset",
+    "candidate": "candidate",
+    "metric": "metric",
+    "quality": "on the search split",
+    "report_quality": "on the report split",
+    "mb": "size, MB",
+    "speed_up": "speed-up",
+    "genome": "genome",
+}
 REPORT_COLUMNS = {  # of a report, with their units
     "dataset": "dataset",
     "method": "method",
@@ -165,7 +177,8 @@ def _report_figures(run: Run, report_id: str) -> dict[str, Any]:
 def report(roots: Sequence[Path]) -> pd.DataFrame:
     """The base model and the reported candidates of each run, measured on the report split.
 
-    Columns: run, candidate, genome and those of REPORT_COLUMNS.
+    Columns: run, candidate, genome and those of REPORT_COLUMNS. method: base model; best, the fittest; target, the one that
+    comes nearest to the targets; next best; front, reported since it is on the front.
 
     Raises: ConfigError for a run that has not come to its end.
     """
@@ -179,13 +192,19 @@ def _report(runs: Sequence[Run]) -> pd.DataFrame:
             raise ConfigError(
                 f"{run.root} has not come to its end; see `hpc-compress status {run.root}`, or start its search again"
             )
-        best = run.result.best
+        nearest, fittest = found.nearest(run), run.result.reported[: run.plan.config.report_candidates]
+        methods = {
+            **dict.fromkeys(run.result.reported, "front"),
+            **dict.fromkeys(fittest, "next best"),
+            **({nearest.candidate: "target"} if nearest else {}),
+            run.result.best: "best",
+            run.result.base: "base model",
+        }
         for candidate in dict.fromkeys((run.result.base, *run.result.reported)):
             seen = run.seen.get(run.seen[candidate].report_id) if candidate in run.seen else None
             if seen is None or seen.measurement is None:
                 continue
-            method = "base model" if candidate == run.result.base else ("best" if candidate == best else "next best")
-            rows.append(_report_row(run, candidate, method, seen.genome, seen.measurement))
+            rows.append(_report_row(run, candidate, methods[candidate], seen.genome, seen.measurement))
     if not rows:
         raise ConfigError("no candidate could be measured on the report split; start the search again, which tries once more")
     return pd.DataFrame(rows)
@@ -212,6 +231,48 @@ def _report_row(run: Run, candidate: str, method: str, genome: str, measurement:
     }
 
 
+def _fronts(runs: Sequence[Run]) -> pd.DataFrame:
+    """The models of each run that no other one beats in every objective, as measured on the search split.
+
+    Columns: those of a report, and report_quality, which is missing for a model that was not measured on the report split.
+    """
+    rows = []
+    for run in runs:
+        for candidate in found.front_of(run):
+            seen = run.seen[candidate]
+            assert seen.measurement is not None
+            row = _report_row(run, candidate, "front", seen.genome, seen.measurement)
+            reported = run.seen.get(seen.report_id)
+            quality = quality_of(reported.measurement) if reported and reported.measurement else math.nan
+            rows.append({**row, "report_quality": quality})
+    return pd.DataFrame(rows, columns=list(rows[0]) if rows else ["run", *FRONT_COLUMNS])
+
+
+def _front_text(runs: Sequence[Run], fronts: pd.DataFrame) -> list[str]:
+    if fronts.empty:
+        return []
+    several = ["run"] if fronts["run"].nunique() > 1 else []
+    shown = fronts[[*several, *FRONT_COLUMNS]].rename(columns=FRONT_COLUMNS)
+    formats = (*("" for _ in several), "", "", "", ".3f", ".3f", ".1f", ".2f", "")
+    cells = shown.map(door.markdown_cell).astype(object)
+    table = cells.where(shown.notna(), None).to_markdown(index=False, floatfmt=formats, missingval="")
+    names = dict.fromkeys(", ".join(run.plan.config.objectives) for run in runs)
+    return ["", "## Front", "", f"Models that no other one beats in all of {' or '.join(names)}:", "", table]
+
+
+def on_targets(roots: Sequence[Path]) -> list[str]:
+    """For each run with targets, a line on the model that comes nearest to them.
+
+    Raises: DamageError for a run that can't be read.
+    """
+    return _on_targets([open_run(root) for root in roots])
+
+
+def _on_targets(runs: Sequence[Run]) -> list[str]:
+    named = [(run.root.name, nearest.text) for run in runs if (nearest := found.nearest(run))]
+    return [door.one_line(f"{name}: {text}" if len(runs) > 1 else text, most=1000) for name, text in named]
+
+
 def as_text(table: pd.DataFrame) -> str:
     """A report as a Markdown table, genomes last, and below it the noise of its speed-ups."""
     names = ["run"] if table["run"].nunique() > 1 else []
@@ -235,15 +296,20 @@ def as_text(table: pd.DataFrame) -> str:
 def write_report(roots: Sequence[Path], folder: Path) -> pd.DataFrame:
     """Write report.md, report.csv, candidates.csv and candidates.png into a folder; returns the report.
 
+    The first two hold the front too; the column `split` of report.csv says on which split a row was measured.
+
     Raises: ConfigError for a run that has not come to its end, or a folder that can't be written to.
     """
     runs = open_runs(roots)
-    table, candidates = _report(runs), _load(runs)
+    table, candidates, fronts = _report(runs), _load(runs), _fronts(runs)
+    targets = [line for said in _on_targets(runs) for line in ("", f"{said[0].upper()}{said[1:]}.")]
+    text = "\n".join([as_text(table), *targets, *_front_text(runs, fronts), *_on_the_data(runs)])
+    both = pd.concat([table.assign(split="report"), fronts.assign(split="search")], ignore_index=True)
     picture = io.BytesIO()
     plot(candidates, picture)
     try:
-        write_atomically(folder / "report.md", "\n".join([as_text(table), *_on_the_data(runs)]) + "\n")
-        write_atomically(folder / "report.csv", _csv(table))
+        write_atomically(folder / "report.md", text + "\n")
+        write_atomically(folder / "report.csv", _csv(both))
         write_atomically(folder / "candidates.csv", _csv(candidates))
         write_atomically(folder / "candidates.png", picture.getvalue())
     except OSError as error:
@@ -271,33 +337,51 @@ def _csv(table: pd.DataFrame) -> str:
 
 
 def plot(candidates: pd.DataFrame, path: Path | io.BytesIO) -> None:
-    """Quality against speed for every measured candidate, one panel a dataset; the area of a mark is the model's bytes."""
+    """Quality against speed and against size for every measured candidate, one column of panels a dataset.
+
+    The line of a panel goes through the candidates that are best in its two figures; a ring marks who is on a run's front.
+    """
     from matplotlib.figure import Figure
 
-    measured = candidates[candidates["status"] == "measured"]
+    measured = candidates[candidates["status"] == "measured"].assign(mb=lambda table: table["model_bytes"] / 1e6)
     names = list(dict.fromkeys(measured["dataset"]))
-    figure = Figure(figsize=(7 * max(1, len(names)), 4.8), layout="constrained")
-    panels = figure.subplots(1, max(1, len(names)), squeeze=False)[0]
-    for axes, name in zip(panels, names, strict=False):
+    figure = Figure(figsize=(7 * max(1, len(names)), 8.6), layout="constrained")
+    panels = figure.subplots(2, max(1, len(names)), squeeze=False)
+    for column, name in enumerate(names):
         rows = measured[measured["dataset"] == name]
         area = 300 * rows["model_bytes"] / rows["model_bytes"].max()
-        marks = axes.scatter(
-            rows["speed_up"], rows["quality"], s=area, c=rows["generation"], cmap="viridis", alpha=0.75, linewidths=0
+        _panel(panels[0][column], rows, "speed_up", area)
+        _panel(panels[1][column], rows, "mb", 60.0 + 0 * area)
+        panels[0][column].set_title(
+            f"{_plain(name)} (area: MB of the deployed model, at most {rows['mb'].max():.0f})", fontsize=10
         )
-        figure.colorbar(marks, ax=axes, label="generation", ticks=sorted(set(rows["generation"])))
-        for label, chosen, color in (("base", rows["generation"] == 0, "black"), ("best", rows["best"], "crimson")):
-            special = rows[chosen]
-            axes.scatter(special["speed_up"], special["quality"], s=area[special.index], facecolors="none", edgecolors=color)
-            for _, row in special.iterrows():
-                axes.annotate(label, (row["speed_up"], row["quality"]), textcoords="offset points", xytext=(10, 8), color=color)
-        axes.set_title(
-            f"{_plain(name)} (area: MB of the deployed model, at most {rows['model_bytes'].max() / 1e6:.0f})", fontsize=10
-        )
-        axes.set_xlabel(f"speed-up over the base model on {_plain(rows['device'].iloc[0])}")
-        axes.set_ylabel(f"{_plain(rows['metric'].iloc[0])} on the search split")
-        axes.margins(0.12)
-        axes.grid(alpha=0.3)
+        panels[0][column].set_xlabel(f"speed-up over the base model on {_plain(rows['device'].iloc[0])}")
+        panels[1][column].set_xlabel("MB of the deployed model")
     figure.savefig(path, dpi=130, format="png")
+
+
+def _panel(axes: Any, rows: pd.DataFrame, figure: str, area: pd.Series) -> None:
+    """Quality against one figure: speed_up, of which more is better, or mb, of which less is."""
+    x = rows[figure]
+    marks = axes.scatter(x, rows["quality"], s=area, c=rows["generation"], cmap="viridis", alpha=0.75, linewidths=0)
+    axes.figure.colorbar(marks, ax=axes, label="generation", ticks=sorted(set(rows["generation"])))
+    front = rows["on_front"]
+    axes.scatter(x[front], rows["quality"][front], s=area[front], facecolors="none", edgecolors="dimgray", label="on the front")
+    better = -1 if figure == "speed_up" else 1
+    line = rows[nondominated(np.column_stack([better * x, -rows["quality"]]))].sort_values(figure)
+    steps = "steps-pre" if figure == "speed_up" else "steps-post"  # what quality is to be had at least that fast, or that small
+    axes.plot(
+        line[figure], line["quality"], drawstyle=steps, color="dimgray", linewidth=1, zorder=0.5, label="best in these two"
+    )
+    for label, chosen, color in (("base", rows["generation"] == 0, "black"), ("best", rows["best"], "crimson")):
+        special = rows[chosen]
+        axes.scatter(special[figure], special["quality"], s=area[special.index], facecolors="none", edgecolors=color)
+        for _, row in special.iterrows():
+            axes.annotate(label, (row[figure], row["quality"]), textcoords="offset points", xytext=(10, 8), color=color)
+    axes.set_ylabel(f"{_plain(rows['metric'].iloc[0])} on the search split")
+    axes.margins(0.12)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left", fontsize=8)
 
 
 def _plain(text: str) -> str:
