@@ -9,6 +9,7 @@ import io
 import itertools
 import logging
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -34,6 +35,7 @@ Find the best compressed BERT-like model for the device that it will run on. RUN
   status RUN [--follow]     show the state of a run                                         hpc-compress status --help
   cancel RUN                end the jobs and the driver of a run, and no others             hpc-compress cancel --help
   report RUN [RUN ...]      write tables and a picture of what was found                    hpc-compress report --help
+  compare KEY=VALUE ...     search by several strategies at equal cost, and compare them    hpc-compress compare --help
   export RUN FOLDER         write a model with tokenizer and card that loads anywhere       hpc-compress export --help
 
   prefetch [KEY=VALUE ...]  download the model and the dataset of a search                  hpc-compress prefetch --help
@@ -64,6 +66,7 @@ def main() -> None:
         "status": _status,
         "cancel": _cancel,
         "report": _report,
+        "compare": _compare,
         "export": _export,
         "prefetch": _prefetch,
         "doctor": _doctor,
@@ -505,6 +508,114 @@ def _export(arguments: list[str]) -> None:
     if options.trust:
         find_own_modules()
     print(export.export(options.run, options.folder, options.candidate, options.trust))
+
+
+# --- comparing strategies ---
+
+COMPARE = """examples:
+  hpc-compress compare strategy=genetic,published seeds=3 dataset=sst2 generations=20 name=which
+      searches in results/which/genetic-0, results/which/published-0, ..., one after another. The first strategy, or
+      reference=NAME, ends by its own settings; the device seconds that it spent are the budget of the others with this seed.
+  hpc-compress compare strategy=genetic,published seeds=6 dataset=sst2 budget.device_hours=2 name=which
+      every search ends when two hours of jobs are spent, summed over jobs.
+  hpc-compress compare results/which results/which_on_cola reference=genetic
+      reads runs that are there, of one or several datasets. A folder that is named STRATEGY-SEED says which strategy it is.
+
+The same command goes on after an interruption, and does not run again what has come to its end. Device seconds are those of all
+stages: base model, studies, screens, trainings, measurements, repeated timings; those of the report are not counted. A test of
+pairs can be significant from six pairs of dataset and seed on."""
+
+
+@private_umask()
+def _compare(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "hpc-compress compare",
+        description="Compare search strategies by the hypervolume of what they find with equal device seconds, over several "
+        "seeds. Writes compare.md, compare.csv (one row a generation of each run) and compare.png.",
+        epilog=COMPARE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "words",
+        nargs="+",
+        metavar="RUN|KEY=VALUE",
+        help="run folders, or folders with runs below them, that are there; or strategy=A,B seeds=N and settings as for search",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder for the files; default: results/NAME, or the only folder that is given"
+    )
+    parser.add_argument("--config-dir", help="folder of your own configuration, as for search")
+    options = parser.parse_args(arguments)
+    from hpc_compress import analysis
+
+    given = [word for word in options.words if "=" in word and not Path(word).is_dir()]
+    folders = [Path(word) for word in options.words if word not in given]
+    values, settings = _own_words(given, ("reference",) if folders else ("reference", "strategy", "seeds", "name"))
+    if folders and settings:
+        raise ConfigError(
+            f"{settings[0]} and {folders[0]}: give run folders that are there, or settings for new runs, not both"
+        )
+    if folders:
+        out = options.out or (folders[0] if len(folders) == 1 and not (folders[0] / "run.json").exists() else Path("results"))
+        print(analysis.write_comparison(analysis.find_runs(folders), out, values.get("reference")))
+        print(f"written to {_short(out)}: compare.md, compare.csv, compare.png")
+        return
+    own = [f"--config-dir={options.config_dir}"] if options.config_dir else []
+    failed = _contest([*settings, *own], values, options.out)
+    if failed:
+        sys.exit(1)
+
+
+def _own_words(words: list[str], names: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
+    """The values of the keys that are this command's own, and the other words."""
+    pairs = [(word.partition("=")[0], word.partition("=")[2]) for word in words]
+    rest = [word for word, (key, _) in zip(words, pairs, strict=True) if key not in names]
+    return {key: value for key, value in pairs if key in names}, rest
+
+
+def _contest(words: list[str], values: dict[str, str], out: Path | None) -> bool:
+    """Search by each strategy with each seed and compare what they found; returns whether one failed."""
+    from hpc_compress import analysis, contest
+
+    strategies = [name for name in values.get("strategy", "").split(",") if name]
+    seeds, name = values.get("seeds", "3"), values.get("name", "comparison")
+    if not strategies or len(set(strategies)) < len(strategies):
+        raise ConfigError(
+            f"strategy={values.get('strategy', '')}; give strategies that differ, as in strategy=genetic,published, or the "
+            "folders of runs that are there"
+        )
+    if not re.fullmatch(r"[1-9]\d{0,3}", seeds):
+        raise ConfigError(f"seeds={seeds}; give their number, such as seeds=3 for the seeds 0, 1 and 2")
+    if any(word.startswith("seed=") for word in words):
+        raise ConfigError("seed= is set by this command; give the number of seeds, such as seeds=3")
+    reference = values.get("reference", strategies[0])
+    if reference not in strategies:
+        raise ConfigError(f"reference={reference} is none of strategy={','.join(strategies)}")
+    check_name(name)
+    find_own_modules()
+    folder = Path("results", name).absolute()
+    entries = []
+    for seed in range(int(seeds)):
+        for strategy in strategies:
+            own = [f"strategy={strategy}", f"seed={seed}", f"name={name}/{strategy}-{seed}", "report_front=true"]
+            settings = _settings(_compose([*words, *own]))  # a mistake shows before the first search
+            entries.append(contest.Entry(strategy, seed, folder / f"{strategy}-{seed}", settings))
+    limited = any(word.startswith("generations=") for word in words)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
+    try:
+        with Console() as progress:
+            outcome = contest.run(entries, reference, progress, limited)
+    except KeyboardInterrupt:
+        log.error("interrupted; the same command goes on with it. Jobs on a cluster go on: hpc-compress cancel RUN")
+        raise
+    for root, why in outcome.failed.items():
+        print(f"hpc-compress compare: {_short(root)}: {why}", file=sys.stderr)
+    if outcome.finished:
+        out, names = out or folder, {root.name.rpartition("-")[0] for root in outcome.finished}
+        print(f"\n{analysis.write_comparison(outcome.finished, out, reference if reference in names else None)}")
+        print(f"written to {_short(out)}: compare.md, compare.csv, compare.png")
+        print(f"next: the same command with a larger seeds= adds seeds; hpc-compress report {_short(outcome.finished[0])}")
+    return bool(outcome.failed)
 
 
 # --- before a run ---

@@ -200,6 +200,13 @@ class Checks:
         elif command == "doctor":
             chosen = any(word.startswith("launcher=") for word in rest)
             searches(rest if chosen else ["launcher=slurm", *rest], ArrayLauncher)
+        elif command == "compare" and any("=" in word and not word.startswith("reference=") for word in rest):
+            self.hpc_compress(["compare", "RUN"])
+            values, others = cli._own_words(rest, ("strategy", "seeds", "reference", "name"))
+            assert values.get("reference", values["strategy"].split(",")[0]) in values["strategy"].split(",")
+            assert values.get("seeds", "3").isdigit()
+            for strategy in values["strategy"].split(","):
+                searches([*others, f"strategy={strategy}", "report_front=true", f"name={values['name']}"])
         elif command == "prefetch":
             searches([word for word in rest if not word.startswith("--to=")])
         else:
@@ -329,6 +336,9 @@ def test_a_command_would_be_accepted(command: Command, checks: Checks, here: Pat
         "hpc-compress search objective.a=1,2",
         "hpc-compress export results/reviews model/ --candidat 3f2a --best",
         "hpc-compress doctor launcher=local",
+        "hpc-compress compare strategy=genetic,gentic name=which",
+        "hpc-compress compare strategy=genetic reference=published name=which",
+        "hpc-compress compare results/which --references genetic",
         "sbatch slurm/driver.sbatch cluster=nowhere",
         "sbatch slurm/no.sbatch",
         "make demmo",
@@ -436,6 +446,7 @@ def tour(place: Path) -> pd.DataFrame:
     table = run_search(place, named("README.md", "hpc-compress", "search", "name=reviews"))
     for name in ("big", "demo_gpu"):
         shutil.copytree(place / "results/reviews", place / "results" / name)
+    shutil.copytree(place / "results/reviews", place / "results/which/genetic-0")
     for name in ("model", "exported"):
         shutil.copytree(place / "results/reviews/best", place / name)
     return table
@@ -444,7 +455,7 @@ def tour(place: Path) -> pd.DataFrame:
 def reads_runs(words: tuple[str, ...]) -> bool:
     if words[:2] == ("python", "read_results.py"):
         return True
-    known = words[0] == "hpc-compress" and words[1] in ("status", "report", "export", "cancel")
+    known = words[0] == "hpc-compress" and words[1] in ("status", "report", "compare", "export", "cancel")
     return known and any(word.startswith("results/") for word in words)
 
 

@@ -53,6 +53,7 @@ def change(path: Path, **values: Any) -> None:
 READERS: dict[str, Callable[[Path], Any]] = {
     "report": lambda root: analysis.write_report([root], root.parent / "out"),
     "load_runs": hpc_compress.load_runs,
+    "compare": lambda root: analysis.write_comparison([root], root.parent / "out"),
     "status": analysis.status,
     "export": lambda root: export.export(root, root.parent / "model"),
 }
@@ -335,7 +336,7 @@ def numbers(values: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]
 
 
 def answered(root: Path) -> None:
-    for reader in (analysis.status, hpc_compress.load_runs, lambda root: analysis.write_report([root], root / "out")):
+    for reader in (READERS["status"], READERS["load_runs"], READERS["report"], READERS["compare"]):
         with contextlib.suppress(ConfigError, door.DamageError):
             reader(root)
 

@@ -20,7 +20,7 @@ from hpc_compress.store import Store
 @pytest.fixture(scope="module")
 def finished(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("screened")
-    setup.run(root, *screens.SETTINGS, launcher=Debug(worker="light.run"))
+    setup.run(root, *screens.SETTINGS, launcher=Debug(worker="screens.run"))
     return root
 
 
@@ -127,7 +127,7 @@ def test_a_run_of_screens_alone_is_shown(root: Path, finished: Path):
 
 
 def targets(setup: Setup, root: Path, *limits: str) -> Path:
-    setup.run(root, *screens.SETTINGS, *limits, launcher=Debug(worker="light.run"))
+    setup.run(root, *screens.SETTINGS, *limits, launcher=Debug(worker="screens.run"))
     return root
 
 

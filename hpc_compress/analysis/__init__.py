@@ -1,5 +1,6 @@
 """From run folders to tables, plots and a status. Reads files only: imports no torch, and neither driver nor launchers."""
 
+from hpc_compress.analysis.compare import write_comparison
 from hpc_compress.analysis.report import as_text, load_runs, on_targets, plot, report, write_report
 from hpc_compress.analysis.runs import Reader, Run, find_runs, open_run
 from hpc_compress.analysis.status import gpu_hours, status, status_of
@@ -17,5 +18,6 @@ __all__ = [
     "report",
     "status",
     "status_of",
+    "write_comparison",
     "write_report",
 ]

@@ -309,8 +309,8 @@ def write_report(roots: Sequence[Path], folder: Path) -> pd.DataFrame:
     plot(candidates, picture)
     try:
         write_atomically(folder / "report.md", text + "\n")
-        write_atomically(folder / "report.csv", _csv(both))
-        write_atomically(folder / "candidates.csv", _csv(candidates))
+        write_atomically(folder / "report.csv", csv_of(both))
+        write_atomically(folder / "candidates.csv", csv_of(candidates))
         write_atomically(folder / "candidates.png", picture.getvalue())
     except OSError as error:
         raise ConfigError(f"the report can't be written to {folder} ({error.strerror}); choose a folder with --out") from None
@@ -332,7 +332,8 @@ def _on_the_data(runs: Sequence[Run]) -> list[str]:
     return lines
 
 
-def _csv(table: pd.DataFrame) -> str:
+def csv_of(table: pd.DataFrame) -> str:
+    """A table as a csv file that is safe in a spreadsheet."""
     return table.map(door.cell).rename(columns=door.one_line).to_csv(index=False)
 
 
@@ -353,9 +354,9 @@ def plot(candidates: pd.DataFrame, path: Path | io.BytesIO) -> None:
         _panel(panels[0][column], rows, "speed_up", area)
         _panel(panels[1][column], rows, "mb", 60.0 + 0 * area)
         panels[0][column].set_title(
-            f"{_plain(name)} (area: MB of the deployed model, at most {rows['mb'].max():.0f})", fontsize=10
+            f"{plain(name)} (area: MB of the deployed model, at most {rows['mb'].max():.0f})", fontsize=10
         )
-        panels[0][column].set_xlabel(f"speed-up over the base model on {_plain(rows['device'].iloc[0])}")
+        panels[0][column].set_xlabel(f"speed-up over the base model on {plain(rows['device'].iloc[0])}")
         panels[1][column].set_xlabel("MB of the deployed model")
     figure.savefig(path, dpi=130, format="png")
 
@@ -378,11 +379,12 @@ def _panel(axes: Any, rows: pd.DataFrame, figure: str, area: pd.Series) -> None:
         axes.scatter(special[figure], special["quality"], s=area[special.index], facecolors="none", edgecolors=color)
         for _, row in special.iterrows():
             axes.annotate(label, (row[figure], row["quality"]), textcoords="offset points", xytext=(10, 8), color=color)
-    axes.set_ylabel(f"{_plain(rows['metric'].iloc[0])} on the search split")
+    axes.set_ylabel(f"{plain(rows['metric'].iloc[0])} on the search split")
     axes.margins(0.12)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left", fontsize=8)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """A stranger's text for a picture."""
     return door.one_line(text, most=60).replace("$", r"\$")  # matplotlib takes what stands between two for a formula
