@@ -26,41 +26,59 @@ def survey(study: Survey, model: PreTrainedModel, context: Context, sample: Sequ
     scores = cutting.Scores(study.criterion, ("heads", "ffn"))
     found = cutting.scores_of(model, context, scores, study.sentences)
     rounded = {unit: tuple(tuple(float(f"{max(score, 0):.6g}") for score in layer) for layer in found[unit]) for unit in found}
+    sizes = _Sizes(model, context)
     shapes = [batch.inputs["input_ids"].shape for batch in sample]
     return Surveyed(
         **rounded,
         parameters=surgery.unit_parameters(model),
         encoder_parameters=surgery.encoder_parameters(model),
         train_rows=len(context.train),
-        bytes=tuple(_bytes(deploy, model, context) for deploy in study.deploys),
+        bytes=tuple(sizes.of(deploy) for deploy in study.deploys),
         sample=tuple((rows, length) for rows, length in shapes),
     )
 
 
-def _bytes(deploy: tuple[Step, ...], model: PreTrainedModel, context: Context) -> ByteCounts:
-    """From the files of three deployed models: with all units, with half of the heads, with half of the neurons."""
-    heads, widths = counts(model, "heads"), counts(model, "ffn")
-    halves = [count // 2 for count in heads], [width // 128 * 64 or width // 2 for width in widths]
-    whole = _deployed_bytes(deploy, model, context, heads, widths)
-    gone = sum(heads) - sum(halves[0]), sum(widths) - sum(halves[1])
-    per_head = (whole - _deployed_bytes(deploy, model, context, halves[0], widths)) / max(1, gone[0])
-    per_neuron = (whole - _deployed_bytes(deploy, model, context, heads, halves[1])) / max(1, gone[1])
-    fixed = whole - per_head * sum(heads) - per_neuron * sum(widths)
-    return ByteCounts(deploy=deploy, fixed=fixed, per_head=per_head, per_neuron=per_neuron)
+class _Sizes:
+    """Bytes of deployed models, found from four small ones in each precision: saving a whole one takes longer."""
 
+    def __init__(self, model: PreTrainedModel, context: Context) -> None:
+        self.model, self.context = model, context
+        self.rows = surgery.vocabulary_size(model)
+        self.found: dict[str, tuple[float, float, float, float]] = {}
 
-def _deployed_bytes(
-    deploy: tuple[Step, ...], model: PreTrainedModel, context: Context, heads: Sequence[int], widths: Sequence[int]
-) -> int:
-    cut = copy.deepcopy(model).cpu()
-    kept = {"heads": [np.arange(count) for count in heads], "ffn": [np.arange(width) for width in widths]}
-    cutting.cut(cut, kept)
-    with tempfile.TemporaryDirectory() as folder:
-        here = dataclasses.replace(context, folder=Path(folder))
-        for step in deploy:
-            cut = operator(step)(cut, here)
-        artifact.save(cut, Path(folder))
-        return artifact.weights(Path(folder)).stat().st_size
+    def of(self, deploy: tuple[Step, ...]) -> ByteCounts:
+        trims = [step for step in deploy if step.operator == "trim_vocabulary"]
+        others = tuple(step for step in deploy if step.operator != "trim_vocabulary")
+        rows = self.rows
+        if trims and self.context.tokenizer is not None:
+            rows = len(operator(trims[-1]).kept(self.context.tokenizer(), self.context))
+        key = identity.canonical(others)
+        if key not in self.found:
+            self.found[key] = self._slopes(others)
+        fixed, per_row, per_head, per_neuron = self.found[key]
+        return ByteCounts(deploy=deploy, fixed=fixed + rows * per_row, per_head=per_head, per_neuron=per_neuron)
+
+    def _slopes(self, deploy: tuple[Step, ...]) -> tuple[float, float, float, float]:
+        """Fixed bytes, and bytes of a row of the word embedding, of a head and of a neuron."""
+        heads, widths = counts(self.model, "heads"), counts(self.model, "ffn")
+        fewer = [count // 2 for count in heads], [width // 128 * 64 or width // 2 for width in widths]
+        few = min(1024, self.rows // 2)
+        whole = self._saved(deploy, heads, widths, few)
+        per_row = (self._saved(deploy, heads, widths, 2 * few) - whole) / few
+        per_head = (whole - self._saved(deploy, fewer[0], widths, few)) / max(1, sum(heads) - sum(fewer[0]))
+        per_neuron = (whole - self._saved(deploy, heads, fewer[1], few)) / max(1, sum(widths) - sum(fewer[1]))
+        return whole - few * per_row - sum(heads) * per_head - sum(widths) * per_neuron, per_row, per_head, per_neuron
+
+    def _saved(self, deploy: tuple[Step, ...], heads: Sequence[int], widths: Sequence[int], rows: int) -> int:
+        cut = copy.deepcopy(self.model).cpu()
+        cutting.cut(cut, {"heads": [np.arange(count) for count in heads], "ffn": [np.arange(width) for width in widths]})
+        surgery.trim_vocabulary(cut, range(rows))
+        with tempfile.TemporaryDirectory() as folder:
+            here = dataclasses.replace(self.context, folder=Path(folder))
+            for step in deploy:
+                cut = operator(step)(cut, here)
+            artifact.save(cut, Path(folder))
+            return artifact.weights(Path(folder)).stat().st_size
 
 
 def screen(study: Screen, steps: Sequence[Step], model: PreTrainedModel, context: Context) -> Screening:

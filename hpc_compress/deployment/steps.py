@@ -11,7 +11,8 @@ from hpc_compress.deployment.schemes import EMBEDDINGS, LOW_BIT, PLAIN, SCHEMES,
 from hpc_compress.types import Record
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    import numpy as np
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     AnyScheme = str
     PlainScheme = str
@@ -172,22 +173,35 @@ class TrimVocabulary(Record):
 
     corpus: str = Field(default="train", min_length=1, description="train, or the full path of a text file, one text a line")
     min_count: int = Field(default=1, ge=1, description="keep tokens that stand in the corpus so often at least")
+    common: int = Field(
+        default=0,
+        ge=0,
+        description="keep so many tokens with the lowest ids too: most tokenizers number their tokens by how common they are",
+    )
 
-    def __call__(self, model: "PreTrainedModel", context: Context) -> "PreTrainedModel":
+    def kept(self, tokenizer: "PreTrainedTokenizerBase", context: Context) -> "np.ndarray":
+        """(kept,) ids, rising."""
         import numpy as np
 
         from hpc_compress.config import resource
+        from hpc_compress.data import vocabulary
+
+        if self.corpus == "train":
+            counts = np.bincount(context.train.input_ids)
+        else:
+            counts = vocabulary.count(tokenizer, resource(self.corpus))
+        counts = np.pad(counts, (0, max(0, self.common - len(counts))))
+        counts[: self.common] = np.maximum(counts[: self.common], self.min_count)
+        return vocabulary.used(tokenizer, counts, self.min_count)
+
+    def __call__(self, model: "PreTrainedModel", context: Context) -> "PreTrainedModel":
         from hpc_compress.data import vocabulary
         from hpc_compress.models import surgery
 
         if context.tokenizer is None or context.folder is None:
             raise ValueError("trim_vocabulary changes the tokenizer, so it can only deploy; name it in strategy.vocabularies")
         tokenizer = context.tokenizer()
-        if self.corpus == "train":
-            counts = np.bincount(context.train.input_ids)
-        else:
-            counts = vocabulary.count(tokenizer, resource(self.corpus))
-        kept = vocabulary.used(tokenizer, counts, self.min_count)
+        kept = self.kept(tokenizer, context)
         surgery.trim_vocabulary(model, kept.tolist())
         vocabulary.trim(tokenizer, kept).save_pretrained(context.folder)
         return model

@@ -184,6 +184,11 @@ def _elements(module: nn.Module) -> int:
     return total
 
 
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Rows of the word embedding."""
+    return cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+
+
 def replace_word_embedding(model: PreTrainedModel, new: Callable[[torch.Tensor], nn.Embedding]) -> None:
     """new: makes another word embedding of the present one's weight, (tokens, features)."""
     words = cast(nn.Embedding, model.get_input_embeddings())

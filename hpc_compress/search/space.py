@@ -74,8 +74,11 @@ class Space(Record):
     deploys: dict[str, tuple[Step, ...] | None] = Field(
         min_length=1, description="ways to deploy, in order of preference; [] for fp32, null: not on this device"
     )
+    vocabularies: dict[str, tuple[Step, ...]] = Field(
+        default={"all": ()}, min_length=1, description="what comes before each way to deploy; [] for all tokens"
+    )
 
-    @field_validator("trainings", "deploys", mode="before")
+    @field_validator("trainings", "deploys", "vocabularies", mode="before")
     @classmethod
     def _flat(cls, chains: Any) -> Any:
         """In a config a step lies flat: {operator: distill, epochs: 1}."""
@@ -95,8 +98,13 @@ class Space(Record):
         return (*range(0, shape.ffn, self.ffn_multiple), shape.ffn)
 
     def possible_deploys(self) -> dict[str, tuple[Step, ...]]:
-        """Those of this device."""
-        return {name: chain for name, chain in self.deploys.items() if chain is not None}
+        """Those of this device, with each vocabulary."""
+        return {
+            f"{name}, {vocabulary} tokens" if len(self.vocabularies) > 1 else name: (*trim, *chain)
+            for name, chain in self.deploys.items()
+            if chain is not None
+            for vocabulary, trim in self.vocabularies.items()
+        }
 
     def require_training(self, name: str) -> None:
         """Raises: ValueError when there is no training of this name."""
