@@ -30,9 +30,12 @@ from hpc_compress.search.genetic import Genetic
 from hpc_compress.search.grid import Grid
 from hpc_compress.search.known import Known
 from hpc_compress.search.local_search import LocalSearch
+from hpc_compress.search.nas import Nas
 from hpc_compress.search.objective import Product
+from hpc_compress.search.optuna_search import Optuna
 from hpc_compress.search.random_search import RandomSearch
 from hpc_compress.search.regularized_evolution import RegularizedEvolution
+from hpc_compress.search.rl import PolicyGradient
 from hpc_compress.search.space import Shape
 from hpc_compress.types import MeasurementProtocol, Step
 
@@ -111,6 +114,9 @@ FIELDS = {
     "strategy=grid": (Grid, {"known"}),
     "strategy=regularized_evolution": (RegularizedEvolution, {"known"}),
     "strategy=local_search": (LocalSearch, {"known"}),
+    "strategy=optuna": (Optuna, {"known"}),
+    "strategy=nas": (Nas, {"known"}),
+    "strategy=rl": (PolicyGradient, {"known"}),
     "launcher=debug": (Debug, {"worker"}),
     "launcher=local": (Local, {"worker"}),
     "launcher=slurm": (Slurm, {"worker"}),

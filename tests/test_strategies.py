@@ -4,6 +4,7 @@ A new strategy needs one line in `STRATEGIES`.
 """
 
 import dataclasses
+import importlib.util
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -21,9 +22,12 @@ from hpc_compress.search.grid import Grid
 from hpc_compress.search.knapsack import Knapsack
 from hpc_compress.search.known import Known
 from hpc_compress.search.local_search import LocalSearch
+from hpc_compress.search.nas import Nas, _ranks
 from hpc_compress.search.objective import Product
+from hpc_compress.search.optuna_search import Optuna
 from hpc_compress.search.random_search import RandomSearch
 from hpc_compress.search.regularized_evolution import RegularizedEvolution
+from hpc_compress.search.rl import PolicyGradient
 from hpc_compress.search.space import Shape, Space
 from hpc_compress.types import (
     Candidate,
@@ -58,9 +62,13 @@ STRATEGIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "random": (RandomSearch, {}),
     "grid": (Grid, {}),
     "local_search": (LocalSearch, {"rounds": 3, "removed": (0.5, 0.2), "selections": SELECTIONS}),
+    "optuna": (Optuna, {"startup": 12, "redraw": 3}),
+    "nsga2": (Optuna, {"sampler": "nsga2", "members": 12}),
+    "nas": (Nas, {"members": 12, "sample": 4}),
+    "rl": (PolicyGradient, {}),
     "regularized_evolution": (RegularizedEvolution, {"members": 8, "sample": 3}),
 }
-LEARNING = ("regularized_evolution",)  # what these propose grows better
+LEARNING = ("regularized_evolution", "optuna", "nsga2", "nas", "rl")  # what these propose grows better
 
 # --- a world in which the outer layers matter most ---
 
@@ -414,3 +422,43 @@ def test_a_search_by_screening_comes_near_the_best_structure_of_all_whatever_the
 def test_settings_of_a_local_search_that_do_not_fit_are_refused(changes: dict[str, Any], words: str):
     with pytest.raises(ValueError, match=words):
         made("local_search", **changes)
+
+
+# --- Optuna, Syne Tune and the policy ---
+
+
+def test_the_best_come_first_in_the_order_that_syne_tune_is_given():
+    vectors = np.array([[5.0, 5.0], [4.0, 4.0], [0.0, 0.0], [1.0, 1.0], [3.0, 3.0]])
+    assert _ranks(vectors).tolist() == [4, 3, 0, 1, 2]
+
+
+@pytest.mark.parametrize(("name", "module", "package"), [("optuna", "optuna", "optuna"), ("nas", "syne_tune", "syne-tune")])
+def test_a_package_that_is_not_installed_is_named(name: str, module: str, package: str, monkeypatch: pytest.MonkeyPatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None if wanted == module else find(wanted))
+    with pytest.raises(ConfigError, match=f"needs the package {package}; pip install"):
+        validate(STRATEGIES[name][0], {"known": KNOWN, "space": SPACE}, "strategy")
+
+
+def test_a_policy_is_moved_towards_what_scored_above_the_average():
+    strategy = made("rl", entropy=0.0)
+    coordinates, good, bad = strategy.coordinates, (4, 4, 4, 8, 8, 8, 2, 2), (0, 0, 0, 0, 0, 0, 0, 1)
+    told = [answered(Candidate(id=f"{at}", genome=coordinates.decode(vector)), None) for at, vector in enumerate((good, bad))]
+    for _ in range(3):
+        strategy.tell([BASE], told)
+    for chance, one, other in zip(strategy._policy(), good, bad, strict=True):
+        assert chance.sum() == pytest.approx(1)
+        assert chance[one] > 1 / len(chance) > chance[other]
+
+
+def test_an_undecided_policy_is_rewarded():
+    sure, unsure = (made("rl", entropy=weight) for weight in (0.0, 1.0))
+    told = [answered(Candidate(id="0", genome=SPACE.genome(SHAPE, SPACE.whole(SHAPE), SPACE.trainings["long"])), None)]
+    for strategy in (sure, unsure):
+        strategy._logits = [np.linspace(0, 3, size) for size in strategy.coordinates.sizes]
+        strategy.tell([BASE], told)  # equal to the average: nothing is learnt from it
+
+    def entropy(strategy: Any) -> float:
+        return -sum(float(chance @ np.log(chance)) for chance in strategy._policy())
+
+    assert entropy(unsure) > entropy(sure)
