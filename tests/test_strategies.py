@@ -8,13 +8,16 @@ import importlib.util
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from searches import story
 
 from hpc_compress import identity
 from hpc_compress.config import ConfigError, validate
+from hpc_compress.launch.local import Debug
 from hpc_compress.operators import operator
 from hpc_compress.search import front
 from hpc_compress.search.coordinates import Coordinates
@@ -294,6 +297,42 @@ def test_a_setting_that_is_unknown_is_refused_by_name(name: str):
     kind, settings = STRATEGIES[name]
     with pytest.raises(ConfigError, match="did you mean population"):
         validate(kind, {"known": KNOWN, "space": SPACE.model_dump(), **settings, "populaton": 3}, "strategy")
+
+
+# --- whole searches ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["random", "regularized_evolution", "optuna", "nas", "rl"])
+def test_a_whole_search_on_a_tiny_model_and_again_from_its_outcomes(name: str, setup: Any, tmp_path: Path):
+    tiny = [word for word in setup.overrides if not word.startswith("strategy.")]
+    distill = "{operator: distill, epochs: 0.5, learning_rate: 1e-3, batch_size: 16}"
+    overrides = [
+        *tiny,
+        f"strategy={name}",
+        "strategy.population=3",
+        "strategy.space.ffn_multiple=16",
+        "strategy.space.carve.sentences=16",
+        f"strategy.space.trainings={{short: [{distill}], long: [{distill}, {distill}]}}",
+        # The same on every machine, whatever is installed.
+        "strategy.space.deploys.fp32.cpu_onnx=[]",
+        "strategy.space.deploys.onnx_int8=null",
+        "generations=2",
+        "timings=1",
+    ]
+    run = dataclasses.replace(setup, overrides=overrides)
+    result = run.run(tmp_path / "run")
+    assert result.generations == 2
+    assert len(result.front) > 1
+    first = story(tmp_path / "run")
+    generations, _, scores = first
+    assert sum(len(generation.born_ids) for generation in generations) >= 5
+    assert sum(score is not None for _, split, score in scores.values() if split == "search") >= 5, "most of them work"
+    for path in [tmp_path / "run/result.json", *(tmp_path / "run/generations").iterdir()]:
+        path.unlink()
+    launcher = Debug(worker="no.such.worker")  # is never needed
+    assert run.run(tmp_path / "run", launcher=launcher) == result
+    assert story(tmp_path / "run") == first
 
 
 # --- the parts ---
