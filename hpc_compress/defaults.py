@@ -55,10 +55,13 @@ def describe(protocol: Any, strategy: Mapping[str, Any]) -> str:
     choices = strategy.get("quantizations")
     named = choices.items() if isinstance(choices, Mapping) else ()  # a strategy of a user's own may have none
     weights = ", ".join(f"{name} {step['weight']}" for name, step in named if isinstance(step, Mapping) and step.get("weight"))
+    space = strategy.get("space")
+    deploys = space.get("deploys") if isinstance(space, Mapping) else None
+    possible = ", ".join(name for name, chain in deploys.items() if chain is not None) if isinstance(deploys, Mapping) else ""
     devices = "GPUs" if protocol.device == "cuda" else "CPUs"
     return (
         f"candidates run on {devices} (protocol.device={protocol.device}) in batches of "
-        f"{protocol.batch_size}; the base model is timed in {base}; precisions: {weights or 'fp32'}"
+        f"{protocol.batch_size}; the base model is timed in {base}; precisions: {weights or possible or 'fp32'}"
     )
 
 

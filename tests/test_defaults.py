@@ -145,3 +145,9 @@ def test_the_run_folder_holds_what_was_chosen(tmp_path: Path, setup: Setup):
     assert plan["config"]["protocol"]["device"] == "cpu"
     assert plan["strategy"]["quantizations"]["int8"]["rest"] == "fp32"
     assert "candidates run on CPUs (protocol.device=cpu) in batches of 8" in answer.stdout + answer.stderr
+
+
+def test_the_log_names_the_ways_to_deploy_of_a_space():
+    space = {"deploys": {"fp32": [], "bf16": None, "nf4": [{"operator": "quantize", "scheme": "nf4"}]}}
+    assert defaults.describe(RunConfig.model_fields["protocol"].default, {"space": space}).endswith("precisions: fp32, nf4")
+    assert defaults.describe(RunConfig.model_fields["protocol"].default, {}).endswith("precisions: fp32")
