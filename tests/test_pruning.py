@@ -305,6 +305,12 @@ def test_a_budget_that_can_not_be_met_is_refused():
         allocate([Place(np.array([0.0, 1.0]), np.array([2.0, 1.0]))], 0.5)
 
 
+@pytest.mark.filterwarnings("error")
+def test_without_any_room_the_cheapest_levels_are_chosen():
+    places = [Place(np.array([0.0, 1.0, 2.0]), np.array([5e7, 3e7, 1e3])), Place(np.array([0.0, 1.0]), np.array([4e7, 0.0]))]
+    assert allocate(places, 1e3) == [2, 1]
+
+
 def test_levels_are_sums_of_the_lowest_scores():
     assert levels(np.array([3.0, 1.0, 2.0]), [3, 2, 1, 0]).tolist() == [0, 1, 3, 6]
 

@@ -36,11 +36,12 @@ def allocate(places: Sequence[Place], budget: float) -> list[int]:
     cheapest = sum(float(place.cost.min()) for place in places)
     if cheapest > budget * (1 + 1e-9):
         raise ValueError(f"a budget of {budget:.4g} can't be met: what can't be cut costs {cheapest:.4g} already")
-    if sum(float(place.cost[0]) for place in places) <= budget:
+    whole = sum(float(place.cost[0]) for place in places)
+    if whole <= budget:
         return [0] * len(places)
     # What even the cheapest levels cost is set aside, so that the grid is as fine as the choice needs.
-    room = budget - cheapest
-    extra = [np.ceil((place.cost - place.cost.min()) / max(room, 1e-300) * BINS - 1e-6).astype(int) for place in places]
+    room = max(budget - cheapest, 1e-12 * whole)  # of no room at all the grid would have infinitely many steps
+    extra = [np.ceil((place.cost - place.cost.min()) / room * BINS - 1e-6).astype(int) for place in places]
     best = np.zeros(BINS + 1)  # least loss of the places so far, by cost at most
     chosen = []
     for place, steps in zip(places, extra, strict=True):
