@@ -157,7 +157,7 @@ def _bundles(tasks: Mapping[str, Task]) -> list[tuple[str, ...]]:
     bundles: dict[str, list[str]] = {}
     screens = 0
     for task_id, task in tasks.items():
-        if isinstance(task.study, Screen):
+        if isinstance(task.study, Screen) and [step.operator for step in task.genome.steps] == ["carve"]:
             key = f"screens {screens // SCREENS}"
             screens += 1
         else:

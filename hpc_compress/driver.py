@@ -319,7 +319,7 @@ class _Search:
         )
         if earlier != record:
             # Not when a resumed run passes by again: the living of later generations have artifacts already.
-            self._bury(survivors, base)
+            self._bury(survivors, base, told)
             self.store.delete("result.json")
             self.store.write(f"generations/{number:04d}.json", record)
         late = f", {len(self.late)} late" if self.late else ""
@@ -447,13 +447,16 @@ class _Search:
                 f"all {len(outcomes)} tasks of {what} failed alike: {reasons[0]}\nmend it, and the same search command goes on"
             )
 
-    def _bury(self, alive: Iterable[Candidate], base: Candidate) -> None:
+    def _bury(self, alive: Iterable[Candidate], base: Candidate, told: Sequence[str]) -> None:
         """Delete the artifacts of the dead, but for those that late children start from."""
         parents = {proposal.parent for proposal in self.late.values()}
         kept = {candidate.id: candidate.genome for candidate in (*alive, base, *self._nearest(base))}
         kept |= {parent: self.candidates[parent].genome for parent in parents if parent in self.candidates}
         kept |= {task_id: proposal.genome for task_id, proposal in self.late.items()}
         kept |= {candidate_id: self.candidates[candidate_id].genome for candidate_id in self.timing.values()}
+        # What was screened just now may be measured next. (A carved model is made anew in a second.)
+        found = [self.candidates[self.told[task_id]] for task_id in told if task_id in self.told]
+        kept |= {c.id: c.genome for c in found if c.screening and not c.measurement and c.genome.steps[0].operator != "carve"}
         self.artifacts = {task_id: self.artifacts.get(task_id) or self._artifacts(genome) for task_id, genome in kept.items()}
         # Late tasks go on from whatever prefix of their genome is stored, and from the checkpoint of a training under way.
         tasks = [self._task(proposal.genome) for proposal in self.late.values()]

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from hpc_compress.models import artifact, surgery
 from hpc_compress.models.gates import counts
 from hpc_compress.operators import operator
 from hpc_compress.pruning import cutting
-from hpc_compress.pruning.steps import Carve, Prune
+from hpc_compress.pruning.steps import Carve
 from hpc_compress.types import ByteCounts, Screen, Screening, Step, Structure, Survey, Surveyed
 
 
@@ -81,26 +81,24 @@ class _Sizes:
             return artifact.weights(Path(folder)).stat().st_size
 
 
-def screen(study: Screen, steps: Sequence[Step], model: PreTrainedModel, context: Context) -> Screening:
-    """Cut and repair the base model as the first step of a genome says, which must be `carve` or `prune` with rescore=true, and
-    compare its outputs with the base model's. No later step plays a part: a screen knows nothing of training.
+def screen(
+    study: Screen, steps: Sequence[Step], model: PreTrainedModel, context: Context, made: Callable[[], PreTrainedModel]
+) -> Screening:
+    """Compare the outputs of a genome's model with the base model's.
 
-    Raises: ValueError for any other genome.
+    model: the base model. made: gives the model after the steps; not asked where one pass over kept activations gives it.
     """
     first = operator(steps[0]) if steps else None
     judged = _judged(study, context, getattr(first, "sentences", 0))
-    if isinstance(first, Carve) and not first.rescore and first.repair and first.hidden is None:
+    if isinstance(first, Carve) and first.repair and first.hidden is None and len(steps) == 1:
         dense = cutting.dense_of(model, context, first.how, judged, 1 + study.sample)
         kept = cutting.kept_of(model, context, first, first.how)
         cut = cutting.shared_copy(model)
         cutting.cut(cut, kept)
-        outputs = dense.repair(cut, kept)
-        wanted = dense.answers
-    elif isinstance(first, (Carve, Prune)) and first.rescore:
-        cut = first(copy.deepcopy(model), context)
-        outputs, wanted = _answers(cut, judged), _answers(model, judged)
+        outputs, wanted = dense.repair(cut, kept), dense.answers
     else:
-        raise ValueError(f"a genome whose first step is {steps[0] if steps else None} can't be screened; let it be carve")
+        cut = made()
+        outputs, wanted = _answers(cut, judged), _answers(model, judged)
     said, base = (
         torch.cat([context.problem.outputs(answer, batch) for answer, batch in zip(answers, judged, strict=True)])
         for answers in (outputs, wanted)

@@ -171,7 +171,11 @@ class Job:
             sample = measure.timing_sample(self._examples(task, task.split), task.protocol, self.device)
             return studies.survey(study, self._base_model(task), context, sample)
         if isinstance(study, Screen):
-            return studies.screen(study, task.genome.steps, self._base_model(task), context)
+
+            def made() -> PreTrainedModel:
+                return artifact.load(self._master(task, task.genome.steps), self.device)
+
+            return studies.screen(study, task.genome.steps, self._base_model(task), context, made)
         return profiling.profile(study, self._base_model(task, measure.device(task.protocol.device)), task.protocol, context)
 
     def _measure(self, task: Task, stages: "Stages") -> Measurement:

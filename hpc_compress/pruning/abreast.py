@@ -95,12 +95,14 @@ class Abreast:
         self.answers = self._walk(dense, whole, keep)[self.fit_batches :]  # of the uncut model on the judged batches
 
     @torch.no_grad()
-    def repair(self, model: PreTrainedModel, kept: UnitArrays) -> list[Any]:
+    def repair(self, model: PreTrainedModel, kept: UnitArrays, most: int | None = None) -> list[Any]:
         """Refit every output linear of a model that was cut to `kept`, in place.
 
-        Returns: what the repaired model answers on each of the judged batches.
+        most: stop after so many linears, and leave those that follow as they are.
+
+        Returns: what the repaired model answers on each of the judged batches; nothing if it stopped before.
         """
-        linears = list(written(self.dense, kept))
+        linears = list(written(self.dense, kept))[:most]
         known = self._begins_alike(linears)
         trail = _Trail(linears[: 2 * known], self._trail.fitted[: 2 * known], self._trail.outputs[:known])
         changed = any(self._cut_at(at) for at in trail.linears)
@@ -123,7 +125,7 @@ class Abreast:
             trail.fitted.append((linear.weight.detach().clone(), None if linear.bias is None else linear.bias.detach().clone()))
             trail.linears.append(at)
 
-        answers = self._walk(model, rest, refit, trail.outputs)
+        answers = self._walk(model, rest, refit, trail.outputs, to_the_end=most is None)
         self._trail = trail
         return answers[self.fit_batches :]
 
@@ -134,7 +136,7 @@ class Abreast:
             if not now.same_as(before):
                 break
             alike += 1
-        return min(alike // 2, len(self._trail.outputs), len(linears) // 2 - 1)
+        return min(alike // 2, len(self._trail.outputs), (len(linears) - 1) // 2)
 
     def _cut_at(self, at: Written) -> bool:
         whole = linear_of(surgery.layers(self.dense)[at.origin], at.name)
@@ -152,14 +154,15 @@ class Abreast:
         linears: Sequence[Written],
         look: Callable[[int, list[torch.Tensor], list[torch.Tensor]], None],
         outputs: list[list[Any]] | None = None,
+        to_the_end: bool = True,
     ) -> list[Any]:
         """Run all batches through the model, and stop all of them at each linear.
 
         look: told the number of the linear, what flows into it and into the stream that it writes to, batch by batch: (tokens,
         features) each, padding left out. outputs: of the first layers, which are not computed again; those of the others are
-        appended, but for the last one's.
+        appended, but for the last one's. to_the_end: false: stop after the last of the linears.
 
-        Returns: the model's answer to each batch.
+        Returns: the model's answer to each batch, if it gets there.
         """
         model.eval()
         layers, main = surgery.layers(model), greenlet.getcurrent()
@@ -199,8 +202,13 @@ class Abreast:
                 inputs = [rows[mask].float() for rows, mask in zip(arrived, self.masks, strict=True)]
                 before = [streams[at][mask].float() for at, mask in enumerate(self.masks)]
                 look(number, inputs, before)
-                for lane in range(len(lanes)):
-                    arrived[lane] = lanes[lane].switch()
+                if number + 1 < len(linears) or to_the_end:
+                    for lane in range(len(lanes)):
+                        arrived[lane] = lanes[lane].switch()
+                else:
+                    for stopped in lanes:
+                        stopped.throw()  # greenlet.GreenletExit, which ends it
+                    made, arrived = made[: linears[-1].layer - behind], []
         if outputs is not None:
             outputs.extend(made)
         return arrived

@@ -18,6 +18,8 @@ from hpc_compress.pruning.abreast import Abreast, UnitArrays, shared_copy
 from hpc_compress.search.allocation import Place, allocate, levels
 from hpc_compress.types import Structure
 
+RESCORED_PART = 2  # of a cut's sentences one in so many is looked at when the rest is scored anew
+
 
 @dataclasses.dataclass(frozen=True)
 class Price:
@@ -145,7 +147,6 @@ class Carving:
     sentences: int  # of train, that the criterion and the repair see
     repair: bool
     drift: bool  # as in `Abreast`
-    rescore: bool  # cut and repair block by block, first layer first, and score all that is left anew before each
 
 
 def carve(model: PreTrainedModel, context: Context, structure: Structure, how: Carving) -> PreTrainedModel:
@@ -153,9 +154,6 @@ def carve(model: PreTrainedModel, context: Context, structure: Structure, how: C
 
     Raises: ValueError for a structure that the model can't have.
     """
-    if how.rescore:
-        counts_ = {"heads": structure.heads, "ffn": structure.ffn}
-        return _block_by_block(model, context, how, lambda unit, layer, scores: counts_[unit][layer])
     kept = kept_of(model, context, structure, how)
     dense = dense_of(model, context, how) if how.repair else None
     cut(model, kept)
@@ -203,55 +201,33 @@ def dense_of(model: PreTrainedModel, context: Context, how: Carving, judged: Seq
     return context.kept("dense", key, make)
 
 
-def _block_by_block(
-    model: PreTrainedModel, context: Context, how: Carving, choose: Callable[[str, int, UnitArrays], int]
-) -> PreTrainedModel:
-    """Cut the attention and the FFN of one layer after another, repair what is cut so far, and score what is left anew (after
-    Park et al. 2024, K-prune, algorithm 1, https://arxiv.org/abs/2308.03449).
-
-    choose: from the kind of unit, the layer and all present scores, how many of them stay there.
+def rescored(model: PreTrainedModel, context: Context, share: float, ffn_multiple: int, how: Carving) -> PreTrainedModel:
+    """Remove a share of the encoder's parameters block by block: attention, then FFN, of one layer after another. Before each,
+    all that is left is scored anew, on the model as it is by then, and the rest of the budget is allocated anew; after each, what
+    was cut so far is repaired (after Park et al. 2024, K-prune, algorithm 1, https://arxiv.org/abs/2308.03449).
     """
     if surgery.family(model).shared_bias:
         raise ValueError(
             "the layers of this encoder share one position bias, so they can't be cut one by one: leave rescore out"
         )
-    batches, scores = context.batches(how.sentences), Scores(how.criterion, ["heads", "ffn"])
-    dense = dense_of(model, context, how)
-    whole = copy.deepcopy(model)
+    # There are two scorings a layer, so each one sees a part of the sentences only.
+    batches, scores = context.batches(max(1, how.sentences // RESCORED_PART)), Scores(how.criterion, ["heads", "ffn"])
+    dense, whole, price = dense_of(model, context, how), copy.deepcopy(model), _parameters(model)
+    left = (1 - share) * price.of(model) - price.layer * len(surgery.layers(model))
     kept: UnitArrays = {unit: [np.arange(count) for count in counts(model, unit)] for unit in ("heads", "ffn")}
-    for layer in range(len(surgery.layers(whole))):
-        for unit in ("heads", "ffn"):
-            found = (
-                scores.of(model, context.problem, batches)
-                if layer or unit == "ffn"
-                else scores_of(whole, context, scores, how.sentences)
-            )
-            count = choose(unit, layer, found)
-            if count == len(found[unit][layer]):
-                continue
-            kept[unit][layer] = _best(found[unit][layer], count)
-            model = shared_copy(whole)
-            cut(model, kept)
-            dense.repair(model, kept)
+    for number in range(2 * len(surgery.layers(whole))):
+        layer, unit = number // 2, ("heads", "ffn")[number % 2]
+        found = scores.of(model, context.problem, batches)
+        ordered = sorted(_sites(model, found, ffn_multiple), key=lambda site: (site.layers[0], site.unit == "ffn"))
+        places = [site.place(price) for site in ordered[number:]]
+        level = allocate(places, left)[0]
+        left -= float(places[0].cost[level])
+        kept[unit][layer] = _best(found[unit][layer], int(ordered[number].stays[level]))
+        model = shared_copy(whole)
+        cut(model, kept)
+        # Blocks that are still whole keep their weights: they are scored as what they are.
+        dense.repair(model, kept, most=number + 1)
     return model
-
-
-def rescored(model: PreTrainedModel, context: Context, share: float, ffn_multiple: int, how: Carving) -> PreTrainedModel:
-    """Remove a share of the encoder's parameters block by block; before each one, allocate what is left of the budget anew."""
-    price = _parameters(model)
-    budget = (1 - share) * price.of(model)
-    spent = price.layer * len(surgery.layers(model))
-
-    def choose(unit: str, layer: int, scores: UnitArrays) -> int:
-        nonlocal spent
-        ordered = sorted(_sites(model, scores, ffn_multiple), key=lambda site: (site.layers[0], site.unit == "ffn"))
-        sites = ordered[2 * layer + (unit == "ffn") :]  # this one and those that follow
-        level = allocate([site.place(price) for site in sites], budget - spent)[0]
-        stays = int(sites[0].stays[level])
-        spent += float(sites[0].place(price).cost[level])
-        return stays
-
-    return _block_by_block(model, context, how, choose)
 
 
 # --- what goes ---

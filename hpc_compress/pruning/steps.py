@@ -148,7 +148,7 @@ class Prune(Record):
         from hpc_compress.pruning import cutting
 
         if self.rescore:
-            how = cutting.Carving(self.criterion, self.sentences, repair=True, drift=True, rescore=True)
+            how = cutting.Carving(self.criterion, self.sentences, repair=True, drift=True)
             return cutting.rescored(model, context, self.share, self.ffn_multiple, how)
         return cutting.prune(
             model,
@@ -173,23 +173,17 @@ class Carve(Structure):
     drift: bool = Field(
         default=True, description="the repair also makes up for what the residual stream has lost in the layers before"
     )
-    rescore: bool = Field(
-        default=False,
-        description="cut and repair the attention and the FFN of one layer after another; score what is left anew before each",
-    )
 
     @model_validator(mode="after")
     def _scored(self) -> "Carve":
         _require_criterion(self.criterion, {"heads", "ffn"} | ({"hidden"} if self.hidden else set()))
-        if self.rescore and (self.layers is not None or self.hidden is not None or not self.repair):
-            raise ValueError("rescore=true cuts heads and ffn and repairs after each cut; leave layers, hidden and repair out")
         return self
 
     @property
     def how(self) -> "Carving":
         from hpc_compress.pruning.cutting import Carving
 
-        return Carving(self.criterion, self.sentences, self.repair, self.drift, self.rescore)
+        return Carving(self.criterion, self.sentences, self.repair, self.drift)
 
     def __call__(self, model: "PreTrainedModel", context: Context) -> "PreTrainedModel":
         from hpc_compress.pruning import cutting

@@ -38,10 +38,12 @@ AIMED = 4.0  # times the gain of a model that keeps to the targets, against one 
 
 
 class Cut(NamedTuple):
-    """What is left of the encoder, and how its units were chosen."""
+    """What is left of the encoder, and how it is found."""
 
     levels: Levels
-    rescored: bool = False  # by scores that were computed anew before each block was cut
+    share: float = (
+        0.0  # above 0: of the encoder, which `prune` removes block by block and finds these levels; 0: they are given
+    )
 
 
 class Design(NamedTuple):
@@ -72,7 +74,7 @@ class Evolve(AbstractSpaceStrategy):
     rescoring: bool = Field(
         default=True, description="also try structures whose scores are computed anew before each block is cut"
     )
-    switching: int = Field(default=2, ge=0, description="rounds of level switching by marginals, before the first training")
+    switching: int = Field(default=2, ge=0, description="depths at which level switching by marginals is tried")
     elites: int = Field(default=3, ge=0, description="of the fittest, which are timed again in each generation")
     profile_seconds: float = Field(default=90.0, gt=0, description="that the device's profile takes, where no file is given")
     _candidates: dict[str, Candidate] = PrivateAttr(default_factory=dict)  # all that was told, by id
@@ -118,10 +120,9 @@ class Evolve(AbstractSpaceStrategy):
         for candidate in candidates:
             self._candidates[candidate.id] = candidate
             if candidate.screening is not None:
-                first = candidate.genome.steps[0]
                 # A `prune` has found its structure on the node.
-                rescored = first.operator == "prune" or bool(first.params.get("rescore"))
-                cut = Cut(self._sites.levels(candidate.screening.structure), rescored)
+                share = candidate.genome.steps[0].params.get("share", 0.0)
+                cut = Cut(self._sites.levels(candidate.screening.structure), share)
                 self._divergences[cut] = candidate.screening.divergence
 
     # --- the course of a search: each `yield` is a generation ---
@@ -135,18 +136,16 @@ class Evolve(AbstractSpaceStrategy):
         yield self._measured([first[at] for at in order][: max(self.population, len(plain))])
         if self.screens:
             yield self._screened([cut for cut in plain if cut.levels != self._sites.most])
-            deep = [cut for cut in plain if self._divergences.get(cut, 0.0) > self.negligible]
-            if self.rescoring and deep:
-                yield self._rescored(deep)
-            done: set[Levels] = set()
-            for _ in range(self.switching):
-                yield from self._switched(done)
-        number = 0
+            if self.rescoring:
+                yield self._rescored(cut for cut in plain if self._divergences.get(cut, 0.0) > self.negligible)
+        yield self._promising()
+        done: set[Levels] = set()
         while True:
-            yield self._promising()
-            number += 1
-            if self.screens and number % 2 == 0:
+            if self.screens and self.switching > len(done):
+                yield from self._switched(done)
+            elif self.screens:
                 yield self._screened(self._offspring())
+            yield self._promising()
 
     def _measured(self, designs: Iterable[Design]) -> list[Proposal]:
         proposals = []
@@ -165,28 +164,26 @@ class Evolve(AbstractSpaceStrategy):
         ordered = sorted(cuts, key=lambda cut: [(cut.levels[at], cut.levels[depth + at]) for at in range(depth)])
         return [Proposal(genome=Genome(steps=self._steps(cut)), screen=self._screen) for cut in ordered]
 
-    def _rescored(self, cuts: Sequence[Cut]) -> list[Proposal]:
+    def _rescored(self, cuts: Iterable[Cut]) -> list[Proposal]:
         """Ask the nodes for structures as deep as these, found block by block."""
         self._sample += 1
         survey = self.known.survey
         assert survey is not None
-        proposals = []
-        for cut in cuts:
-            share = round(1 - self._parameters(cut.levels) / survey.encoder_parameters, 3)
-            how = {**self._seen_by_cuts, "ffn_multiple": self.space.ffn_multiple}
-            step = Step(operator="prune", params={**how, "share": share, "rescore": True})
-            proposals.append(Proposal(genome=Genome(steps=(step,)), screen=self._screen))
-        return proposals
+        shares = (round(1 - self._parameters(cut.levels) / survey.encoder_parameters, 2) for cut in cuts)
+        asked = {cut.share for cut in self._divergences}
+        steps = [self._steps(Cut((), share)) for share in dict.fromkeys(shares) if share > 0 and share not in asked]
+        return [Proposal(genome=Genome(steps=step), screen=self._screen) for step in steps]
 
     def _switched(self, done: set[Levels]) -> Generator[list[Proposal], None, None]:
         """Level switching by marginals at one depth: what each single move changes, then the best moves together. Two
         generations. done: structures at which this was tried; the new one is added."""
         open_ = [cut for cut in self._best_cuts() if self._divergences[cut] > self.negligible and cut.levels not in done]
         if not open_:
+            done.add(())  # there is nothing to improve
             return
         # Where about half of what counts is lost there is most to win.
         cut = min(open_, key=lambda cut: (abs(self._loss_of_cut(cut) - 0.5), cut))
-        done.add(cut.levels)
+        done.add(cut.levels)  # also where nothing comes of it
         near = self._sites.neighbours(cut.levels, by=2)
         yield self._screened([Cut(cut.levels), *(Cut(levels) for levels in near.values())])
         start = self._divergences.get(Cut(cut.levels), math.inf)
@@ -194,7 +191,6 @@ class Evolve(AbstractSpaceStrategy):
             move: start - self._divergences[Cut(levels)] for move, levels in near.items() if Cut(levels) in self._divergences
         }
         together = self._sites.combined(cut.levels, gains, by=2, count=max(4, self.screens // 3))
-        done.update(together)
         yield self._screened([Cut(cut.levels), *map(Cut, together)])
 
     def _promising(self) -> list[Proposal]:
@@ -423,7 +419,7 @@ class Evolve(AbstractSpaceStrategy):
 
     def _mass_ranks(self) -> bool:
         """Whether what is free ranks structures as screening does, among those of a similar price."""
-        cuts = [cut for cut in self._divergences if not cut.rescored]
+        cuts = [cut for cut in self._divergences if not cut.share]
         return self._ranks(
             "removed scores", "divergence", [(self._sites.mass(cut.levels), self._divergences[cut]) for cut in cuts]
         )
@@ -440,11 +436,10 @@ class Evolve(AbstractSpaceStrategy):
     # --- genomes ---
 
     def _steps(self, cut: Cut) -> tuple[Step, ...]:
-        steps = self.space.genome(self.known.shape, self._sites.structure(cut.levels)).steps
-        return tuple(
-            step.model_copy(update={"params": dict(sorted({**step.params, "rescore": True}.items()))}) if cut.rescored else step
-            for step in steps
-        )
+        if cut.share:
+            how = {**self._seen_by_cuts, "ffn_multiple": self.space.ffn_multiple}
+            return (Step(operator="prune", params={**how, "share": cut.share, "repair": True, "rescore": True}),)
+        return self.space.genome(self.known.shape, self._sites.structure(cut.levels)).steps
 
     @property
     def _seen_by_cuts(self) -> Params:
