@@ -177,7 +177,7 @@ class Evolve(AbstractSpaceStrategy):
     def _switched(self, done: set[Levels]) -> Generator[list[Proposal], None, None]:
         """Level switching by marginals at one depth: what each single move changes, then the best moves together. Two
         generations. done: structures at which this was tried; the new one is added."""
-        open_ = [cut for cut in self._best_cuts() if self._divergences[cut] > self.negligible and cut.levels not in done]
+        open_ = [cut for cut in self._best_cuts() if self._divergences.get(cut, 0.0) > self.negligible and cut.levels not in done]
         if not open_:
             done.add(())  # there is nothing to improve
             return
@@ -438,7 +438,7 @@ class Evolve(AbstractSpaceStrategy):
     def _steps(self, cut: Cut) -> tuple[Step, ...]:
         if cut.share:
             how = {**self._seen_by_cuts, "ffn_multiple": self.space.ffn_multiple}
-            return (Step(operator="prune", params={**how, "share": cut.share, "repair": True, "rescore": True}),)
+            return (Step(operator="prune", params={**how, "share": cut.share, "rescore": True}),)
         return self.space.genome(self.known.shape, self._sites.structure(cut.levels)).steps
 
     @property
