@@ -56,7 +56,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     measure.keep_freed_memory()
-    protocol = MeasurementProtocol(sentences=128, min_passes=5, max_passes=9, warmup_passes=1)
+    protocol = MeasurementProtocol(sentences=128, min_passes=5, max_passes=15, warmup_passes=1, max_seconds=20)
     model = CLASSIFICATION.load_base(resource(MODEL), ("a", "b", "c"), new_head=True, seed=0)
     profile, seconds = profiled(model, protocol, options)
     rows = measured(model, protocol, profile, options.structures)
