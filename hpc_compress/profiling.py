@@ -2,8 +2,8 @@
 
 A block's time is a difference of the times of whole models. These are copies of the base model with few layers: in all layers
 the same number of heads and no FFN, or the same FFN and no heads. So what is timed runs as a candidate would: in its precision,
-in its library, from its embeddings to its head. Two copies without blocks, one of a single layer and one of all, tell what a bare
-layer takes.
+in its library, from its embeddings to its head. Two copies without blocks, one of a single layer and one of all, tell what a
+bare layer takes.
 
 References:
     Kwon et al. 2022, A Fast Post-Training Pruning Framework for Transformers, section 4.1

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from hpc_compress import identity
 from hpc_compress.config import RunConfig
 from hpc_compress.search.space import Shape
-from hpc_compress.types import Base, Count, Dataset, Record, Rows
+from hpc_compress.types import Base, Count, Dataset, DeviceProfile, Record, Rows
 
 # Settings that a resumed run may change; conf/config.yaml leaves them out of the folder names of a sweep too.
 FREE = {
@@ -51,6 +51,7 @@ class Plan(Record):
     dataset: Dataset
     shape: Shape
     rows: Rows | None = None  # None in runs of earlier versions
+    devices: tuple[DeviceProfile, ...] = ()  # as they stood in the files of config.device, which a resumed run does not ask
 
     def differences(self, config: RunConfig, strategy: Mapping[str, Any], objective: Mapping[str, Any]) -> list[str]:
         """Settings that a resumed run may not change, where they changed. A run may be prolonged and reported anew."""

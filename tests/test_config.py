@@ -229,13 +229,13 @@ def test_every_command_explains_itself(tmp_path: Path):
         overview = ask(tmp_path, *arguments)
         assert overview.code == 0
         assert all(command in overview.stdout for command in ("search", "status", "report", "export"))
-    for command in ("status", "cancel", "report", "compare", "export", "prefetch", "doctor"):
+    for command in ("status", "cancel", "report", "compare", "export", "prefetch", "doctor", "profile"):
         shown = ask(tmp_path, command, "--help")
         assert shown.code == 0
         assert any(example in shown.stdout for example in ("results/demo", "RUN", "model=bert_base"))
     unknown = ask(tmp_path, "serach")
     assert unknown.code != 0
-    assert "choose one of search, status, cancel, report, compare, export, prefetch, doctor" in unknown.stderr
+    assert "choose one of search, status, cancel, report, compare, export, prefetch, doctor, profile" in unknown.stderr
 
 
 def test_prefetch_fetches_and_says_what_is_next(
@@ -393,6 +393,7 @@ LIGHT = {
     "export",
     "dispatch",
     "doctor",
+    "devices",
     "defaults",
     "launch",
     "search",

@@ -17,7 +17,8 @@ class Known(Record):
     objectives: tuple[Objective, ...] = ("quality", "latency", "bytes")
     target: Target = Target()
     survey: Surveyed | None = None  # None: the strategy did not ask for it
-    profile: DeviceProfile | None = None  # likewise
+    profile: DeviceProfile | None = None  # likewise, unless the user gave a device's file
+    devices: tuple[DeviceProfile, ...] = ()  # all that the user gave; `profile` is the first one
 
     def briefly(self) -> dict[str, Any]:
         """For a strategy that maximises F and knows nothing else."""

@@ -1,0 +1,50 @@
+"""Files of devices, as `hpc-compress profile` writes them: read as a stranger's data, and checked against a search."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hpc_compress import door, identity
+from hpc_compress.config import ConfigError
+from hpc_compress.search.prediction import timed
+from hpc_compress.search.space import Shape
+from hpc_compress.types import DeviceProfile, Profiling, Study
+
+ADVICE = "write it anew with hpc-compress profile and the words of this search"
+
+
+def read(paths: Sequence[str], model: Mapping[str, Any], shape: Shape) -> tuple[DeviceProfile, ...]:
+    """model: config.json of the base model.
+
+    Raises: ConfigError for a file that is not there, is damaged, or is of layers of another kind or size.
+    """
+    return tuple(_read(path, model, shape) for path in paths)
+
+
+def _read(path: str, model: Mapping[str, Any], shape: Shape) -> DeviceProfile:
+    try:
+        found = door.record(Path(path).expanduser(), DeviceProfile)
+    except door.DamageError as error:
+        raise ConfigError(f"device={path}: {error}; {ADVICE}") from None
+    if found is None:
+        raise ConfigError(f"device={path} is not there; {ADVICE} and --out={path}")
+    hidden = shape.widths[0] if shape.widths else found.hidden
+    own = {"model_type": model.get("model_type"), "hidden": hidden, "head_size": hidden // max(1, shape.heads[0])}
+    for name, value in own.items():
+        if getattr(found, name) != value:
+            raise ConfigError(
+                f"device={path} is of models with {name}={door.one_line(str(getattr(found, name)))}, and the base model has "
+                f"{name}={value}; {ADVICE}"
+            )
+    return found
+
+
+def require_precisions(found: Sequence[DeviceProfile], paths: Sequence[str], studies: Sequence[Study]) -> None:
+    """Raises: ConfigError when a device was not profiled in a precision that the strategy wants to know."""
+    wanted = [(), *(timed(chain) for study in studies if isinstance(study, Profiling) for chain in study.deploys)]
+    for profile, path in zip(found, paths, strict=True):
+        known = {identity.canonical(list(block.deploy)) for block in profile.blocks}
+        for chain in wanted:
+            if identity.canonical(list(chain)) not in known:
+                said = " > ".join(str(step.params.get("scheme", step.operator)) for step in chain) or "fp32"
+                raise ConfigError(f"device={path} has no times for {said}, which the strategy may deploy in; {ADVICE}")
