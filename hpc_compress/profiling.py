@@ -30,7 +30,7 @@ from hpc_compress.search.prediction import timed
 from hpc_compress.types import BlockProfile, DeviceProfile, MeasurementProtocol, Profiling, Step
 
 TOKENS = 2048  # rows of the word embedding that are left, so that copies are small; which rows are read has no effect on time
-FEWEST_SWEEPS, GOOD_SWEEPS, MOST_SWEEPS = 2, 6, 20  # after the one that warms up
+FEWEST_SWEEPS, GOOD_SWEEPS, MOST_SWEEPS = 2, 6, 12  # after the one that warms up
 CLEAR_MS = 4.0  # a batch that takes less is timed several times in a row
 Shape = tuple[int, int, int]  # layers; heads and FFN neurons of each of them
 Key = tuple[int, Shape]  # number of a precision, and shape of a copy

@@ -207,6 +207,8 @@ class Checks:
             assert values.get("seeds", "3").isdigit()
             for strategy in values["strategy"].split(","):
                 searches([*others, f"strategy={strategy}", "report_front=true", f"name={values['name']}"])
+        elif command == "profile":
+            searches([word for word in rest if not word.startswith("--out=")])
         elif command == "prefetch":
             searches([word for word in rest if not word.startswith("--to=")])
         else:

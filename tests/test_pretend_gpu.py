@@ -17,7 +17,7 @@ from test_operators import STEPS, TRAINING
 from torch import nn
 from transformers import AutoTokenizer
 
-from hpc_compress import identity, measure, worker
+from hpc_compress import identity, measure, profiling, worker
 from hpc_compress.deployment import sparsity
 from hpc_compress.deployment.quantization import quantize
 from hpc_compress.models import artifact, surgery
@@ -25,7 +25,7 @@ from hpc_compress.models.modeling_hpc_compress import FAMILIES
 from hpc_compress.operators import OPERATORS, Context, operator
 from hpc_compress.problems import PROBLEMS
 from hpc_compress.training import teaching
-from hpc_compress.types import Genome, MeasurementProtocol, Outcome, SpentError, Step
+from hpc_compress.types import Genome, MeasurementProtocol, Outcome, Profiling, SpentError, Step
 
 CLASSIFICATION = PROBLEMS["classification"]
 
@@ -306,6 +306,17 @@ def test_a_table_of_block_times_holds_one_cut_model_at_a_time(folder: Path, gpu:
     assert peak(lambda: measure.block_times(model, batches, MeasurementProtocol(min_passes=2, max_passes=2), CUDA)) == max(
         alone
     )
+
+
+def test_a_device_is_profiled_in_its_best_precision_too(folder: Path, gpu: Memory):
+    model, bf16 = load(folder).to(CUDA), Step(operator="quantize", params={"scheme": "bf16"})
+    context = Context(train=examples(), problem=CLASSIFICATION, device=CUDA, seed=0, teacher=lambda: model)
+    protocol = MeasurementProtocol(batch_size=4, base_precision="bf16")
+    sparse = (Step(operator="sparsify", params={"share": 0.5}),)
+    found = profiling.profile(Profiling(deploys=(sparse,), seconds=0.1), model, protocol, context)
+    assert found.device_type == "cuda"
+    assert [block.deploy for block in found.blocks] == [(), (bf16,), sparse]
+    assert next(model.parameters()).device == CUDA
 
 
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
