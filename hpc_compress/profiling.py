@@ -214,7 +214,7 @@ def _blocks(deploy: tuple[Step, ...], grid: Grid, ms: dict[Shape, np.ndarray]) -
     def blocks(times: list[np.ndarray]) -> np.ndarray:
         """(rows, lengths, units) of one layer."""
         added = np.stack([np.zeros_like(bare), *(np.maximum(0.0, (each - bare) / grid.depth) for each in times)], -1)
-        return _rising(added)
+        return _rising(added).round(6)
 
     return BlockProfile(
         deploy=deploy,
@@ -222,8 +222,8 @@ def _blocks(deploy: tuple[Step, ...], grid: Grid, ms: dict[Shape, np.ndarray]) -
         lengths=grid.lengths,
         heads=grid.heads,
         widths=grid.widths,
-        fixed_ms=fixed.tolist(),
-        layer_ms=layer.tolist(),
+        fixed_ms=fixed.round(6).tolist(),
+        layer_ms=layer.round(6).tolist(),
         attention_ms=blocks([ms[grid.depth, count, 0] for count in grid.heads[1:]]).tolist(),
         ffn_ms=blocks([ms[grid.depth, 0, width] for width in grid.widths[1:]]).tolist(),
     )
