@@ -6,9 +6,9 @@ from typing import Any
 
 from hpc_compress import door, identity
 from hpc_compress.config import ConfigError
-from hpc_compress.search.prediction import timed
+from hpc_compress.search.prediction import Prediction, timed
 from hpc_compress.search.space import Shape
-from hpc_compress.types import DeviceProfile, Profiling, Study
+from hpc_compress.types import DeviceProfile, Profiling, Study, Surveyed
 
 ADVICE = "write it anew with hpc-compress profile and the words of this search"
 
@@ -37,6 +37,15 @@ def _read(path: str, model: Mapping[str, Any], shape: Shape) -> DeviceProfile:
                 f"{name}={value}; {ADVICE}"
             )
     return found
+
+
+def require_reach(found: Sequence[DeviceProfile], paths: Sequence[str], survey: Surveyed) -> None:
+    """Raises: ConfigError when a device was profiled with batches much smaller than those that the search times."""
+    for profile, path in zip(found, paths, strict=True):
+        try:
+            Prediction.of(survey, profile)
+        except ValueError as error:
+            raise ConfigError(f"device={path}: {error}") from None
 
 
 def require_precisions(found: Sequence[DeviceProfile], paths: Sequence[str], studies: Sequence[Study]) -> None:

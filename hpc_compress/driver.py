@@ -44,6 +44,7 @@ from hpc_compress.types import (
     Step,
     Study,
     Survey,
+    Surveyed,
     Task,
 )
 
@@ -273,13 +274,16 @@ class _Search:
             raise SearchError(f"the base model could not be studied: {describe(broken[0].failure)}")  # type: ignore[arg-type]
         self._spend(outcomes)
         found = {outcome.finding.kind: outcome.finding for outcome in outcomes if outcome.finding}
+        survey = found.get("survey")
+        if isinstance(survey, Surveyed):
+            devices.require_reach(given, self.config.device, survey)
         return Known(
             shape=self.plan.shape,
             score=lambda measurement: self.objective(measurement, base),
             base=base,
             objectives=self.config.objectives,
             target=self.config.target,
-            survey=found.get("survey"),
+            survey=survey,
             profile=given[0] if given else found.get("profile"),
             devices=given,
         )

@@ -133,8 +133,8 @@ def test_a_block_that_is_gone_takes_nothing_and_its_first_unit_much():
 def test_what_was_not_profiled_is_refused():
     with pytest.raises(ValueError, match="no times of fp32"):
         Prediction.of(survey(), profile_of(block((NF4,))))
-    with pytest.raises(ValueError, match="25 tokens a row, and the profile knows at most 16"):
-        Prediction.of(survey(((8, 25),)), profile_of(block()))
+    with pytest.raises(ValueError, match="33 tokens a row, and the profile knows at most 16"):
+        Prediction.of(survey(((8, 33),)), profile_of(block()))
     prediction = Prediction.of(survey(), profile_of(block()))
     with pytest.raises(ValueError, match="nf4 was not timed on this device"):
         prediction.latency(*structures(), (NF4,))
@@ -305,6 +305,12 @@ def test_a_device_file_needs_the_precisions_of_the_strategy():
         devices.require_precisions(given, ["d.json"], [study])
     devices.require_precisions(given, ["d.json"], [Profiling(deploys=((TRIM,),))])
     devices.require_precisions((profile_of(block(), block((NF4,))),), ["d.json"], [study])
+
+
+def test_a_device_file_needs_batches_as_large_as_those_of_the_search():
+    with pytest.raises(ConfigError, match=r"device=d.json: a batch of the sample has 17 rows, and the profile knows at most 8"):
+        devices.require_reach((profile_of(block()),), ["d.json"], survey(((17, 16),)))
+    devices.require_reach((profile_of(block()),), ["d.json"], survey())
 
 
 def test_steps_without_effect_on_time_are_left_out():

@@ -16,7 +16,7 @@ import numpy as np
 from hpc_compress import identity
 from hpc_compress.types import BlockProfile, DeviceProfile, Step, Surveyed
 
-FARTHEST = 1.5  # times the longest and the largest batch that was timed: no prediction goes beyond
+FARTHEST = 2.0  # times the longest and the largest batch that was timed: no prediction goes beyond
 
 
 def timed(deploy: Sequence[Step]) -> tuple[Step, ...]:
@@ -56,7 +56,7 @@ class Prediction:
 
     @staticmethod
     def of(survey: Surveyed, profile: DeviceProfile) -> "Prediction":
-        """Raises: ValueError when the profile lacks fp32, or was taken with batches much smaller than those of the sample."""
+        """Raises: ValueError when the profile lacks fp32, or knows only batches much smaller than those of the sample."""
         depth, most, widest = len(survey.heads), max(map(len, survey.heads)), max(map(len, survey.ffn))
         times = {_key(timed(block.deploy)): _summed(block, survey.sample, most, widest) for block in profile.blocks}
         if _key(()) not in times:
