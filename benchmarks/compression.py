@@ -50,7 +50,6 @@ from hpc_compress.models.gates import PerUnit, counts
 from hpc_compress.models.modeling_hpc_compress import linear_of
 from hpc_compress.operators import Checkpoint, Context, Training, operator
 from hpc_compress.problems import PROBLEMS, Problem
-from hpc_compress.pruning import cutting
 from hpc_compress.pruning.abreast import Abreast
 from hpc_compress.store import Store, write_atomically
 from hpc_compress.training import loop, losses, teaching

