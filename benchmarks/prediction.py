@@ -149,6 +149,7 @@ def survey(depth: int, heads: int, width: int, sample: list[Batch]) -> Surveyed:
         ffn=((1.0,) * width,) * depth,
         parameters=(1, 1),
         encoder_parameters=1,
+        train_rows=1,
         bytes=(),
         sample=tuple((len(batch), batch.inputs["input_ids"].shape[1]) for batch in sample),
     )

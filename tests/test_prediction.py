@@ -61,6 +61,7 @@ def survey(sample: tuple[tuple[int, int], ...] = ((8, 16), (8, 10), (3, 5)), **c
             "ffn": rng.random((LAYERS, WIDTH)).tolist(),
             "parameters": (8, 2),
             "encoder_parameters": 1000,
+            "train_rows": 100,
             "bytes": (ByteCounts(deploy=(TRIM, NF4), fixed=500.0, per_head=10.0, per_neuron=2.0),),
             "sample": sample,
             **changes,
@@ -254,9 +255,7 @@ def test_a_real_clock_gives_a_profile_too(tiny_checkpoint: Callable[..., Path]):
     study = Profiling(seconds=0.1, deploys=((Step(operator="quantize", params={"scheme": "dynamic_int8"}),),))
     found = profiling.profile(study, model, MeasurementProtocol(batch_size=1), context(model))
     assert [len(block.rows) for block in found.blocks] == [1, 1]
-    one_layer = Surveyed(
-        heads=((1.0,) * HEADS,), ffn=((1.0,) * WIDTH,), parameters=(1, 1), encoder_parameters=1, bytes=(), sample=((1, 8),)
-    )
+    one_layer = survey(((1, 8),), heads=((1.0,) * HEADS,), ffn=((1.0,) * WIDTH,))
     assert Prediction.of(one_layer, found).base_ms > 0
 
 
