@@ -98,7 +98,8 @@ def _in_turns(
             counts = times.get(key, [1] * len(batches))
             # Large batches first, as in a search; they bring the model's weights back into the caches.
             ordered = reversed([*zip(batches, counts, strict=True)])
-            found = [measure.batch_ms(models[key], batch, on, count) for batch, count in ordered][::-1]
+            found = [measure.batch_ms(models[key], batch, on, count) for batch, count in ordered]
+            found = found[::-1]  # in the order of the batches
             if sweep == 0:
                 times[key] = [min(10, math.ceil(CLEAR_MS / ms)) for ms in found]
             else:

@@ -42,7 +42,11 @@ MUTANTS = (
     Mutant("measure.py", "* tokens / timed_tokens", "", "test_measure.py"),
     Mutant("measure.py", "return sent / spent", "return 1.0", "test_measure.py"),
     Mutant("measure.py", "del cut  # before the next one is made", "pass", "test_pretend_gpu.py"),
+    Mutant("profiling.py", "bare = fixed + grid.depth * layer", "bare = fixed + layer", "test_prediction.py"),
+    Mutant("profiling.py", "found[::-1]  # in the order of the batches", "found", "test_prediction.py"),
     # search
+    Mutant("search/prediction.py", "found[0] = 0.0", "pass", "test_prediction.py"),
+    Mutant("search/prediction.py", "heads.shape[1] * times.layer", "6 * times.layer", "test_prediction.py"),
     Mutant("driver.py", "self._repeats(population[: self.config.report_candidates], base)", "{}", "test_timings.py"),
     Mutant("data/overlap.py", "stays &= self.whole | in_train", "stays |= in_train", "test_splits.py"),
     Mutant("search/genetic.py", "key=self._rank, reverse=True", "key=self._rank", "test_search.py"),
