@@ -25,6 +25,7 @@ bench: .venv/ready ## the benchmarks; takes hours on two cores. DATA: a folder w
 	$(BIN)/python benchmarks/distillation.py --data $(wildcard $(DATA)/sst2/train.*) --out results
 	$(BIN)/python benchmarks/repeatability.py --out results
 	$(BIN)/python benchmarks/compression.py --data $(DATA) --out results
+	$(BIN)/python benchmarks/untrained.py --data $(DATA) --out results
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv

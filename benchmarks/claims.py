@@ -144,7 +144,7 @@ def sentences(table: pd.DataFrame) -> str:
             chosen = leads[(leads["cut"] >= 0.5) == most]
             if len(chosen):
                 least = min(least, float(chosen["cut"].min()))
-                lines.append(f"{title}, `prune` is {_counted(chosen)}")
+                lines.append(f"{title}, `prune` is {counted(chosen)}")
         amount = AMOUNTS.get(least, f"{100 * least:.0f} %")
         if lines:
             parts.append(f"When {amount} of the encoder {'or more ' if most else ''}is removed:\n\n{_listed(lines)}")
@@ -156,14 +156,14 @@ def _listed(lines: list[str]) -> str:
     return "\n".join(wrap.fill(line) for line in lines)
 
 
-def at_equal_size(table: pd.DataFrame, figure: str = "quality") -> pd.DataFrame:
-    """Leads of ours cut by parameters over every peer of the same dataset, cut and seed.
+def at_equal_size(table: pd.DataFrame, figure: str = "quality", ours: str = OURS) -> pd.DataFrame:
+    """Leads of one method of ours over every peer of the same dataset, cut and seed.
 
-    figure: `quality`, after the epoch of distillation; `before`, the quality before it.
+    figure: a column of which more is better: `quality`; `before`, the quality before the epoch of distillation.
     """
     cut = table[table["share"] > 0]
     keys = ["dataset", "share", "seed"]
-    both = cut[~cut["method"].str.startswith("ours")].merge(cut.loc[cut["method"] == OURS, [*keys, figure]], on=keys)
+    both = cut[~cut["method"].str.startswith("ours")].merge(cut.loc[cut["method"] == ours, [*keys, figure]], on=keys)
     both["lead"] = both[f"{figure}_y"] - both[f"{figure}_x"]
     return both.rename(columns={"share": "cut", "method": "peer"})[COLUMNS]
 
@@ -200,7 +200,8 @@ def p_value(leads: pd.DataFrame) -> tuple[float, int]:
     return (float(stats.wilcoxon(pairs).pvalue) if pairs.any() else 1.0), len(pairs)
 
 
-def _counted(leads: pd.DataFrame) -> str:
+def counted(leads: pd.DataFrame) -> str:
+    """In how many cases ours is ahead of the best peer, and the test."""
     leads = best(leads)
     means = leads.groupby(["dataset", "cut"], sort=False)["lead"].mean()
     ahead, behind = means[means >= LEVEL], means[means <= -LEVEL]

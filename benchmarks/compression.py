@@ -118,23 +118,23 @@ def main() -> None:
         args.methods = [method for method in args.methods if method != BY_TIME]
         print(f"{BY_TIME!r} is left out: --quality-only times nothing")
     whole = [BASE] if args.quality_only else WHOLE
-    _everywhere(bench, [(Bench.whole, name, method) for name in args.datasets for method in whole])
+    everywhere(bench, [(Bench.whole, name, method) for name in args.datasets for method in whole])
     runs = [
         (DATASETS[name], method, share, seed)
         for seed, name, share, method in itertools.product(args.seeds, args.datasets, args.shares, args.methods)
     ]
     if args.quality_only:
-        _everywhere(bench, [(Bench.added, data.name, *rest) for data, *rest in runs])
+        everywhere(bench, [(Bench.added, data.name, *rest) for data, *rest in runs])
         return
     for name in args.datasets:
         bench.block_times(DATASETS[name])
-    _everywhere(bench, [(Bench.compressed, data.name, *rest) for data, *rest in runs])
+    everywhere(bench, [(Bench.compressed, data.name, *rest) for data, *rest in runs])
     for name in args.datasets:
         bench.time(DATASETS[name])
     report(args, bench, begin if anew else None)
 
 
-def _everywhere(bench: Bench, calls: Sequence[tuple[Any, ...]]) -> None:
+def everywhere(bench: Bench, calls: Sequence[tuple[Any, ...]]) -> None:
     """Calls of methods of the benchmark, each in a process of one thread: small models gain little from a second one."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(bench.args.processes, spawn, torch.set_num_threads, (1,)) as pool:
@@ -202,29 +202,40 @@ class Bench:
 
     def added(self, data: Data, method: str, share: float, seed: int) -> str:
         """A row of the csv for this model, made now if there is none."""
+
+        def make() -> dict[str, Any]:
+            begin = time.monotonic()
+            model, before = self.made(data, method, share, seed)
+            return {
+                "base_quality": json.loads((self.folder(data, BASE) / "record.json").read_text())["quality"],
+                "before": before,
+                "quality": self.score(model, data),
+                "encoder_parameters": surgery.encoder_parameters(model),
+                "heads": surgery.head_counts(model),
+                "ffn": surgery.ffn_widths(model),
+                "seconds": time.monotonic() - begin,
+            }
+
+        row = self.add_row(data, method, share, seed, make)
+        cell = f"{data.name}, {method} {share:.0%}, seed {seed}"
+        return f"{cell}: {row['before']:.3f} before, {data.metric} {row['quality']:.3f}" if row else f"{cell}: there already"
+
+    def add_row(
+        self, data: Data, method: str, share: float, seed: int, make: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any] | None:
+        """The row of the csv that was made now; None when there is one for this model and base."""
         path, base = self.args.quality_only, self.folder(data, BASE)
         digest = hashlib.sha256((base / artifact.WEIGHTS).read_bytes()).hexdigest()[:12]
         key = {"base": digest, "dataset": data.name, "method": method, "share": share, "seed": seed}
         with self.store.lock("csv"):
             rows = pd.read_csv(path, dtype={"base": str}) if path.is_file() else pd.DataFrame(columns=list(key))
         if (rows[list(key)] == list(key.values())).all(axis=1).any():
-            return f"{data.name}, {method} {share:.0%}, seed {seed}: there already"
-        begin = time.monotonic()
-        model, before = self.made(data, method, share, seed)
-        row = {
-            **key,
-            "base_quality": json.loads((base / "record.json").read_text())["quality"],
-            "before": before,
-            "quality": self.score(model, data),
-            "encoder_parameters": surgery.encoder_parameters(model),
-            "heads": surgery.head_counts(model),
-            "ffn": surgery.ffn_widths(model),
-            "seconds": time.monotonic() - begin,
-        }
+            return None
+        row = {**key, **make()}
         with self.store.lock("csv"):
             path.parent.mkdir(parents=True, exist_ok=True)
             pd.DataFrame([row]).round(5).to_csv(path, mode="a", header=not path.is_file(), index=False)
-        return f"{data.name}, {method} {share:.0%}, seed {seed}: {before:.3f} before, {data.metric} {row['quality']:.3f}"
+        return row
 
     def context(self, data: Data, base: PreTrainedModel, seed: int) -> Context:
         rows = self.read(data, seed).train.take(self.args.sentences)
@@ -409,7 +420,7 @@ class TorchPruning:
                 self.prepare(small, context)
             small = self.cut(small, context, model, ratio * done / self.steps)
         if self.repair:
-            Abreast(model, context.batches(SENTENCES), drift=False).repair(small, _what_is_left(small, model))
+            Abreast(model, context.batches(SENTENCES), drift=False).repair(small, what_is_left(small, model))
         return small
 
     def prepare(self, model: PreTrainedModel, context: Context) -> None:
@@ -475,7 +486,7 @@ class TorchPruning:
         return model
 
 
-def _what_is_left(small: PreTrainedModel, whole: PreTrainedModel) -> dict[str, list[np.ndarray]]:
+def what_is_left(small: PreTrainedModel, whole: PreTrainedModel) -> dict[str, list[np.ndarray]]:
     """Positions of heads and neurons that a cut left, layer by layer: found by their weights, which it left alone."""
     names = surgery.family(whole)
 

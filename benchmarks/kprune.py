@@ -178,7 +178,7 @@ class _Sample:
             streams = _inputs_of(model, [here], hooks)
             for number, linear in enumerate(linears):
                 hooks.callback(linear.register_forward_pre_hook(masked(number)).remove)
-            for lane, (batch, real) in enumerate(zip(self.batches, self.masks, strict=True)):  # noqa: B007
+            for lane, (batch, real) in enumerate(zip(self.batches, self.masks, strict=True)):
                 masks[:] = [torch.ones(linear.in_features, device=real.device, requires_grad=True) for linear in linears]
                 answers = self.problem.outputs(model(**batch.inputs), batch)
                 loss = self.problem.response_loss(answers, self._answers[lane], 1.0, temperature)
