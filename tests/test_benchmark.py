@@ -215,7 +215,7 @@ def test_an_untrained_cut_adds_one_row(bench: Any, model: nn.Module, tmp_path: P
     torch.testing.assert_close(logits(drifted), logits(carved), rtol=1e-4, atol=1e-5)
 
 
-def test_the_report_of_untrained_cuts_counts_against_the_better_peer(bench: Any):
+def test_the_report_of_untrained_cuts_counts_against_the_best_peer(bench: Any):
     untrained = importlib.import_module("untrained")
     figures = {  # quality and divergence: at 50 %, at 80 %
         "ours, rescored": ((0.90, 0.01), (0.80, 0.3)),
@@ -243,7 +243,7 @@ def test_the_report_of_untrained_cuts_counts_against_the_better_peer(bench: Any)
     text = untrained.report(pd.DataFrame(rows))
     assert "*ours, rescored* is ahead of the best peer in 1 of 2 cases" in text
     assert "behind in 1 (cola 80 %: -0.050)" in text
-    assert "nearer to the uncut model than both in 1 of 2 cases" in text
+    assert "nearer to the uncut model than all of them in 1 of 2 cases" in text
     assert "| 80%   | K-prune, 100,000 tokens | 1.00         | **0.850** ± 0.000 |" in text
 
 
