@@ -87,7 +87,9 @@ def answer(task: Task, seconds: float = 1.0) -> Outcome:
 
 def _finding(task: Task) -> Surveyed | Screening | DeviceProfile:
     if isinstance(task.study, Survey):
-        return Surveyed(heads=((1.0,),), ffn=((1.0,),), parameters=(1, 1), encoder_parameters=500, train_rows=120, bytes=(), sample=((1, 8),))
+        scores = ((1.0,),)
+        counted = {"parameters": (1, 1), "encoder_parameters": 500, "train_rows": 120}
+        return Surveyed(heads=scores, ffn=scores, **counted, bytes=(), sample=((1, 8),))
     if isinstance(task.study, Screen):
         digest = hashlib.sha256(identity.canonical([task.genome, task.study]).encode()).digest()
         return Screening(divergence=digest[0] / 256, structure=Structure(heads=(1,), ffn=(1,)))
