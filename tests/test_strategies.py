@@ -21,6 +21,7 @@ from hpc_compress.launch.local import Debug
 from hpc_compress.operators import operator
 from hpc_compress.search import front
 from hpc_compress.search.coordinates import Coordinates
+from hpc_compress.search.evolve import Evolve
 from hpc_compress.search.grid import Grid
 from hpc_compress.search.knapsack import Knapsack
 from hpc_compress.search.known import Known
@@ -28,18 +29,23 @@ from hpc_compress.search.local_search import LocalSearch
 from hpc_compress.search.nas import Nas, _ranks
 from hpc_compress.search.objective import Product
 from hpc_compress.search.optuna_search import Optuna
+from hpc_compress.search.prediction import timed
 from hpc_compress.search.random_search import RandomSearch
 from hpc_compress.search.regularized_evolution import RegularizedEvolution
 from hpc_compress.search.rl import PolicyGradient
 from hpc_compress.search.space import Shape, Space
 from hpc_compress.types import (
+    BlockProfile,
+    ByteCounts,
     Candidate,
+    DeviceProfile,
     Genome,
     Measurement,
     MeasurementProtocol,
     Proposal,
     Screen,
     Screening,
+    Step,
     Structure,
     Surveyed,
 )
@@ -62,6 +68,7 @@ SPACE = Space(
 POPULATION = 6
 SELECTIONS = ({"judge": 16, "keep": 3}, {"judge": 256, "keep": 1})
 STRATEGIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
+    "evolve": (Evolve, {"switching": 1, "rescoring": False, "screens": 6}),
     "random": (RandomSearch, {}),
     "grid": (Grid, {}),
     "local_search": (LocalSearch, {"rounds": 3, "removed": (0.5, 0.2), "selections": SELECTIONS}),
@@ -83,8 +90,40 @@ SURVEY = Surveyed(
     parameters=(HEAD, NEURON),
     encoder_parameters=3 * (4 * HEAD + 256 * NEURON) + 1000,
     train_rows=1000,
-    bytes=(),
-    sample=(),
+    bytes=tuple(
+        ByteCounts(deploy=chain, fixed=50_000 * size, per_head=HEAD * size, per_neuron=NEURON * size)
+        for chain, size in zip(SPACE.possible_deploys().values(), (4, 0.6, 1.2), strict=True)
+    ),
+    sample=((8, 16),),
+)
+
+
+def block(deploy: tuple[Step, ...], factor: float) -> BlockProfile:
+    """Times as `measured` has them."""
+    unit = 9 * factor / SURVEY.encoder_parameters
+    heads, widths = (0, 4), (0, 256)
+    return BlockProfile(
+        deploy=deploy,
+        rows=(8,),
+        lengths=(16,),
+        heads=heads,
+        widths=widths,
+        fixed_ms=((factor,),),
+        layer_ms=((0.0,),),
+        attention_ms=((tuple(unit * HEAD * count for count in heads),),),
+        ffn_ms=((tuple(unit * NEURON * count for count in widths),),),
+    )
+
+
+PROFILE = DeviceProfile(
+    device="test",
+    device_type="cpu",
+    model_type="bert",
+    hidden=64,
+    head_size=16,
+    blocks=tuple(
+        block(timed(chain), factor) for chain, factor in zip(SPACE.possible_deploys().values(), (1, 1.5, 0.6), strict=True)
+    ),
 )
 
 
@@ -120,6 +159,7 @@ KNOWN = Known(
     score=lambda measurement: Product()(measurement, BASE.measurement),
     base=BASE.measurement,
     survey=SURVEY,
+    profile=PROFILE,
 )
 Answer = Callable[[Candidate, Screen | None], Candidate]
 
@@ -191,7 +231,7 @@ def test_what_is_proposed_is_in_the_space_and_new_and_never_more_than_was_asked_
     strategy, coordinates = made(name), Coordinates(space=SPACE, shape=SHAPE)
     asked = set()
     for turn in play(strategy, 12):
-        assert len(turn.proposals) <= POPULATION
+        assert len(turn.proposals) <= POPULATION or all(proposal.screen for proposal in turn.proposals)
         for proposal in turn.proposals:
             assert coordinates.encode(proposal.genome) is not None
             assert proposal.genome != Genome(), "the base model is known"

@@ -80,6 +80,7 @@ class Evolve(AbstractSpaceStrategy):
     _candidates: dict[str, Candidate] = PrivateAttr(default_factory=dict)  # all that was told, by id
     _designs: dict[str, Design] = PrivateAttr(default_factory=dict)  # what was proposed to be measured, by genome
     _divergences: dict[Cut, float] = PrivateAttr(default_factory=dict)  # the latest of each structure that was screened
+    _asked: set[Levels] = PrivateAttr(default_factory=set)  # structures that were proposed to be screened
     _sample: int = PrivateAttr(default=0)  # number of the last one that was screened on
     _course: Generator[list[Proposal], None, None] | None = PrivateAttr(default=None)
     _rng: np.random.Generator = PrivateAttr(default_factory=lambda: np.random.default_rng(0))  # of the present generation
@@ -87,11 +88,14 @@ class Evolve(AbstractSpaceStrategy):
 
     @model_validator(mode="after")
     def _possible(self) -> "Evolve":
-        if "none" not in self.space.trainings or self.space.trainings["none"]:
-            raise ValueError("space.trainings needs `none: []`: the first models are not trained")
         if wrong := [budget for budget in self.budgets if not 0 < budget <= 1]:
             raise ValueError(f"budgets={list(self.budgets)} holds {wrong[0]}; a share is above 0 and at most 1")
         return self
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """Every kind of step that this strategy may use."""
+        return (*super().steps, *(self._steps(Cut((), 0.5)) if self.rescoring and self.screens else ()))
 
     @property
     def studies(self) -> tuple[Survey | Profiling, ...]:
@@ -130,7 +134,7 @@ class Evolve(AbstractSpaceStrategy):
     def _stages(self) -> Generator[list[Proposal], None, None]:
         plain = [Cut(levels) for levels in dict.fromkeys(map(self._sites.knapsack, self._reachable()))]
         leading = self._leading()
-        first = [Design(cut, "none", deploy) for cut in plain for deploy in leading]
+        first = [Design(cut, self._cheapest, deploy) for cut in plain for deploy in leading]
         # Alternately from the mildest and the deepest cut, so that an early stop leaves a wide front.
         order = sorted(range(len(first)), key=lambda at: (at % len(leading), at))
         yield self._measured([first[at] for at in order][: max(self.population, len(plain))])
@@ -160,6 +164,8 @@ class Evolve(AbstractSpaceStrategy):
         """Ordered so that structures that begin alike follow one another: a worker then computes their beginning once."""
         depth = self._sites.depth
         self._sample += 1
+        cuts = list(cuts)
+        self._asked.update(cut.levels for cut in cuts)
         cuts = {cut for cut in cuts if cut.levels != self._sites.most}
         ordered = sorted(cuts, key=lambda cut: [(cut.levels[at], cut.levels[depth + at]) for at in range(depth)])
         return [Proposal(genome=Genome(steps=self._steps(cut)), screen=self._screen) for cut in ordered]
@@ -230,7 +236,7 @@ class Evolve(AbstractSpaceStrategy):
     def _offspring(self) -> list[Cut]:
         """New structures near the best ones: switched, crossed, and the knapsack's at prices between them."""
         parents = [cut.levels for cut in self._best_cuts()]
-        known, found = {cut.levels for cut in self._divergences}, {}
+        found: dict[Levels, float] = {}
         for _ in range(20 * self.screens):
             kind = self._rng.integers(3)
             one, other = (parents[int(at)] for at in self._rng.integers(len(parents), size=2))
@@ -241,7 +247,7 @@ class Evolve(AbstractSpaceStrategy):
             else:
                 low, high = sorted((self._sites.price(one), self._sites.price(other)))
                 levels = self._sites.knapsack(float(self._rng.uniform(low, high)) if high > low else low)
-            if levels not in known:
+            if levels not in self._asked:
                 found[levels] = self._sites.mass(levels) / max(
                     1e-9, self._sites.mass(self._sites.knapsack(self._sites.price(levels)))
                 )
@@ -257,6 +263,11 @@ class Evolve(AbstractSpaceStrategy):
         assert self.known.survey is not None
         assert self.known.profile is not None
         return Prediction.of(self.known.survey, self.known.profile)
+
+    @property
+    def _cheapest(self) -> str:
+        """The training of the first models: none, in most spaces."""
+        return next(iter(self.space.trainings))
 
     @cached_property
     def _first_deploy(self) -> str:
@@ -365,7 +376,9 @@ class Evolve(AbstractSpaceStrategy):
         """Expected lost tenths of the quality, untrained: by its divergence if it was screened, else by its removed scores."""
         screened = cut in self._divergences
         untrained = {
-            design.cut: loss for design, loss in sorted(self._losses().items(), reverse=True) if design.training == "none"
+            design.cut: loss
+            for design, loss in sorted(self._losses().items(), reverse=True)
+            if design.training == self._cheapest
         }
         if screened:
             pairs = [(self._divergences[other], loss) for other, loss in untrained.items() if other in self._divergences]
