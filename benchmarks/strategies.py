@@ -1,8 +1,8 @@
 """Search strategies on equal terms: one trained base model for each dataset and seed, the same device seconds.
 
-Makes the base models, takes a profile of this device, and runs the strategies; `hpc-compress compare` reads the runs then. A base
-model is trained on the rows that its run searches with, so it has seen no search row and no report row. What was made is not made
-again: the same command goes on.
+Makes the base models, takes a profile of this device, and runs the strategies; `hpc-compress compare` reads the runs then. A
+base model is trained on the rows that its run searches with, so it has seen no search row and no report row. What was made is
+not made again: the same command goes on.
 
     python benchmarks/strategies.py --data FOLDER --datasets trec6 --strategies genetic evolve --seeds 0 1 2
     hpc-compress compare results/strategies/trec6 reference=genetic
