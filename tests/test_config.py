@@ -26,6 +26,7 @@ from hpc_compress.launch.pbs import Pbs
 from hpc_compress.launch.slurm import Cluster, Slurm
 from hpc_compress.operators import operator
 from hpc_compress.records import FREE
+from hpc_compress.search.evolve import Evolve
 from hpc_compress.search.genetic import Genetic
 from hpc_compress.search.grid import Grid
 from hpc_compress.search.known import Known
@@ -114,6 +115,7 @@ FIELDS = {
     "strategy=grid": (Grid, {"known"}),
     "strategy=regularized_evolution": (RegularizedEvolution, {"known"}),
     "strategy=local_search": (LocalSearch, {"known"}),
+    "strategy=evolve": (Evolve, {"known"}),
     "strategy=optuna": (Optuna, {"known"}),
     "strategy=nas": (Nas, {"known"}),
     "strategy=rl": (PolicyGradient, {"known"}),

@@ -213,8 +213,9 @@ class Evolve(AbstractSpaceStrategy):
                 / self._cost(design.training)
                 for design, vector in pool.items()
             }
-            design = max(gains, key=lambda design: (gains[design], design))
-            if gains[design] <= 0:
+            # Where nothing is expected to add anything, what is expected to lose the least quality is tried all the same.
+            design = max(gains, key=lambda design: (gains[design], -float(pool[design][0]), design))
+            if gains[design] <= 0 and chosen:
                 break
             chosen.append(design)
             known.append(pool.pop(design))
