@@ -123,6 +123,8 @@ class Evolve(AbstractSpaceStrategy):
     def _learn(self, candidates: Iterable[Candidate]) -> None:
         for candidate in candidates:
             self._candidates[candidate.id] = candidate
+            if candidate.measurement is not None:
+                self._remember([candidate])
             if candidate.screening is not None:
                 # A `prune` has found its structure on the node.
                 share = candidate.genome.steps[0].params.get("share", 0.0)
@@ -155,8 +157,8 @@ class Evolve(AbstractSpaceStrategy):
         proposals = []
         for design in designs:
             genome = self._genome(design)
+            self._designs[_key(genome)] = design
             if self._is_new(genome):
-                self._designs[_key(genome)] = design
                 proposals.append(Proposal(genome=genome, parent=self._parent(design)))
         return proposals
 
@@ -205,7 +207,7 @@ class Evolve(AbstractSpaceStrategy):
         known = [self._vector(candidate) for candidate in self._measured_candidates()]
         pool = {design: self._expected(design) for design in self._pool()}
         chosen: list[Design] = []
-        best = front.hypervolume(np.array(known), self.known.objectives)
+        start = best = front.hypervolume(np.array(known), self.known.objectives)
         while pool and len(chosen) < self.population:
             gains = {
                 design: self._aim(vector)
@@ -213,9 +215,9 @@ class Evolve(AbstractSpaceStrategy):
                 / self._cost(design.training)
                 for design, vector in pool.items()
             }
-            # Where nothing is expected to add anything, what is expected to lose the least quality is tried all the same.
+            # Where nothing at all is expected to add anything, what loses the least quality is tried all the same.
             design = max(gains, key=lambda design: (gains[design], -float(pool[design][0]), design))
-            if gains[design] <= 0 and chosen:
+            if gains[design] <= 0 and best > start:
                 break
             chosen.append(design)
             known.append(pool.pop(design))
