@@ -5,6 +5,7 @@ outcome already are not sent. Every choice follows from the seed and the outcome
 """
 
 import errno
+import functools
 import math
 import re
 from collections import Counter
@@ -124,11 +125,7 @@ def _ready(
         objective: Objective = build(settings.objective, "objective")
         plan = _plan(store, settings, progress)
 
-        def strategy(known: Known) -> Strategy:
-            target = locate(str(settings.strategy.get("_target_", "")))
-            told = {"known": known} if "known" in getattr(target, "model_fields", {}) else known.briefly()
-            return build({**settings.strategy, **told}, "strategy")
-
+        strategy = functools.partial(strategy_of, settings.strategy)
         rehearsal = strategy(Known(shape=plan.shape))
         for step in (*plan.base.preparation, *rehearsal.steps, *rehearsal.deploys):
             if isinstance(chosen := operator(step), Particular):
@@ -144,6 +141,13 @@ def _ready(
 def _studies(strategy: Strategy) -> Sequence[Survey | Profiling]:
     """What it asks about the base model before the first generation."""
     return getattr(strategy, "studies", ())
+
+
+def strategy_of(settings: Mapping[str, Any], known: Known) -> Strategy:
+    """The strategy that a config node describes. Raises: ConfigError when it can't be imported or refuses its parameters."""
+    target = locate(str(settings.get("_target_", "")))
+    told = {"known": known} if "known" in getattr(target, "model_fields", {}) else known.briefly()
+    return build({**settings, **told}, "strategy")
 
 
 @contextmanager

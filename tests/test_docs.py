@@ -28,9 +28,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from searches import tiny
 
 import hpc_compress
-from hpc_compress import cli, config
+from hpc_compress import cli, config, driver
 from hpc_compress.launch.arrays import ArrayLauncher
 from hpc_compress.operators import operator
+from hpc_compress.search.known import Known
 from hpc_compress.search.space import Shape
 
 ROOT = Path(__file__).parents[1]
@@ -295,7 +296,7 @@ def searches(words: list[str], launcher: type = object) -> None:
         found = cli._settings(cli._compose(chosen))
         assert isinstance(found.launcher, launcher)
         assert callable(config.build(found.objective, "objective"))
-        whole = config.build({**found.strategy, "shape": Shape(heads=(12,) * 6), "score": lambda measurement: 0.0}, "strategy")
+        whole = driver.strategy_of(found.strategy, Known(shape=Shape(heads=(12,) * 6, widths=(384, 1536))))
         for step in (*whole.steps, *whole.deploys):
             assert callable(operator(step))
         dataset = found.config.dataset

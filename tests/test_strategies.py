@@ -194,6 +194,8 @@ class Turn:
 
 
 def made(name: str, **changes: Any) -> Any:
+    if name == "nas":
+        pytest.importorskip("syne_tune")  # large, so not every machine has it
     kind, settings = STRATEGIES[name]
     return kind(**{"known": KNOWN, "space": SPACE, "population": POPULATION, **settings, **changes})
 
@@ -396,6 +398,8 @@ TINY = {  # settings of whole searches, and their generations
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["evolve", "grid", "local_search", "random", "regularized_evolution", "optuna", "nas", "rl"])
 def test_a_whole_search_on_a_tiny_model_and_again_from_its_outcomes(name: str, setup: Any, tmp_path: Path):
+    if name == "nas":
+        pytest.importorskip("syne_tune")
     tiny = [word for word in setup.overrides if not word.startswith("strategy.")]
     distill = "{operator: distill, epochs: 0.5, learning_rate: 1e-3, batch_size: 16}"
     overrides = [
@@ -564,6 +568,7 @@ def test_settings_of_a_local_search_that_do_not_fit_are_refused(changes: dict[st
 
 
 def test_the_best_come_first_in_the_order_that_syne_tune_is_given():
+    pytest.importorskip("syne_tune")
     vectors = np.array([[5.0, 5.0], [4.0, 4.0], [0.0, 0.0], [1.0, 1.0], [3.0, 3.0]])
     assert _ranks(vectors).tolist() == [4, 3, 0, 1, 2]
 

@@ -103,11 +103,14 @@ def missed_by(found: np.ndarray, objectives: Sequence[Objective], base: Measurem
 
 
 def nearest(candidates: Sequence[Candidate], base: Measurement, target: Target) -> Candidate:
-    """The candidate that misses the targets least; of those that keep to all the best in quality, then the smallest."""
+    """The candidate that misses the targets least; of those that keep to all, the one with the largest hypervolume by itself:
+    what a target leaves open should be good too."""
+    names: tuple[Objective, ...] = ("quality", "latency", "bytes")
 
-    def rank(candidate: Candidate) -> tuple[float, float, int, str]:
+    def rank(candidate: Candidate) -> tuple[float, float, float, str]:
         found = candidate.measurement
         assert found is not None
-        return missed(found, base, target), -quality_of(found), found.model_bytes, candidate.id
+        alone = hypervolume(vector(found, base, names)[None], names)
+        return missed(found, base, target), -alone, -quality_of(found), candidate.id
 
     return min((candidate for candidate in candidates if candidate.measurement), key=rank)

@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
+from hpc_compress.config import ConfigError
 from hpc_compress.types import Genome, Params, Record, Step, Structure
 
 
@@ -32,7 +33,15 @@ class Shape(Record):
 
     @property
     def ffn(self) -> int:
-        """FFN neurons of each layer of the base model."""
+        """FFN neurons of each layer of the base model.
+
+        Raises: ConfigError when the base model's config does not say.
+        """
+        if len(self.widths) < 2:
+            raise ConfigError(
+                "the base model's config.json has no intermediate_size or hidden_dim, which this strategy needs; add it, or "
+                "choose strategy=genetic"
+            )
         return self.widths[1]
 
     def after(self, step: Step) -> "Shape | None":
