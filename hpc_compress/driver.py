@@ -504,7 +504,8 @@ class _Search:
         kept |= {candidate_id: self.candidates[candidate_id].genome for candidate_id in self.timing.values()}
         # What was screened just now may be measured next. (A carved model is made anew in a second.)
         found = [self.candidates[self.told[task_id]] for task_id in told if task_id in self.told]
-        kept |= {c.id: c.genome for c in found if c.screening and not c.measurement and c.genome.steps[0].operator != "carve"}
+        unmeasured = [candidate for candidate in found if candidate.screening and not candidate.measurement]
+        kept |= {c.id: c.genome for c in unmeasured if any(step.operator != "carve" for step in c.genome.steps)}
         self.artifacts = {task_id: self.artifacts.get(task_id) or self._artifacts(genome) for task_id, genome in kept.items()}
         # Late tasks go on from whatever prefix of their genome is stored, and from the checkpoint of a training under way.
         tasks = [self._task(proposal.genome) for proposal in self.late.values()]

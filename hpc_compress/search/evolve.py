@@ -54,6 +54,15 @@ class Design(NamedTuple):
     deploy: str
 
 
+class Beliefs(NamedTuple):
+    """What the measured designs say of others. Losses are tenths of the base model's quality."""
+
+    losses: dict[Design, float]  # of those that were measured
+    by_divergence: "Curve"  # loss of an untrained cut that was screened
+    by_scores: "Curve"  # of one that was not, by the share of the scores that it removes
+    recovery: float  # what part of a loss a training leaves
+
+
 class Evolve(AbstractSpaceStrategy):
     """First the knapsack's structures at some budgets, measured untrained; then better structures by screening; then training.
 
@@ -82,6 +91,7 @@ class Evolve(AbstractSpaceStrategy):
     _divergences: dict[Cut, float] = PrivateAttr(default_factory=dict)  # the latest of each structure that was screened
     _asked: set[Levels] = PrivateAttr(default_factory=set)  # structures that were proposed to be screened
     _sample: int = PrivateAttr(default=0)  # number of the last one that was screened on
+    _beliefs: "Beliefs | None" = PrivateAttr(default=None)  # what follows from the candidates; None: not thought over yet
     _course: Generator[list[Proposal], None, None] | None = PrivateAttr(default=None)
     _rng: np.random.Generator = PrivateAttr(default_factory=lambda: np.random.default_rng(0))  # of the present generation
     _notes: list[str] = PrivateAttr(default_factory=list)
@@ -121,6 +131,7 @@ class Evolve(AbstractSpaceStrategy):
         return said
 
     def _learn(self, candidates: Iterable[Candidate]) -> None:
+        self._beliefs = None
         for candidate in candidates:
             self._candidates[candidate.id] = candidate
             if candidate.measurement is not None:
@@ -355,15 +366,21 @@ class Evolve(AbstractSpaceStrategy):
     def _measured_candidates(self) -> list[Candidate]:
         return [candidate for candidate in self._candidates.values() if candidate.measurement is not None]
 
-    def _losses(self) -> dict[Design, float]:
-        """Lost tenths of the quality of each design that was measured."""
-        assert self.known.base is not None
-        base, losses = quality_of(self.known.base), {}
-        for candidate in self._measured_candidates():
-            design = self._designs.get(_key(candidate.genome))
-            if design is not None and candidate.measurement is not None:
-                losses[design] = front.lost_quality(quality_of(candidate.measurement), base)
-        return losses
+    def _believed(self) -> Beliefs:
+        if self._beliefs is None:
+            assert self.known.base is not None
+            base, losses = quality_of(self.known.base), {}
+            for candidate in self._measured_candidates():
+                design = self._designs.get(_key(candidate.genome))
+                if design is not None and candidate.measurement is not None:
+                    losses[design] = front.lost_quality(quality_of(candidate.measurement), base)
+            untrained = {
+                design.cut: loss for design, loss in sorted(losses.items(), reverse=True) if design.training == self._cheapest
+            }
+            screened = [(self._divergences[cut], loss) for cut, loss in untrained.items() if cut in self._divergences]
+            masses = [(self._sites.mass(cut.levels), loss) for cut, loss in untrained.items()]
+            self._beliefs = Beliefs(losses, Curve.through(screened), Curve.through(masses), self._recovery(losses))
+        return self._beliefs
 
     def _best_cuts(self) -> list[Cut]:
         """Structures that no other one beats in time, parameters and divergence; before any is screened, the knapsack's."""
@@ -377,22 +394,14 @@ class Evolve(AbstractSpaceStrategy):
 
     def _loss_of_cut(self, cut: Cut) -> float:
         """Expected lost tenths of the quality, untrained: by its divergence if it was screened, else by its removed scores."""
-        screened = cut in self._divergences
-        untrained = {
-            design.cut: loss
-            for design, loss in sorted(self._losses().items(), reverse=True)
-            if design.training == self._cheapest
-        }
-        if screened:
-            pairs = [(self._divergences[other], loss) for other, loss in untrained.items() if other in self._divergences]
-            return _rising(pairs, self._divergences[cut])
-        return _rising(
-            [(self._sites.mass(other.levels), loss) for other, loss in untrained.items()], self._sites.mass(cut.levels)
-        )
+        beliefs = self._believed()
+        if cut in self._divergences:
+            return beliefs.by_divergence(self._divergences[cut])
+        return beliefs.by_scores(self._sites.mass(cut.levels))
 
     def _expected(self, design: Design) -> np.ndarray:
         """The vector of objectives that a design will have, as far as can be told."""
-        losses = self._losses()
+        losses = self._believed().losses
         alike = [loss for other, loss in losses.items() if other[:2] == design[:2]]
         order = list(self.space.trainings)
         if alike:
@@ -405,12 +414,11 @@ class Evolve(AbstractSpaceStrategy):
             ]
             start, loss = max(less) if less else (0, self._loss_of_cut(design.cut))
             for _ in range(order.index(design.training) - start):
-                loss = max(self._recovery() * loss, min(loss, UNSETTLED) if loss > UNSETTLED else UNSETTLED)
+                loss = max(self._believed().recovery * loss, UNSETTLED)
         return np.array(self._point(loss, *self._shape_of(design.cut.levels, design.deploy)))
 
-    def _recovery(self) -> float:
+    def _recovery(self, losses: dict[Design, float]) -> float:
         """What part of a loss a training leaves: the median over structures that were measured before and after one."""
-        losses = self._losses()
         order = list(self.space.trainings)
         ratios = [
             loss / losses[before]
@@ -482,12 +490,19 @@ def _key(genome: Genome) -> str:
     return canonical(genome)
 
 
-def _rising(pairs: Sequence[tuple[float, float]], at: float) -> float:
-    """A rising function through (x, y) pairs and the origin, by isotonic regression, at one more point. Beyond the last pair it
-    goes on in a line through the origin."""
-    points = sorted([(0.0, 0.0), *pairs])
-    x, y = np.array(points).T
-    y = np.maximum(isotonic_regression(y).x, 0.0)
-    if at > x[-1]:
-        return float(y[-1] * at / x[-1]) if x[-1] > 0 else float(at)
-    return float(np.interp(at, x, y))
+class Curve(NamedTuple):
+    """A rising function through the origin and some points, by isotonic regression."""
+
+    x: np.ndarray
+    y: np.ndarray
+
+    @staticmethod
+    def through(pairs: Sequence[tuple[float, float]]) -> "Curve":
+        x, y = np.array(sorted([(0.0, 0.0), *pairs])).T
+        return Curve(x, np.maximum(isotonic_regression(y).x, 0.0))
+
+    def __call__(self, at: float) -> float:
+        """Beyond the last point it goes on in a line through the origin; without any point it is the identity."""
+        if at > self.x[-1]:
+            return float(self.y[-1] * at / self.x[-1]) if self.x[-1] > 0 else float(at)
+        return float(np.interp(at, self.x, self.y))

@@ -60,8 +60,9 @@ def nondominated(vectors: np.ndarray) -> np.ndarray:
 
 def hypervolume(vectors: np.ndarray, objectives: Sequence[Objective]) -> float:
     """Of the (n, objectives) vectors, up to `reference`."""
-    inside = [row for row in np.asarray(vectors, dtype=float) if (row < reference(objectives)).all()]
-    return float(moocore.hypervolume(np.array(inside), ref=reference(objectives))) if inside else 0.0
+    vectors, upper = np.asarray(vectors, dtype=float).reshape(-1, len(objectives)), reference(objectives)
+    inside = vectors[(vectors < upper).all(1)]
+    return float(moocore.hypervolume(inside, ref=upper)) if len(inside) else 0.0
 
 
 def contributions(vectors: np.ndarray, objectives: Sequence[Objective]) -> np.ndarray:
