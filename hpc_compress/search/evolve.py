@@ -34,7 +34,7 @@ LEAST_PAIRS = 8  # that such a correlation is judged by
 ROWS = 1500  # of training, which take about as long as measuring a model
 RECOVERED = 0.6  # of the lost quality is still lost after a training, as long as nothing is known of it
 UNSETTLED = 0.1  # lost tenths of the quality that a training leaves, or makes, where hardly any was lost
-AIMED = 4.0  # times the gain of a model that keeps to the targets, against one that is far from them
+AIMED = 20.0  # times the gain of a model that keeps to the targets, against one that is far from them
 
 
 class Cut(NamedTuple):
@@ -440,7 +440,7 @@ class Evolve(AbstractSpaceStrategy):
         if not self.known.target.wanted:
             return 1.0
         assert self.known.base is not None
-        return 1 + AIMED * 2 ** -front.missed_by(vector, self.known.objectives, self.known.base, self.known.target)
+        return 1 + AIMED * 16 ** -front.missed_by(vector, self.known.objectives, self.known.base, self.known.target)
 
     def _mass_ranks(self) -> bool:
         """Whether what is free ranks structures as screening does, among those of a similar price."""

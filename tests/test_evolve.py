@@ -1,0 +1,196 @@
+"""What only `evolve` does, in the world of the strategies' suite; and the variation of structures. No torch."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import test_strategies as world
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpc_compress import identity
+from hpc_compress.config import Target
+from hpc_compress.search import front
+from hpc_compress.search.evolve import Curve
+from hpc_compress.search.objective import speed_up
+from hpc_compress.search.prediction import Prediction
+from hpc_compress.search.variation import Sites
+from hpc_compress.types import Candidate, Genome, Screen, Screening, Structure
+
+SITES = Sites.of(world.SHAPE, world.SPACE, Prediction.of(world.SURVEY, world.PROFILE), ())
+levels = st.tuples(*[st.integers(0, most) for most in SITES.most])
+
+
+def played(generations: int = 12, answer: Any = world.answered, **changes: Any) -> list[world.Turn]:
+    return list(world.play(world.made("evolve", **changes), generations, answer=answer))
+
+
+def proposed(turns: list[world.Turn]) -> list[Any]:
+    return [proposal for turn in turns for proposal in turn.proposals]
+
+
+# --- the course ---
+
+
+def test_the_first_generation_is_measured_untrained_and_leaves_a_whole_front():
+    first, *_ = played(1)
+    assert all(proposal.screen is None for proposal in first.proposals)
+    assert not any(step.operator == "distill" for proposal in first.proposals for step in proposal.genome.steps)
+    assert len(first.survivors) > 3
+    speeds = [speed_up(survivor.measurement) for survivor in first.survivors]
+    assert max(speeds) > 3 * min(speeds)
+
+
+def test_what_is_only_screened_comes_before_what_is_trained():
+    kinds = [
+        "screen" if proposal.screen else "train" if any(s.operator == "distill" for s in proposal.genome.steps) else "measure"
+        for proposal in proposed(played(6))
+    ]
+    assert kinds.index("measure") < kinds.index("screen") < kinds.index("train")
+
+
+def test_parts_can_be_left_out():
+    assert not any(proposal.screen for proposal in proposed(played(screens=0)))
+    few = {id: len(proposed(played(8, switching=number))) for id, number in (("none", 0), ("some", 2))}
+    assert few["none"] != few["some"]
+
+
+def test_samples_differ_from_screen_to_screen_and_grow():
+    screens = [
+        {proposal.screen for proposal in turn.proposals} for turn in played(20) if turn.proposals and turn.proposals[0].screen
+    ]
+    assert all(len(each) == 1 for each in screens)
+    samples = [next(iter(each)) for each in screens]
+    assert len({screen.sample for screen in samples}) == len(samples)
+    assert samples[-1].judge > samples[0].judge
+
+
+WANTED = Target(quality=0.9, speed_up=3)
+FOUND = Structure(heads=(1, 0, 1), ffn=(32, 0, 64))
+
+
+def with_found(candidate: Candidate, screen: Screen | None) -> Candidate:
+    """`prune` finds a structure on the node, far better than any other one."""
+    if candidate.genome.steps[:1] and candidate.genome.steps[0].operator == "prune":
+        if screen is not None:
+            return candidate.model_copy(update={"screening": Screening(divergence=0.001, structure=FOUND)})
+        measured = world.measured(Genome(deploy=candidate.genome.deploy))
+        small = world.measured(world.SPACE.genome(world.SHAPE, FOUND, deploy=candidate.genome.deploy))
+        return candidate.model_copy(update={"measurement": small.model_copy(update={"metrics": measured.metrics})})
+    return world.answered(candidate, screen)
+
+
+def test_structures_that_are_found_block_by_block_are_measured_as_the_genomes_that_found_them():
+    turns = played(8, answer=with_found, rescoring=True, negligible=0.0)
+    asked = [p.genome for p in proposed(turns) if p.screen and p.genome.steps[0].operator == "prune"]
+    assert asked
+    assert all(genome.steps[0].params["rescore"] for genome in asked)
+    measured = [
+        p.genome for p in proposed(turns) if not p.screen and p.genome.steps[:1] and p.genome.steps[0].operator == "prune"
+    ]
+    assert measured
+    known = [genome.steps[0] for genome in asked]
+    assert all(genome.steps[0] in known for genome in measured)
+
+
+def test_the_probe_tries_the_step_that_finds_structures():
+    rehearsal = world.made("evolve", known=world.Known(shape=world.SHAPE), rescoring=True)
+    assert "prune" in {step.operator for step in rehearsal.steps}
+
+
+def test_a_target_draws_the_search_near_it():
+    def missed(target: Target) -> float:
+        known = world.KNOWN.model_copy(update={"target": target})
+        turns = played(16, known=known, population=2, switching=0, screens=12)  # more is open than can be measured
+        found = [candidate.measurement for turn in turns[1:] for candidate in turn.told if candidate.measurement]
+        return float(np.mean([front.missed(measurement, world.KNOWN.base, WANTED) for measurement in found]))
+
+    assert missed(WANTED) < 0.8 * missed(Target())
+
+
+def test_a_stage_that_does_not_rank_is_said_and_done_without():
+    def by_chance(candidate: Candidate, screen: Screen | None) -> Candidate:
+        found = world.answered(candidate, screen)
+        if found.screening is None:
+            return found
+        luck = int(identity.content_hash(candidate.genome), 16) % 1000 / 1000
+        return found.model_copy(update={"screening": found.screening.model_copy(update={"divergence": luck})})
+
+    strategy = world.made("evolve", switching=0)
+    notes = []
+    for _ in world.play(strategy, 16, answer=by_chance):
+        notes += strategy.notes()
+    assert any("rank correlation of removed scores and divergence" in note for note in notes)
+    assert len(notes) == len(set(notes))
+
+
+# --- what is believed ---
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(-0.2, 2)), max_size=8), st.floats(0, 2), st.floats(0, 2))
+@settings(max_examples=60)
+def test_a_curve_rises_from_the_origin(pairs: list[tuple[float, float]], one: float, other: float):
+    curve = Curve.through(pairs)
+    low, high = sorted((one, other))
+    assert 0 <= curve(low) <= curve(high) + 1e-9
+
+
+def test_a_curve_without_points_is_the_identity():
+    assert Curve.through([])(0.3) == pytest.approx(0.3)
+
+
+# --- variation ---
+
+
+@given(levels)
+@settings(max_examples=40)
+def test_levels_and_structures_are_two_names_of_one_thing(row: tuple[int, ...]):
+    assert SITES.levels(SITES.structure(row)) == row
+
+
+def test_the_whole_model_costs_1_and_loses_nothing():
+    assert SITES.price(SITES.most) == pytest.approx(1)
+    assert SITES.mass(SITES.most) == pytest.approx(0)
+    assert SITES.mass((0,) * len(SITES.most)) == pytest.approx(1)
+
+
+@given(st.floats(0.05, 1), levels)
+@settings(max_examples=40)
+def test_the_knapsack_keeps_its_budget_and_loses_least(budget: float, other: tuple[int, ...]):
+    best = SITES.knapsack(budget)
+    assert SITES.price(best) <= budget * (1 + 1e-6)
+    if SITES.price(other) <= budget * 0.99:  # the grid of the budget is coarser than a price
+        assert SITES.mass(best) <= SITES.mass(other) + 1e-3
+
+
+@given(levels, st.integers(0, 100), st.integers(1, 4))
+@settings(max_examples=60)
+def test_switching_never_costs_more(row: tuple[int, ...], seed: int, switches: int):
+    found = SITES.switched(np.random.default_rng(seed), row, switches)
+    assert SITES.price(found) <= SITES.price(row) * (1 + 1e-5) + 1e-12
+    assert all(0 <= level <= most for level, most in zip(found, SITES.most, strict=True))
+
+
+@given(levels, levels, st.integers(0, 100))
+@settings(max_examples=40)
+def test_a_child_has_each_site_of_one_of_its_parents(one: tuple[int, ...], other: tuple[int, ...], seed: int):
+    child = SITES.crossed(np.random.default_rng(seed), one, other)
+    assert all(level in pair for level, pair in zip(child, zip(one, other, strict=True), strict=True))
+
+
+@given(levels)
+@settings(max_examples=40)
+def test_neighbours_differ_at_one_site(row: tuple[int, ...]):
+    for (site, by), near in SITES.neighbours(row, 2).items():
+        assert [at for at in range(len(row)) if near[at] != row[at]] == [site]
+        assert near[site] - row[site] == by
+
+
+def test_moves_that_gain_are_put_together_at_the_same_price():
+    row = SITES.knapsack(0.5)
+    gains = {move: float(index % 5 - 2) for index, move in enumerate(SITES.neighbours(row, 2))}
+    together = SITES.combined(row, gains, by=2, count=6)
+    assert 0 < len(together) <= 6
+    assert all(SITES.price(found) <= SITES.price(row) * (1 + 1e-5) for found in together)
+    assert row not in together
+    assert SITES.combined(row, dict.fromkeys(gains, -1.0), by=2, count=6) == []
