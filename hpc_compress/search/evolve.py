@@ -148,7 +148,7 @@ class Evolve(AbstractSpaceStrategy):
         plain = [Cut(levels) for levels in dict.fromkeys(map(self._sites.knapsack, self._reachable()))]
         leading = self._leading()
         first = [Design(cut, self._cheapest, deploy) for cut in plain for deploy in leading]
-        # Alternately from the mildest and the deepest cut, so that an early stop leaves a wide front.
+        # Every cut in the first of the leading ways to deploy, and as many as there is room for in the second.
         order = sorted(range(len(first)), key=lambda at: (at % len(leading), at))
         yield self._measured([first[at] for at in order][: max(self.population, len(plain))])
         if self.screens:
@@ -177,10 +177,9 @@ class Evolve(AbstractSpaceStrategy):
         """Ordered so that structures that begin alike follow one another: a worker then computes their beginning once."""
         depth = self._sites.depth
         self._sample += 1
-        cuts = list(cuts)
-        self._asked.update(cut.levels for cut in cuts)
-        cuts = {cut for cut in cuts if cut.levels != self._sites.most}
-        ordered = sorted(cuts, key=lambda cut: [(cut.levels[at], cut.levels[depth + at]) for at in range(depth)])
+        wanted = {cut for cut in cuts if cut.levels != self._sites.most}
+        self._asked.update(cut.levels for cut in wanted)
+        ordered = sorted(wanted, key=lambda cut: [(cut.levels[at], cut.levels[depth + at]) for at in range(depth)])
         return [Proposal(genome=Genome(steps=self._steps(cut)), screen=self._screen) for cut in ordered]
 
     def _rescored(self, cuts: Iterable[Cut]) -> list[Proposal]:
@@ -226,7 +225,7 @@ class Evolve(AbstractSpaceStrategy):
                 / self._cost(design.training)
                 for design, vector in pool.items()
             }
-            # Where nothing at all is expected to add anything, what loses the least quality is tried all the same.
+            # Where nothing at all is expected to add anything, what is best in the first objective is tried all the same.
             design = max(gains, key=lambda design: (gains[design], -float(pool[design][0]), design))
             if gains[design] <= 0 and best > start:
                 break
