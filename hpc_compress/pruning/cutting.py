@@ -206,15 +206,16 @@ def rescored(model: PreTrainedModel, context: Context, share: float, ffn_multipl
     all that is left is scored anew, on the model as it is then, and the rest of the budget is allocated anew; after each, what
     was cut so far is repaired (after Park et al. 2024, K-prune, algorithm 1, https://arxiv.org/abs/2308.03449).
     """
-    if surgery.family(model).shared_bias:
-        raise ValueError(
-            "the layers of this encoder share one position bias, so they can't be cut one by one: leave rescore out"
-        )
     # There are two scorings a layer, so each one sees a part of the sentences only.
     batches, scores = context.batches(max(1, how.sentences // RESCORED_PART)), Scores(how.criterion, ["heads", "ffn"])
     dense, whole, price = dense_of(model, context, how), copy.deepcopy(model), _parameters(model)
     left = (1 - share) * price.of(model) - price.layer * len(surgery.layers(model))
-    kept: UnitArrays = {unit: [np.arange(count) for count in counts(model, unit)] for unit in ("heads", "ffn")}
+    if surgery.family(model).shared_bias:  # all layers must lose the same heads, so they are cut at once
+        kept = _cheapest(model, scores.of(model, context.problem, batches), price, (1 - share) * price.of(model), ffn_multiple)
+        cut(model, kept)
+        dense.repair(model, kept)
+        return model
+    kept = {unit: [np.arange(count) for count in counts(model, unit)] for unit in ("heads", "ffn")}
     for number in range(2 * len(surgery.layers(whole))):
         layer, unit = number // 2, ("heads", "ffn")[number % 2]
         found = scores.of(model, context.problem, batches)
