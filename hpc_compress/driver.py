@@ -56,8 +56,8 @@ class Strategy(Protocol):
     """Decides what is tried and what survives. `steps` and `deploys`: every step that it may use, to be checked and probed.
 
     One that has a field `known` is given a `search.known.Known`; every other one is given `shape` and `score`. It may have
-    two more attributes: `studies`, what it asks about the base model before the first generation, and `elites`, how many of the
-    fittest are timed again in each generation (None: all survivors).
+    three more attributes: `studies`, what it asks about the base model before the first generation; `elites`, how many of the
+    fittest are timed again in each generation (None: all survivors); and `notes()`, new lines for the log.
     """
 
     @property

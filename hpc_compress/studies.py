@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hpc_compress import identity
 from hpc_compress.context import Context
-from hpc_compress.data.batches import Batch, Encoded, eval_batches
+from hpc_compress.data.batches import Batch, eval_batches
 from hpc_compress.models import artifact, surgery
 from hpc_compress.models.gates import counts
 from hpc_compress.operators import operator
@@ -126,17 +126,4 @@ def _judged(study: Screen, context: Context, fit: int) -> list[Batch]:
     rows = np.arange(min(fit, total * 4 // 5), total)
     rng = np.random.default_rng(identity.derive(study.sample, "judged"))
     chosen = np.sort(rng.permutation(rows)[: study.judge])
-    return [batch.to(context.device) for batch in eval_batches(_rows(context.train, chosen), 32)]
-
-
-def _rows(examples: Encoded, rows: np.ndarray) -> Encoded:
-    lengths = examples.lengths[rows]
-    tokens = np.concatenate([np.arange(examples.offsets[row], examples.offsets[row + 1]) for row in rows])
-    types = None if examples.token_type_ids is None else examples.token_type_ids[tokens]
-    return dataclasses.replace(
-        examples,
-        input_ids=examples.input_ids[tokens],
-        token_type_ids=types,
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        labels=examples.labels[rows],
-    )
+    return [batch.to(context.device) for batch in eval_batches(context.train.choose(chosen), 32)]

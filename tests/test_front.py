@@ -78,12 +78,6 @@ def test_nobody_on_the_front_is_beaten_and_everybody_else_is(rows: list[tuple[in
         assert on_it[at] == (not beaten and not twin)
 
 
-def test_a_contribution_is_what_is_missing_without_a_model():
-    vectors = np.array([front.vector(model, BASE, NAMES) for model in (measured(0.9, 2, 40), measured(0.88, 4, 40))])
-    parts = front.contributions(vectors, NAMES)
-    assert parts[0] == pytest.approx(volume(measured(0.9, 2, 40), measured(0.88, 4, 40)) - volume(measured(0.88, 4, 40)))
-
-
 def test_models_of_another_device_are_refused():
     with pytest.raises(ValueError, match="let all tasks run on one kind of device"):
         front.vector(measured(0.9, 2, 40, device="another"), BASE, NAMES)

@@ -38,15 +38,29 @@ class Encoded:
 
     def take(self, n: int) -> Encoded:
         """The first n examples, or all if there are fewer."""
-        n = min(n, len(self))
-        end = self.offsets[n]
-        types = None if self.token_type_ids is None else self.token_type_ids[:end]
+        return self.part(0, n)
+
+    def part(self, begin: int, end: int) -> Encoded:
+        """Examples begin to end, without the later ones if there are fewer."""
+        offsets = self.offsets[begin : end + 1]
+        tokens = slice(offsets[0], offsets[-1])
         return replace(
             self,
-            input_ids=self.input_ids[:end],
-            token_type_ids=types,
-            offsets=self.offsets[: n + 1],
-            labels=self.labels[:n],
+            input_ids=self.input_ids[tokens],
+            token_type_ids=None if self.token_type_ids is None else self.token_type_ids[tokens],
+            offsets=offsets - offsets[0],
+            labels=self.labels[begin:end],
+        )
+
+    def choose(self, rows: np.ndarray) -> Encoded:
+        """The examples at these positions, in this order."""
+        tokens = np.concatenate([np.arange(self.offsets[row], self.offsets[row + 1]) for row in rows])
+        return replace(
+            self,
+            input_ids=self.input_ids[tokens],
+            token_type_ids=None if self.token_type_ids is None else self.token_type_ids[tokens],
+            offsets=np.concatenate([[0], np.cumsum(self.lengths[rows])]),
+            labels=self.labels[rows],
         )
 
 

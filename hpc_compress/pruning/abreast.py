@@ -38,9 +38,6 @@ class Written:
     name: str  # in its layer
     features: np.ndarray  # (in_features,) positions of its inputs in the uncut model
 
-    def path(self, model: PreTrainedModel) -> str:
-        return surgery.path(model, self.layer, self.name)
-
     def of(self, model: PreTrainedModel) -> nn.Linear:
         return linear_of(surgery.layers(model)[self.layer], self.name)
 

@@ -23,6 +23,7 @@ from scipy.stats import spearmanr
 
 from hpc_compress.identity import canonical
 from hpc_compress.search import front, survival
+from hpc_compress.search.knapsack import Knapsack
 from hpc_compress.search.objective import quality_of
 from hpc_compress.search.prediction import Prediction
 from hpc_compress.search.strategy import AbstractSpaceStrategy
@@ -41,9 +42,7 @@ class Cut(NamedTuple):
     """What is left of the encoder, and how it is found."""
 
     levels: Levels
-    share: float = (
-        0.0  # above 0: of the encoder, which `prune` removes block by block and finds these levels; 0: they are given
-    )
+    share: float = 0.0  # of the encoder, which `prune` removes block by block to find these levels; 0: they are given
 
 
 class Design(NamedTuple):
@@ -168,7 +167,7 @@ class Evolve(AbstractSpaceStrategy):
         proposals = []
         for design in designs:
             genome = self._genome(design)
-            self._designs[_key(genome)] = design
+            self._designs[canonical(genome)] = design
             if self._is_new(genome):
                 proposals.append(Proposal(genome=genome, parent=self._parent(design)))
         return proposals
@@ -337,14 +336,8 @@ class Evolve(AbstractSpaceStrategy):
 
     def _parameters(self, levels: Levels) -> float:
         """Encoder parameters of a structure."""
-        survey, structure, whole = self.known.survey, self._sites.structure(levels), self.space.whole(self.known.shape)
-        assert survey is not None
-        head, neuron = survey.parameters
-        return (
-            survey.encoder_parameters
-            - head * (sum(whole.heads) - sum(structure.heads))
-            - neuron * (sum(whole.ffn) - sum(structure.ffn))
-        )
+        assert self.known.survey is not None
+        return Knapsack(self.space, self.known.shape, self.known.survey).parameters(self._sites.structure(levels))
 
     def _point(self, loss: float, latency: float, size: float) -> list[float]:
         """As `front.vector`, of figures that are expected."""
@@ -370,7 +363,7 @@ class Evolve(AbstractSpaceStrategy):
             assert self.known.base is not None
             base, losses = quality_of(self.known.base), {}
             for candidate in self._measured_candidates():
-                design = self._designs.get(_key(candidate.genome))
+                design = self._designs.get(canonical(candidate.genome))
                 if design is not None and candidate.measurement is not None:
                     losses[design] = front.lost_quality(quality_of(candidate.measurement), base)
             untrained = {
@@ -480,13 +473,9 @@ class Evolve(AbstractSpaceStrategy):
         less = {
             order.index(other.training): candidate.id
             for candidate in self._candidates.values()
-            if (other := self._designs.get(_key(candidate.genome))) is not None and other.cut == design.cut
+            if (other := self._designs.get(canonical(candidate.genome))) is not None and other.cut == design.cut
         }
         return less[max(less)] if less else None
-
-
-def _key(genome: Genome) -> str:
-    return canonical(genome)
 
 
 class Curve(NamedTuple):

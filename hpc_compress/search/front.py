@@ -65,12 +65,6 @@ def hypervolume(vectors: np.ndarray, objectives: Sequence[Objective]) -> float:
     return float(moocore.hypervolume(inside, ref=upper)) if len(inside) else 0.0
 
 
-def contributions(vectors: np.ndarray, objectives: Sequence[Objective]) -> np.ndarray:
-    """(n,) the volume that only this one of the (n, objectives) vectors dominates."""
-    whole = hypervolume(vectors, objectives)
-    return np.array([whole - hypervolume(np.delete(vectors, at, axis=0), objectives) for at in range(len(vectors))])
-
-
 def of(candidates: Sequence[Candidate], base: Measurement, objectives: Sequence[Objective]) -> list[Candidate]:
     """The measured candidates that no other one beats in every objective, the best quality first."""
     measured = sorted((c for c in candidates if c.measurement), key=lambda c: c.id)

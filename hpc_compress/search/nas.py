@@ -8,7 +8,6 @@ References:
     https://arxiv.org/abs/2106.05680 (the order of a front)
 """
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from hpc_compress.search import front, survival
 from hpc_compress.search.coordinates import Vector
-from hpc_compress.search.strategy import REDRAW, AbstractSpaceStrategy
+from hpc_compress.search.strategy import REDRAW, AbstractSpaceStrategy, require_package
 from hpc_compress.types import Candidate, Proposal
 
 
@@ -32,8 +31,7 @@ class Nas(AbstractSpaceStrategy):
 
     @model_validator(mode="after")
     def _installed(self) -> "Nas":
-        if importlib.util.find_spec("syne_tune") is None:
-            raise ValueError("this strategy needs the package syne-tune; pip install 'hpc-compress[rivals]'")
+        require_package("syne_tune", "syne-tune")
         return self
 
     def ask(self, rng: np.random.Generator, population: Sequence[Candidate]) -> list[Proposal]:

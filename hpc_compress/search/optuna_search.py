@@ -6,7 +6,6 @@ References:
     Deb et al. 2002, A fast and elitist multiobjective genetic algorithm: NSGA-II, https://doi.org/10.1109/4235.996017
 """
 
-import importlib.util
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -15,7 +14,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from hpc_compress.identity import canonical
 from hpc_compress.search import front, survival
-from hpc_compress.search.strategy import REDRAW, AbstractSpaceStrategy
+from hpc_compress.search.strategy import REDRAW, AbstractSpaceStrategy, require_package
 from hpc_compress.types import Candidate, Genome, Proposal
 
 if TYPE_CHECKING:
@@ -34,8 +33,7 @@ class Optuna(AbstractSpaceStrategy):
 
     @model_validator(mode="after")
     def _installed(self) -> "Optuna":
-        if importlib.util.find_spec("optuna") is None:
-            raise ValueError("this strategy needs the package optuna; pip install 'hpc-compress[rivals]'")
+        require_package("optuna", "optuna")
         return self
 
     def ask(self, rng: np.random.Generator, population: Sequence[Candidate]) -> list[Proposal]:

@@ -1,5 +1,6 @@
 """What the strategies over a space of genomes share. Proposes and learns nothing itself."""
 
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 
@@ -14,6 +15,12 @@ from hpc_compress.types import Candidate, Genome, Proposal, Record, Step
 
 # Strategies sample without knowing what was proposed before; so many draws are tried until one is new.
 REDRAW = Field(default=20, ge=0, description="further draws for a genome that was proposed before")
+
+
+def require_package(module: str, package: str) -> None:
+    """Raises: ValueError that says what to install when a module is not there."""
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(f"this strategy needs the package {package}; pip install 'hpc-compress[rivals]'")
 
 
 class AbstractSpaceStrategy(Record, ABC):

@@ -4,7 +4,7 @@ Knows models, batches and numpy files. Knows nothing of losses and their weights
 """
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -82,7 +82,7 @@ def write(folder: Path, problem: Problem, teacher: PreTrainedModel, examples: En
         ):
             np.lib.format.write_array_header_1_0(stream, {"descr": kind, "fortran_order": False, "shape": shape})
         for begin in range(0, len(examples), CHUNK):
-            part = _part(examples, begin, begin + CHUNK)
+            part = examples.part(begin, begin + CHUNK)
             outputs = np.empty((len(part), problem.width(teacher)), np.float32)
             hidden = np.empty((len(part.input_ids), teacher.config.hidden_size), np.float16)
             for batch in eval_batches(part, BATCH_SIZE):
@@ -148,20 +148,6 @@ def _group_bytes(root: Path, path: str, limit: str, used: str) -> list[int]:
             taken = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             free.append(int(most) - int(taken[used]))
     return free
-
-
-def _part(examples: Encoded, begin: int, end: int) -> Encoded:
-    """Examples begin to end, without the later ones if there are fewer."""
-    offsets = examples.offsets[begin : end + 1]
-    tokens = slice(offsets[0], offsets[-1])
-    types = examples.token_type_ids
-    return replace(
-        examples,
-        input_ids=examples.input_ids[tokens],
-        token_type_ids=None if types is None else types[tokens],
-        offsets=offsets - offsets[0],
-        labels=examples.labels[begin:end],
-    )
 
 
 # --- a student of another shape ---
