@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import test_strategies as world
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hpc_compress import identity
@@ -128,6 +128,7 @@ def test_a_stage_that_does_not_rank_is_said_and_done_without():
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(-0.2, 2)), max_size=8), st.floats(0, 2), st.floats(0, 2))
+@example([(0.0, 2.0)], 0.0, 1.0)
 @settings(max_examples=60)
 def test_a_curve_rises_from_the_origin(pairs: list[tuple[float, float]], one: float, other: float):
     curve = Curve.through(pairs)

@@ -479,14 +479,14 @@ class Evolve(AbstractSpaceStrategy):
 
 
 class Curve(NamedTuple):
-    """A rising function through the origin and some points, by isotonic regression."""
+    """A rising function through the origin and some points, by isotonic regression. Points at (or as good as at) 0 say nothing."""
 
     x: np.ndarray
     y: np.ndarray
 
     @staticmethod
     def through(pairs: Sequence[tuple[float, float]]) -> "Curve":
-        x, y = np.array(sorted([(0.0, 0.0), *pairs])).T
+        x, y = np.array(sorted([(0.0, 0.0), *(pair for pair in pairs if pair[0] > 1e-9)])).T
         return Curve(x, np.maximum(isotonic_regression(y).x, 0.0))
 
     def __call__(self, at: float) -> float:
