@@ -65,15 +65,15 @@ def _cpu_name() -> str:
 
 @torch.inference_mode()
 def outputs(problem: Problem, model: PreTrainedModel, examples: Encoded, batch_size: int, on: torch.device) -> np.ndarray:
-    """The problem's outputs for every example, in the order of the examples: (n, width) as float32.
+    """The problem's outputs for every label, in the order of the examples: (n_labels, width) as float32.
 
     Raises: FloatingPointError when one is not finite: no metric of such outputs means anything.
     """
     model.eval()
-    rows = np.empty((len(examples), problem.width(model)), dtype=np.float32)
+    rows = np.empty((len(examples.labels), problem.width(model)), dtype=np.float32)
     for batch in eval_batches(examples, batch_size):
         found = problem.outputs(model(**batch.to(on).inputs), batch)
-        rows[batch.index.numpy()] = found.float().cpu().numpy()
+        rows[batch.label_index.numpy()] = found.float().cpu().numpy()
     if not np.isfinite(rows).all():
         raise FloatingPointError(
             "the model's outputs are not finite; train it with a lower learning rate or deploy it in bf16, not fp16"

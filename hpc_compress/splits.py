@@ -73,7 +73,7 @@ def load(config: DatasetConfig, seed: int, label_order: Sequence[str] = ()) -> t
         max_length=config.max_length,
     )
     splits: tuple[Split, ...] = ("search", "report")
-    trivial = {split: kind.trivial(dataset, tables[split]["label"].to_numpy()) for split in splits}
+    trivial = {split: kind.trivial(dataset, tables[split]) for split in splits}
     return dataset, tables, Rows(empty=empty, unused=unused, overlaps=overlap.between(tables), trivial=trivial)
 
 
@@ -154,7 +154,7 @@ def _read_hub(config: DatasetConfig, split: str) -> pd.DataFrame:
 
 
 def _clean(table: pd.DataFrame, config: DatasetConfig, split: str) -> tuple[pd.DataFrame, int]:
-    """The rows with the columns text, text2 and label, and how many were left out because they have no text or no label."""
+    """The rows with the columns that the problem reads, and how many were left out because they have no text or no label."""
     columns = problem(config.problem).columns(config)
     for name, column in columns.items():
         if column not in table.columns:
@@ -167,29 +167,14 @@ def _clean(table: pd.DataFrame, config: DatasetConfig, split: str) -> tuple[pd.D
         except Exception as error:
             raise ConfigError(f"dataset.where={config.where!r} is not a query that these rows understand: {error}") from None
     table = pd.DataFrame({name: table[column] for name, column in columns.items()}).reset_index(drop=True)
-    texts = [name for name in ("text", "text2") if name in table]
-    for name, column in columns.items():
-        odd = table[name].map(lambda value: isinstance(value, list | dict | tuple | bytes | np.ndarray))
-        if odd.any():
-            kind = type(table[name][odd].iloc[0]).__name__
-            raise ConfigError(f"column {column!r} of {config.name} holds values of kind {kind}; give plain texts and labels")
-    for name in texts:
-        table[name] = table[name].astype(object).where(table[name].notna(), "").astype(str)
-    # Rows without a text or a label teach nothing.
-    absent = table["label"].isna() | (table["label"].astype(str) == "") | (table[texts] == "").all(axis=1)
-    table, missing = table[~absent].reset_index(drop=True), int(absent.sum())
-    hidden = len(table) > 0 and (pd.to_numeric(table["label"], errors="coerce") == -1).all()
-    if hidden:
+    cleaned = problem(config.problem).clean(table, config, split)
+    missing = len(table) - len(cleaned)
+    if missing > MOST_EMPTY * len(table):
         raise ConfigError(
-            f"every label of split {split!r} of {config.name} is -1: they are hidden, as those of GLUE's test splits are; "
-            "set dataset.train and dataset.validation to splits with labels, such as train and validation"
-        )
-    if missing > MOST_EMPTY * len(absent):
-        raise ConfigError(
-            f"{missing} of {len(absent)} rows of split {split!r} of {config.name} have no text or no label; check "
+            f"{missing} of {len(table)} rows of split {split!r} of {config.name} have no text or no label; check "
             "dataset.text and dataset.label, or delete those rows"
         )
-    return table, missing
+    return cleaned.reset_index(drop=True), missing
 
 
 def _with_targets(table: pd.DataFrame, labels: tuple[str, ...], config: DatasetConfig, split: str) -> pd.DataFrame:

@@ -222,7 +222,7 @@ class Job:
         examples = self._examples(task, task.split, folder)
         kind = problem(task.dataset.problem)
         outputs = measure.outputs(kind, model, examples, task.protocol.batch_size, on)
-        return kind.score(task.dataset, examples.labels, outputs)
+        return kind.score(task.dataset, self._rows(task, task.split), outputs)
 
     # --- artifacts ---
 
@@ -385,10 +385,15 @@ class Job:
                 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             else:
                 tokenizer = self._keep(("tokenizer",), self.tokenizer)
-            rows = pd.read_parquet(self.store.root / "data" / f"{split}.parquet")[: task.limit]
-            return problem(task.dataset.problem).encode(tokenizer, rows, task.dataset)
+            return problem(task.dataset.problem).encode(tokenizer, self._rows(task, split), task.dataset)
 
         return self._keep(("examples", task.dataset.fingerprint, split, str(task.limit), vocabulary), read)
+
+    def _rows(self, task: Task, split: str) -> pd.DataFrame:
+        def read() -> pd.DataFrame:
+            return pd.read_parquet(self.store.root / "data" / f"{split}.parquet")[: task.limit]
+
+        return self._keep(("rows", task.dataset.fingerprint, split, str(task.limit)), read)
 
     def tokenizer(self) -> Any:
         """The base model's; saved in full as an artifact of its own, since an export can't ask the checkpoint's type."""

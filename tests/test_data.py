@@ -549,6 +549,30 @@ def test_take_is_as_if_only_the_first_rows_had_been_given(tokenizer: PreTrainedT
         np.testing.assert_array_equal(getattr(part, name), getattr(small, name))
 
 
+def test_labels_of_tokens_stay_with_their_example_and_their_token():
+    rng = np.random.default_rng(0)
+    lengths, counts = rng.integers(1, 9, 40), rng.integers(0, 4, 40)
+    counts = np.minimum(counts, lengths)
+    tokens = [np.sort(rng.permutation(length)[:count]) for length, count in zip(lengths, counts, strict=True)]
+    ids = np.arange(lengths.sum(), dtype=np.int32)
+    offsets, label_offsets = (np.concatenate([[0], np.cumsum(numbers)]) for numbers in (lengths, counts))
+    # A label is the id of its token, so that each can be told wherever it comes to lie.
+    labels = np.concatenate([offsets[row] + found for row, found in enumerate(tokens)])
+    whole = batches.Encoded(ids, None, offsets, labels, 0, label_offsets, np.concatenate(tokens).astype(np.int32))
+    chosen = rng.permutation(40)[:25]
+    for examples in (whole, whole.part(5, 30), whole.choose(chosen)):
+        met = []
+        for batch in batches.eval_batches(examples, 8):
+            assert batch.label_tokens is not None
+            row, token = batch.label_tokens.T
+            assert torch.equal(batch.inputs["input_ids"][row, token], batch.labels)
+            np.testing.assert_array_equal(examples.labels[batch.label_index], batch.labels)
+            met += batch.label_index.tolist()
+        assert sorted(met) == list(range(len(examples.labels)))
+    expected = np.concatenate([labels[label_offsets[row] : label_offsets[row + 1]] for row in chosen])
+    np.testing.assert_array_equal(whole.choose(chosen).labels, expected)
+
+
 @pytest.mark.parametrize(("given", "kept"), [("int8", "int64"), ("int64", "int64"), ("float64", "float32")])
 def test_whole_numbers_are_classes_and_others_are_targets(tokenizer: PreTrainedTokenizerBase, given: str, kept: str):
     examples = batches.encode(tokenizer, ["a film", "a plot"], None, np.array([1, 0], dtype=given), 16)

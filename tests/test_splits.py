@@ -130,8 +130,8 @@ def test_f1_is_of_the_positive_class_whatever_the_order(tmp_path: Path):
     assert dataset.positive == "duplicate"
     assert dataset.labels.index("duplicate") == 0
     assert load(path, metrics=["f1"], positive="not_duplicate")[0].positive == "not_duplicate"
-    labels, outputs = np.array([0, 0, 0, 1]), np.eye(2)[[0, 0, 1, 1]]
-    assert PROBLEMS["classification"].score(dataset, labels, outputs) == {"f1": pytest.approx(0.8)}
+    rows, outputs = pd.DataFrame({"label": [0, 0, 0, 1]}), np.eye(2)[[0, 0, 1, 1]]
+    assert PROBLEMS["classification"].score(dataset, rows, outputs) == {"f1": pytest.approx(0.8)}
     with pytest.raises(ConfigError, match=r"dataset\.positive is 'yes'; set dataset\.positive to one of duplicate, not"):
         load(path, metrics=["f1"], positive="yes")
     assert "positive" not in load(path)[0].model_dump()  # the identity of earlier versions
@@ -213,7 +213,7 @@ def test_categories_and_long_fields_are_texts(tmp_path: Path):
 def test_what_a_constant_answer_scores():
     common: dict[str, Any] = {"name": "x", "fingerprint": "0" * 16, "problem": "classification", "labels": ("0", "1")}
     dataset = Dataset(**common, metrics=("accuracy", "f1", "macro_f1", "matthews"))
-    found = PROBLEMS["classification"].trivial(dataset, np.array([0, 0, 0, 1]))
+    found = PROBLEMS["classification"].trivial(dataset, pd.DataFrame({"label": [0, 0, 0, 1]}))
     assert found == pytest.approx({"accuracy": 0.75, "f1": 0.4, "macro_f1": 3 / 7, "matthews": 0.0})
 
 

@@ -25,11 +25,14 @@ class Encoded:
     input_ids: np.ndarray  # (n_tokens,) int32, all examples one after another
     token_type_ids: np.ndarray | None  # (n_tokens,) int8; None where the tokenizer makes none or there is no second text
     offsets: np.ndarray  # (n + 1,) int64; example i is input_ids[offsets[i]:offsets[i + 1]]
-    labels: np.ndarray  # (n,) int64 for classes, float32 for regression
+    labels: np.ndarray  # (n_labels,) int64 for classes, float32 for regression; of all examples one after another
     pad_id: int  # what the tokenizer pads input_ids with
+    # Both are None where each example has one label, which belongs to all of its text.
+    label_offsets: np.ndarray | None = None  # (n + 1,) int64; example i has labels[label_offsets[i]:label_offsets[i + 1]]
+    label_tokens: np.ndarray | None = None  # (n_labels,) int32, which token of its example a label belongs to
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.offsets) - 1
 
     @property
     def lengths(self) -> np.ndarray:
@@ -42,33 +45,44 @@ class Encoded:
 
     def part(self, begin: int, end: int) -> Encoded:
         """Examples begin to end, without the later ones if there are fewer."""
-        offsets = self.offsets[begin : end + 1]
-        tokens = slice(offsets[0], offsets[-1])
-        return replace(
-            self,
-            input_ids=self.input_ids[tokens],
-            token_type_ids=None if self.token_type_ids is None else self.token_type_ids[tokens],
-            offsets=offsets - offsets[0],
-            labels=self.labels[begin:end],
-        )
+        return self.choose(np.arange(len(self))[begin:end])
 
     def choose(self, rows: np.ndarray) -> Encoded:
         """The examples at these positions, in this order."""
-        tokens = np.concatenate([np.arange(self.offsets[row], self.offsets[row + 1]) for row in rows])
+        tokens, labels = _places(self.offsets, rows), self.labels_of(rows)
         return replace(
             self,
             input_ids=self.input_ids[tokens],
             token_type_ids=None if self.token_type_ids is None else self.token_type_ids[tokens],
-            offsets=np.concatenate([[0], np.cumsum(self.lengths[rows])]),
-            labels=self.labels[rows],
+            offsets=_offsets(self.lengths[rows]),
+            labels=self.labels[labels],
+            label_offsets=None if self.label_offsets is None else _offsets(np.diff(self.label_offsets)[rows]),
+            label_tokens=None if self.label_tokens is None else self.label_tokens[labels],
         )
+
+    def labels_of(self, rows: np.ndarray) -> np.ndarray:
+        """Positions in `labels` of what belongs to these examples, in their order."""
+        return rows if self.label_offsets is None else _places(self.label_offsets, rows)
+
+
+def _offsets(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+def _places(offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Positions of all items of these rows; row i has those from offsets[i] to offsets[i + 1]."""
+    counts = np.diff(offsets)[rows]
+    return np.repeat(offsets[rows] - _offsets(counts)[:-1], counts) + np.arange(counts.sum())
 
 
 @dataclass(frozen=True)
 class Batch:
     inputs: dict[str, torch.Tensor]  # ready for model(**inputs); each (batch, longest example of the batch)
-    labels: torch.Tensor  # (batch,)
-    index: torch.Tensor  # (batch,) int64, positions of these examples in the Encoded
+    labels: torch.Tensor  # (batch,), or (labels,) where an example may have several: of all examples one after another
+    # What lies where in the Encoded; on the CPU, whatever the device.
+    index: torch.Tensor  # (batch,) int64, positions of these examples
+    label_index: torch.Tensor  # of the shape of `labels`, int64, positions of these labels
+    label_tokens: torch.Tensor | None = None  # (labels, 2) int64: the row of the batch and the token that a label belongs to
 
     def __len__(self) -> int:
         return len(self.index)
@@ -78,7 +92,12 @@ class Batch:
             # Only from pinned memory does the copy run beside the kernels that are already queued.
             return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
-        return Batch({name: move(tensor) for name, tensor in self.inputs.items()}, move(self.labels), move(self.index))
+        return replace(
+            self,
+            inputs={name: move(tensor) for name, tensor in self.inputs.items()},
+            labels=move(self.labels),
+            label_tokens=None if self.label_tokens is None else move(self.label_tokens),
+        )
 
 
 def encode(tokenizer, text: Sequence[str], text2: Sequence[str] | None, labels: ArrayLike, max_length: int) -> Encoded:
@@ -101,7 +120,7 @@ def encode(tokenizer, text: Sequence[str], text2: Sequence[str] | None, labels: 
     return Encoded(
         input_ids=np.concatenate(tokens["input_ids"]).astype(np.int32),
         token_type_ids=None if types is None else np.concatenate(types).astype(np.int8),
-        offsets=np.cumsum([0] + [len(ids) for ids in tokens["input_ids"]]),
+        offsets=_offsets(np.array([len(ids) for ids in tokens["input_ids"]])),
         labels=labels.astype(np.float32 if labels.dtype.kind == "f" else np.int64),
         pad_id=tokenizer.pad_token_id,
     )
@@ -134,8 +153,14 @@ def _batch(encoded: Encoded, index: np.ndarray) -> Batch:
     inputs = {"input_ids": np.where(real, encoded.input_ids[position], encoded.pad_id), "attention_mask": real}
     if encoded.token_type_ids is not None:
         inputs["token_type_ids"] = np.where(real, encoded.token_type_ids[position], 0)
+    labels, tokens = encoded.labels_of(index), None
+    if encoded.label_offsets is not None and encoded.label_tokens is not None:
+        rows = np.repeat(np.arange(len(index)), np.diff(encoded.label_offsets)[index])
+        tokens = torch.from_numpy(np.stack([rows, encoded.label_tokens[labels]], axis=1))
     return Batch(
         inputs={name: torch.from_numpy(array.astype(np.int64)) for name, array in inputs.items()},
-        labels=torch.from_numpy(encoded.labels[index]),
+        labels=torch.from_numpy(encoded.labels[labels]),
         index=torch.from_numpy(index),
+        label_index=torch.from_numpy(labels),
+        label_tokens=tokens,
     )

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 class Problem(ABC):
     """One kind of problem. It has no state: what differs between datasets is in `Dataset`.
 
-    "outputs" are the numbers that a model gives for one example: logits of classes, or one number for a regression.
-    "targets" are what they are compared with: class ids, or real numbers.
+    "outputs" are the numbers that a model gives for one label: logits of classes, or one number for a regression.
+    "targets" are what they are compared with: class ids, or real numbers. An example has one label or, where tokens have
+    labels, several; a batch's outputs and targets have a row for each label, in the order of the examples.
     """
 
     metrics: ClassVar[tuple[str, ...]]  # of `data.metrics`; a dataset chooses among them
@@ -48,6 +49,14 @@ class Problem(ABC):
         """The columns of a table that are read, by the names that they get in the run folder."""
 
     @abstractmethod
+    def clean(self, table: pd.DataFrame, config: DatasetConfig, split: str) -> pd.DataFrame:
+        """The rows that teach something: those that have a text and a label. The column "text" of what is given back holds
+        strings, by which equal rows are found.
+
+        table: the columns of `columns`, by their names there. Raises: ConfigError for values of a wrong kind.
+        """
+
+    @abstractmethod
     def labels(self, train: pd.DataFrame, config: DatasetConfig) -> tuple[str, ...]:
         """Class names in the order of their ids; empty where there are no classes. Raises: ConfigError."""
 
@@ -62,11 +71,11 @@ class Problem(ABC):
     # --- scores ---
 
     @abstractmethod
-    def score(self, dataset: Dataset, targets: np.ndarray, outputs: np.ndarray) -> dict[str, float]:
-        """The dataset's metrics. targets: (n,); outputs: (n, width)."""
+    def score(self, dataset: Dataset, rows: pd.DataFrame, outputs: np.ndarray) -> dict[str, float]:
+        """The dataset's metrics. rows: of a split, as they lie in the run folder; outputs: (n_labels, width) of a model."""
 
     @abstractmethod
-    def trivial(self, dataset: Dataset, targets: np.ndarray) -> dict[str, float]:
+    def trivial(self, dataset: Dataset, rows: pd.DataFrame) -> dict[str, float]:
         """The best score on each metric of a model that always gives the same answer."""
 
     # --- tensors ---
@@ -77,28 +86,28 @@ class Problem(ABC):
 
     @abstractmethod
     def width(self, model: "PreTrainedModel") -> int:
-        """How many outputs a model gives for one example."""
+        """How many outputs a model gives for one label."""
 
     @abstractmethod
     def outputs(self, answer: Any, batch: "Batch") -> "torch.Tensor":
-        """(batch, width) from what the model returned for the batch. Evaluation, stored teacher outputs, losses and
+        """(labels, width) from what the model returned for the batch. Evaluation, stored teacher outputs, losses and
         criteria all use these."""
 
     @abstractmethod
     def task_loss(self, outputs: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
-        """Mean over the batch. outputs: (batch, width); targets: (batch,)."""
+        """Mean over the batch. outputs: (labels, width); targets: (labels,)."""
 
     @abstractmethod
     def response_loss(
         self, student: "torch.Tensor", teacher: "torch.Tensor", weight: float | None, temperature: float
     ) -> "torch.Tensor | None":
-        """L_pred of a distillation: how far the student's outputs are from the teacher's, (batch, width) each.
+        """L_pred of a distillation: how far the student's outputs are from the teacher's, (labels, width) each.
 
         weight: of this loss; None stands for the published one. Returns: None when the loss plays no part.
         """
 
     def differentiated(self, outputs: "torch.Tensor") -> "torch.Tensor":
-        """(batch, width) numbers whose squared change a Gauss-Newton criterion estimates."""
+        """(labels, width) numbers whose squared change a Gauss-Newton criterion estimates."""
         return outputs.float()
 
     # --- models ---

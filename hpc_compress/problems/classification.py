@@ -64,14 +64,14 @@ class Classification(SequenceProblem):
             )
         return found[0]
 
-    def score(self, dataset: Dataset, targets: np.ndarray, outputs: np.ndarray) -> dict[str, float]:
+    def score(self, dataset: Dataset, rows: pd.DataFrame, outputs: np.ndarray) -> dict[str, float]:
         positive = 1 if dataset.positive is None else dataset.labels.index(dataset.positive)
-        return metrics.compute(dataset.metrics, targets, outputs, positive)
+        return metrics.compute(dataset.metrics, rows["label"].to_numpy(), outputs, positive)
 
-    def trivial(self, dataset: Dataset, targets: np.ndarray) -> dict[str, float]:
+    def trivial(self, dataset: Dataset, rows: pd.DataFrame) -> dict[str, float]:
         one_hot = np.eye(len(dataset.labels))
-        constants = [np.tile(one_hot[answer], (len(targets), 1)) for answer in sorted(set(targets.tolist()))]
-        scores = [self.score(dataset, targets, outputs) for outputs in constants]
+        constants = [np.tile(one_hot[answer], (len(rows), 1)) for answer in sorted(set(rows["label"]))]
+        scores = [self.score(dataset, rows, outputs) for outputs in constants]
         return {name: max(score[name] for score in scores) for name in dataset.metrics}
 
     def task_loss(self, outputs: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":

@@ -14,7 +14,7 @@ from hpc_compress.problems.base import Problem
 class ModelOutputs:
     """What a model gives for a batch."""
 
-    outputs: torch.Tensor  # (batch, width), as the problem defines them
+    outputs: torch.Tensor  # (labels, width), as the problem defines them
     hidden: tuple[torch.Tensor, ...]  # (batch, tokens, hidden) each: of all layers, of the last one alone, or none at all
 
     def detach(self) -> "ModelOutputs":

@@ -32,7 +32,7 @@ class Regression(SequenceProblem):
         except ValueError as error:
             raise ConfigError(f"dataset.label={config.label!r} of {config.name} is not a number everywhere: {error}") from None
 
-    def trivial(self, dataset: Dataset, targets: np.ndarray) -> dict[str, float]:
+    def trivial(self, dataset: Dataset, rows: pd.DataFrame) -> dict[str, float]:
         return dict.fromkeys(dataset.metrics, 0.0)  # a constant is correlated with nothing
 
     def task_loss(self, outputs: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":

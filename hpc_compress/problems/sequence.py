@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from hpc_compress.config import DatasetConfig
+from hpc_compress.config import ConfigError, DatasetConfig
 from hpc_compress.data import metrics
 from hpc_compress.problems.base import Problem
 from hpc_compress.types import Dataset
@@ -37,8 +37,26 @@ class SequenceProblem(Problem):
         wanted = {"text": config.text, "text2": config.text2, "label": config.label}
         return {name: column for name, column in wanted.items() if column is not None}
 
-    def score(self, dataset: Dataset, targets: np.ndarray, outputs: np.ndarray) -> dict[str, float]:
-        return metrics.compute(dataset.metrics, targets, outputs)
+    def clean(self, table: pd.DataFrame, config: DatasetConfig, split: str) -> pd.DataFrame:
+        for name, column in self.columns(config).items():
+            odd = table[name].map(lambda value: isinstance(value, list | dict | tuple | bytes | np.ndarray))
+            if odd.any():
+                kind = type(table[name][odd].iloc[0]).__name__
+                raise ConfigError(
+                    f"column {column!r} of {config.name} holds values of kind {kind}; give plain texts and labels"
+                )
+        texts = [name for name in ("text", "text2") if name in table]
+        table = table.assign(**{name: table[name].astype(object).where(table[name].notna(), "").astype(str) for name in texts})
+        table = table[table["label"].notna() & (table["label"].astype(str) != "") & (table[texts] != "").any(axis=1)]
+        if len(table) > 0 and (pd.to_numeric(table["label"], errors="coerce") == -1).all():
+            raise ConfigError(
+                f"every label of split {split!r} of {config.name} is -1: they are hidden, as those of GLUE's test splits are; "
+                "set dataset.train and dataset.validation to splits with labels, such as train and validation"
+            )
+        return table
+
+    def score(self, dataset: Dataset, rows: pd.DataFrame, outputs: np.ndarray) -> dict[str, float]:
+        return metrics.compute(dataset.metrics, rows["label"].to_numpy(), outputs)
 
     def encode(self, tokenizer: Any, rows: pd.DataFrame, dataset: Dataset) -> "Encoded":
         from hpc_compress.data.batches import encode

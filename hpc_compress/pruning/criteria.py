@@ -150,30 +150,30 @@ def _of_gradients(
     function: Callable[[torch.Tensor], torch.Tensor],
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> PerUnit:
-    """Mean over samples of a function of each gate's gradient.
+    """A function of each gate's gradient on each sample, summed and divided by the number of labels: a sample's loss is the
+    sum of the losses of its labels, which in most problems is one.
 
-    loss: maps outputs and targets to the mean of the samples' losses; None: the problem's own.
+    loss: maps outputs and targets to the mean of the labels' losses; None: the problem's own.
     """
     totals = {unit: [torch.zeros(count) for count in counts(model, unit)] for unit in units}
-    samples = 0
+    labels = 0
     model.eval()
     for batch in batches:
-        n = len(batch)
         gates = {
-            unit: [torch.ones(n, len(total), device=batch.labels.device, requires_grad=True) for total in totals[unit]]
+            unit: [torch.ones(len(batch), len(total), device=batch.labels.device, requires_grad=True) for total in totals[unit]]
             for unit in units
         }
         with gated(model, gates):
             # A sum of the samples' losses, so that each gate's gradient is that of its own sample.
             outputs = problem.outputs(model(**batch.inputs), batch)
-            total_loss = (loss or problem.task_loss)(outputs, batch.labels) * n
+            total_loss = (loss or problem.task_loss)(outputs, batch.labels) * len(batch.labels)
         flat = [gate for unit in units for gate in gates[unit]]
         gradients = iter(torch.autograd.grad(total_loss, flat, allow_unused=True, materialize_grads=True))
         for unit in units:
             for total in totals[unit]:
                 total += function(next(gradients).float()).sum(0).cpu()
-        samples += n
-    return {unit: [total / samples for total in totals[unit]] for unit in units}
+        labels += len(batch.labels)
+    return {unit: [total / labels for total in totals[unit]] for unit in units}
 
 
 @torch.no_grad()

@@ -479,7 +479,7 @@ class Evolve(AbstractSpaceStrategy):
 
 
 class Curve(NamedTuple):
-    """A rising function through the origin and some points, by isotonic regression. Points at (or as good as at) 0 say nothing."""
+    """A rising function through the origin and some points, by isotonic regression. Points at 0 say nothing."""
 
     x: np.ndarray
     y: np.ndarray

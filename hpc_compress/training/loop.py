@@ -24,7 +24,6 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -96,7 +95,7 @@ def fit(
                 for group in optimizer.param_groups:
                     group["lr"] = training.learning_rate * min((step + 1) / (rises + 1), (total - step) / max(1, total - rises))
                 with autocast(device):
-                    value = loss(model, replace(batch.to(device), index=batch.index))
+                    value = loss(model, batch.to(device))
                 value.backward()
                 for parameters in groups:
                     torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)

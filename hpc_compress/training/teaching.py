@@ -41,14 +41,14 @@ def live(problem: Problem, teacher: nn.Module, learns: bool = False) -> Teacher:
 class TeacherOutputs:
     """A teacher's outputs on all examples, in eval mode: in memory, or mapped from the files where that is too small."""
 
-    outputs: np.ndarray  # (n, width) float32, as the problem defines them
+    outputs: np.ndarray  # (n_labels, width) float32, as the problem defines them
     hidden: np.ndarray  # (n_tokens, hidden) float16, after the last layer; all examples one after another
     offsets: np.ndarray  # (n + 1,) as in `Encoded`
 
     def answer(self, batch: Batch, hidden: bool) -> ModelOutputs:
         """As a live teacher would, but for the rounding; of hidden states the last layer's only, 0 at the padding."""
-        index = batch.index.cpu().numpy()
-        outputs = _move(self.outputs[index], batch.labels.device)
+        index = batch.index.numpy()
+        outputs = _move(self.outputs[batch.label_index.numpy()], batch.labels.device)
         if not hidden:
             return ModelOutputs(outputs, ())
         states = np.zeros((*batch.inputs["input_ids"].shape, self.hidden.shape[1]), self.hidden.dtype)
@@ -66,7 +66,7 @@ def _move(array: np.ndarray, device: torch.device) -> torch.Tensor:
 
 def outputs_bytes(problem: Problem, teacher: PreTrainedModel, examples: Encoded) -> int:
     """What `write` would put on the disk."""
-    return 4 * len(examples) * problem.width(teacher) + 2 * len(examples.input_ids) * teacher.config.hidden_size
+    return 4 * len(examples.labels) * problem.width(teacher) + 2 * len(examples.input_ids) * teacher.config.hidden_size
 
 
 @torch.no_grad()
@@ -77,20 +77,19 @@ def write(folder: Path, problem: Problem, teacher: PreTrainedModel, examples: En
     """
     with (folder / "logits.npy").open("wb") as outputs_file, (folder / "hidden.npy").open("wb") as hidden_file:
         for stream, kind, shape in (
-            (outputs_file, "<f4", (len(examples), problem.width(teacher))),
+            (outputs_file, "<f4", (len(examples.labels), problem.width(teacher))),
             (hidden_file, "<f2", (len(examples.input_ids), teacher.config.hidden_size)),
         ):
             np.lib.format.write_array_header_1_0(stream, {"descr": kind, "fortran_order": False, "shape": shape})
         for begin in range(0, len(examples), CHUNK):
             part = examples.part(begin, begin + CHUNK)
-            outputs = np.empty((len(part), problem.width(teacher)), np.float32)
+            outputs = np.empty((len(part.labels), problem.width(teacher)), np.float32)
             hidden = np.empty((len(part.input_ids), teacher.config.hidden_size), np.float16)
             for batch in eval_batches(part, BATCH_SIZE):
-                index = batch.index.numpy()
                 with autocast(device):  # as a live teacher in `loop.fit`
                     answer = ask(problem, teacher, batch.to(device), hidden=True)
-                outputs[index] = answer.outputs.float().cpu().numpy()
-                for states, example in zip(answer.hidden[-1].half().cpu().numpy(), index, strict=True):
+                outputs[batch.label_index.numpy()] = answer.outputs.float().cpu().numpy()
+                for states, example in zip(answer.hidden[-1].half().cpu().numpy(), batch.index.numpy(), strict=True):
                     first, end = part.offsets[example : example + 2]
                     hidden[first:end] = states[: end - first]
             outputs_file.write(outputs.tobytes())
@@ -112,7 +111,7 @@ def read(folder: Path, examples: Encoded) -> TeacherOutputs | None:
         outputs, hidden = (np.load(file, mmap_mode=mode) for file in files)
     except (OSError, ValueError, EOFError):
         return None
-    fits = outputs.shape[:1] == (len(examples),) and hidden.shape[:1] == (len(examples.input_ids),)
+    fits = outputs.shape[:1] == (len(examples.labels),) and hidden.shape[:1] == (len(examples.input_ids),)
     return TeacherOutputs(outputs, hidden, examples.offsets) if fits else None
 
 
