@@ -37,6 +37,7 @@ Find the best compressed BERT-like model for the device that it will run on. RUN
   report RUN [RUN ...]      write tables and a picture of what was found                    hpc-compress report --help
   compare KEY=VALUE ...     search by several strategies at equal cost, and compare them    hpc-compress compare --help
   export RUN FOLDER         write a model with tokenizer and card that loads anywhere       hpc-compress export --help
+  benchmark FOLDER ...      time exported models and their base model on this machine       hpc-compress benchmark --help
 
   prefetch [KEY=VALUE ...]  download the model and the dataset of a search                  hpc-compress prefetch --help
   doctor [KEY=VALUE ...]    look for problems of a cluster before a long run                hpc-compress doctor --help
@@ -69,6 +70,7 @@ def main() -> None:
         "report": _report,
         "compare": _compare,
         "export": _export,
+        "benchmark": _benchmark,
         "prefetch": _prefetch,
         "doctor": _doctor,
         "profile": _profile,
@@ -510,6 +512,42 @@ def _export(arguments: list[str]) -> None:
     if options.trust:
         find_own_modules()
     print(export.export(options.run, options.folder, options.candidate, options.trust))
+
+
+BENCHMARK = """examples:
+  hpc-compress benchmark results/demo/base results/demo/best
+      the base model of a run, and the model that the search ended with. Speed-ups are over the first folder.
+  hpc-compress benchmark base/ small/ tiny/ --batch-sizes 1 32 --lengths 16 128 --device=cpu --out=timings
+
+On a CPU all its cores are used; OMP_NUM_THREADS=1 before the command takes one. Close other programs before: they slow all
+models down, and not all of them alike."""
+
+
+def _benchmark(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "hpc-compress benchmark",
+        description="Time models on the device of this machine, in turns, over batch sizes and lengths of texts. A folder is "
+        "an export of ours, or a checkpoint of transformers, such as the base model.",
+        epilog=BENCHMARK,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="folders of models; the first is the reference")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8, 32], metavar="N", help="default: 1 8 32")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[16, 64, 128], metavar="N", help="tokens; default: 16 64 128")
+    parser.add_argument("--device", choices=["any", "cpu", "cuda"], default="any", help="any: the GPU if there is one")
+    parser.add_argument("--seconds", type=float, default=10.0, help="longest time for a batch size and length; default: 10")
+    parser.add_argument("--out", type=Path, help="folder for benchmark.md and benchmark.csv; default: they are not written")
+    options = parser.parse_args(arguments)
+    from hpc_compress import benchmark
+
+    table = benchmark.run(options.folders, options.batch_sizes, options.lengths, options.device, options.seconds)
+    text = benchmark.as_text(table)
+    print(text)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(options.out / "benchmark.md", f"{text}\n")
+        write_atomically(options.out / "benchmark.csv", table.to_csv(index=False))
+        print(f"\nwritten to {_short(options.out)}: benchmark.md, benchmark.csv")
 
 
 # --- comparing strategies ---

@@ -450,7 +450,7 @@ def tour(place: Path) -> pd.DataFrame:
     for name in ("big", "demo_gpu"):
         shutil.copytree(place / "results/reviews", place / "results" / name)
     shutil.copytree(place / "results/reviews", place / "results/which/genetic-0")
-    for name in ("model", "exported"):
+    for name in ("model", "another_model", "exported"):
         shutil.copytree(place / "results/reviews/best", place / name)
     return table
 
@@ -458,7 +458,7 @@ def tour(place: Path) -> pd.DataFrame:
 def reads_runs(words: tuple[str, ...]) -> bool:
     if words[:2] == ("python", "read_results.py"):
         return True
-    known = words[0] == "hpc-compress" and words[1] in ("status", "report", "compare", "export", "cancel")
+    known = words[0] == "hpc-compress" and words[1] in ("status", "report", "compare", "export", "benchmark", "cancel")
     return known and any(word.startswith("results/") for word in words)
 
 
