@@ -25,6 +25,7 @@ from hpc_compress.store import private_umask, write_atomically
 from hpc_compress.types import SearchError
 
 if TYPE_CHECKING:
+    from hpc_compress.analysis import Reader
     from hpc_compress.driver import SearchSettings
 
 USAGE = """hpc-compress COMMAND ...
@@ -269,7 +270,7 @@ def _run(cfg: Any) -> None:
 
     try:
         settings = _settings(cfg)
-        with Console() as progress:
+        with Console(root) as progress:
             driver.search(settings, root, progress, accepted=accepted)
         _answer(root, analysis, export)
     except KeyboardInterrupt:
@@ -366,35 +367,69 @@ def _short(path: Path) -> str:
 
 
 class Console:
-    """Progress for people: a line for each event, and on a terminal a bar for the step at work."""
+    """Progress for people: a line for each event. On a terminal, what the run has found so far and a bar for the step at work
+    stay below these lines.
+
+    root: the run folder that is watched; None: there are only lines and the bar.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = root
 
     def __enter__(self) -> "Console":
         from rich.console import Console as Terminal
+        from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         terminal = Terminal(stderr=True)
         self._bar = Progress(
-            TextColumn("{task.description:>12}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=terminal,
-            transient=True,
-            disable=not terminal.is_terminal,
+            TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=terminal
         )
-        self._bar.start()
         self._row = self._bar.add_task("", total=None, visible=False)
+        self._live = Live(self._bar, console=terminal, transient=True, auto_refresh=False) if terminal.is_terminal else None
+        self._reader: Reader | None = None
+        self._looked = 0.0  # when the run folder was read, by the monotonic clock
+        self._streams: list[tuple[logging.StreamHandler, Any]] = []
+        if self._live is not None:
+            self._live.start()
+            # Handlers that began before would write across the lines that stay.
+            for handler in logging.getLogger().handlers:
+                if type(handler) is logging.StreamHandler and handler.stream.isatty():
+                    self._streams.append((handler, handler.setStream(sys.stderr)))
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bar.stop()
+        for handler, stream in self._streams:
+            handler.setStream(stream)
+        if self._live is not None:
+            self._live.stop()
 
     def say(self, text: str) -> None:
         self._bar.update(self._row, visible=False)
         log.info(text)
+        self._show(look=True)
 
     def working(self, what: str, done: int, total: int) -> None:
         self._bar.update(self._row, description=what, completed=done, total=total, visible=done < total)
+        self._show(look=False)
+
+    def _show(self, look: bool) -> None:
+        """look: read the run folder again. This is done between two tasks only: in the driver's own process it would take
+        time from a model that is timed."""
+        if self._live is None:
+            return
+        if look and self.root is not None and time.monotonic() > self._looked + 1:
+            from rich.console import Group
+            from rich.text import Text
+
+            from hpc_compress import analysis
+
+            self._reader = self._reader or analysis.Reader(self.root)
+            with contextlib.suppress(ConfigError, DamageError, OSError):  # not begun yet, or its filesystem is away
+                text = Text(analysis.status_of(self._reader.read()), no_wrap=True, overflow="ellipsis")
+                self._live.update(Group("", text, self._bar))
+            self._looked = time.monotonic()
+        self._live.refresh()
 
 
 # --- reading runs ---

@@ -1,6 +1,7 @@
 """Whole searches on a tiny encoder: what they leave behind, how they resume, what a user's own operator may do."""
 
 import json
+import logging
 import os
 import random
 import shutil
@@ -21,7 +22,8 @@ import pytest
 from searches import Setup, story
 
 import hpc_compress
-from hpc_compress import analysis, export, guard, identity
+from hpc_compress import analysis, cli, export, guard, identity
+from hpc_compress.analysis import found
 from hpc_compress.config import ConfigError
 from hpc_compress.launch import Ended, packed
 from hpc_compress.launch.local import Debug, InProcess
@@ -308,6 +310,9 @@ def test_the_report_has_the_base_model_and_the_best(finished: Path, tmp_path: Pa
 
 def test_status_speaks_of_runs_in_any_state(finished: Path, tmp_path: Path):
     assert "ended: all generations are done" in analysis.status(finished)
+    run = analysis.open_run(finished)
+    front = analysis.status(finished).partition("\nfront ")[2]
+    assert 0 < len(found.front_of(run)) == sum("x speed: " in line for line in front.splitlines())
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
     shutil.rmtree(tmp_path / "run" / "generations")
@@ -319,6 +324,37 @@ def test_status_speaks_of_runs_in_any_state(finished: Path, tmp_path: Path):
     assert "goes on with it" in analysis.status(tmp_path / "run")
     with pytest.raises(ConfigError, match="not a run folder"):
         analysis.status(tmp_path)
+
+
+def test_a_terminal_shows_what_is_found_below_the_lines_of_the_log(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+):
+    """And a file, or a terminal without a run, gets the lines alone."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setenv("COLUMNS", "240")
+    monkeypatch.setenv("LINES", "60")
+    screens = {}
+    for terminal, root in (("1", finished), ("0", finished), ("1", None), ("1", finished / "tasks")):
+        monkeypatch.setenv("TTY_COMPATIBLE", terminal)
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+        handler = logging.StreamHandler(sys.stderr)
+        logging.getLogger().addHandler(handler)
+        try:
+            with cli.Console(root) as console:
+                assert (handler.stream is sys.stderr) or terminal == "0"
+                console.working("fine_tune", 3, 10)
+                console.say("generation 2/2: a line")
+                assert console._live is None or console._live.is_started
+        finally:
+            logging.getLogger().removeHandler(handler)
+        screens[terminal, root] = capsys.readouterr().err
+        assert "generation 2/2: a line" in screens[terminal, root]
+    first, *others = screens.values()
+    front = [line for line in analysis.status(finished).splitlines() if "speed: " in line][-1].split()[-1]
+    assert "fine_tune" in first  # the bar
+    assert front in first
+    assert first.index("generation 2/2: a line") < first.index(front)
+    assert not any("best so far" in screen for screen in others)
 
 
 def test_a_dead_candidate_can_be_exported_as_it_was_measured(finished: Path, tmp_path: Path):

@@ -8,10 +8,13 @@ from pathlib import Path
 from statistics import median
 
 from hpc_compress import door
+from hpc_compress.analysis.found import front_of
 from hpc_compress.analysis.runs import Run, open_run
 from hpc_compress.process import Process
 from hpc_compress.records import HEARTBEAT_SECONDS
 from hpc_compress.summary import describe, figures
+
+FRONT = 6  # models of the front that are named
 
 
 def status(root: Path) -> str:
@@ -27,7 +30,8 @@ def status_of(run: Run) -> str:
     ]
     if run.heartbeat and run.result is None:
         lines.append(("now", f"{run.heartbeat.doing}: {run.heartbeat.done} of {run.heartbeat.total} tasks settled"))
-        lines.append(("jobs", ", ".join(f"{number} {state}" for state, number in run.heartbeat.jobs.items()) or "none"))
+        if run.heartbeat.jobs:
+            lines.append(("jobs", ", ".join(f"{number} {state}" for state, number in run.heartbeat.jobs.items())))
     failures = Counter(describe(seen.failure)[:100] for seen in run.seen.values() if seen.failure)
     lines.append(("tasks", f"{run.settled} of {run.tasks} settled, {failures.total()} failed"))
     lines += [("", f"{number} x {reason}") for reason, number in failures.most_common(5)]
@@ -37,7 +41,14 @@ def status_of(run: Run) -> str:
     best = run.seen.get(run.best) if run.best else None
     if best and best.measurement:
         lines.append(("best so far", f"{best.genome}: {figures(best.measurement)}"))
-    lines.append(("GPU time", f"{gpu_hours(run):.2f} hours"))
+    front = [run.seen[task_id] for task_id in front_of(run)]
+    for index, model in enumerate(front[:FRONT]):
+        assert model.measurement is not None
+        lines.append(("" if index else "front", f"{figures(model.measurement)}: {model.genome}"))
+    if len(front) > FRONT:
+        lines.append(("", f"and {len(front) - FRONT} more, of lower quality"))
+    if hours := gpu_hours(run):
+        lines.append(("GPU time", f"{hours:.2f} hours"))
     lines += [("damaged", line) for line in run.damage_lines()]
     if run.result is not None:
         lines.append(("state", f"ended: {run.result.stopped}"))
