@@ -50,7 +50,7 @@ from hpc_compress.models.gates import PerUnit, counts
 from hpc_compress.models.modeling_hpc_compress import linear_of
 from hpc_compress.operators import Checkpoint, Context, Training, operator
 from hpc_compress.problems import PROBLEMS, Problem
-from hpc_compress.pruning.abreast import Abreast
+from hpc_compress.pruning.repair import Repairer
 from hpc_compress.store import Store, write_atomically
 from hpc_compress.training import loop, losses, teaching
 from hpc_compress.types import MeasurementProtocol, Step
@@ -420,7 +420,7 @@ class TorchPruning:
                 self.prepare(small, context)
             small = self.cut(small, context, model, ratio * done / self.steps)
         if self.repair:
-            Abreast(model, context.batches(SENTENCES), drift=False).repair(small, what_is_left(small, model))
+            Repairer(model, context.batches(SENTENCES), drift=False).repair(small, what_is_left(small, model))
         return small
 
     def prepare(self, model: PreTrainedModel, context: Context) -> None:

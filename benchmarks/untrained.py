@@ -29,7 +29,7 @@ from hpc_compress import identity, measure
 from hpc_compress.data import metrics
 from hpc_compress.models import artifact, surgery
 from hpc_compress.operators import Context, operator
-from hpc_compress.pruning.abreast import Abreast
+from hpc_compress.pruning.repair import Repairer
 from hpc_compress.types import Step
 
 SHARES = (0.5, 0.67, 0.8, 0.9)
@@ -47,7 +47,7 @@ def _repaired(model: PreTrainedModel, context: Context, share: float) -> PreTrai
 def _drift(model: PreTrainedModel, context: Context, share: float) -> PreTrainedModel:
     """What `carve` makes of the structure that `prune` chooses; scored once, so that the seconds are those of one cut."""
     small = _prune(copy.deepcopy(model), context, share)
-    Abreast(model, context.batches(SENTENCES), drift=True).repair(small, what_is_left(small, model))
+    Repairer(model, context.batches(SENTENCES), drift=True).repair(small, what_is_left(small, model))
     return small
 
 

@@ -91,11 +91,11 @@ def screen(
     first = operator(steps[0]) if steps else None
     judged = _judged(study, context, getattr(first, "sentences", 0))
     if isinstance(first, Carve) and first.repair and first.hidden is None and len(steps) == 1:
-        dense = cutting.dense_of(model, context, first.how, judged, 1 + study.sample)
+        repairer = cutting.repairer_of(model, context, first.how, judged, 1 + study.sample)
         kept = cutting.kept_of(model, context, first, first.how)
         cut = cutting.shared_copy(model)
         cutting.cut(cut, kept)
-        outputs, wanted = dense.repair(cut, kept), dense.answers
+        outputs, wanted = repairer.repair(cut, kept), repairer.answers
     else:
         cut = made()
         outputs, wanted = _answers(cut, judged), _answers(model, judged)

@@ -22,7 +22,7 @@ from hpc_compress.models.modeling_hpc_compress import linear_of
 from hpc_compress.operators import operator
 from hpc_compress.problems import PROBLEMS
 from hpc_compress.pruning import criteria, cutting, obs
-from hpc_compress.pruning.abreast import Abreast, UnitArrays
+from hpc_compress.pruning.repair import Repairer, UnitArrays
 from hpc_compress.pruning.steps import SCORABLE, Prune
 from hpc_compress.search.allocation import Place, allocate, levels
 from hpc_compress.types import MeasurementProtocol, Step
@@ -479,32 +479,32 @@ def test_a_repair_after_several_rounds_aims_at_the_model_before_them_all(
     before = logits(model)
     targets, left = [], []
 
-    class Spy(Abreast):
+    class Spy(Repairer):
         def repair(self, model: nn.Module, kept: UnitArrays) -> list:
             targets.append(logits(self.dense))
             left.append(kept)
             return super().repair(model, kept)
 
-    monkeypatch.setattr(cutting, "Abreast", Spy)
+    monkeypatch.setattr(cutting, "Repairer", Spy)
     how = {"share": 0.6, "rounds": 3, "schedule": "linear", "units": units, "ffn_multiple": 8, "sentences": 24}
     done = prune(copy.deepcopy(model), **how, repair=True)
     assert len(targets) == 3
     assert all(torch.equal(target, before) for target in targets)
     at_once = copy.deepcopy(model)
     cutting.cut(at_once, left[-1])
-    Abreast(copy.deepcopy(model), batches(), drift=units == ["layers"]).repair(at_once, left[-1])
+    Repairer(copy.deepcopy(model), batches(), drift=units == ["layers"]).repair(at_once, left[-1])
     torch.testing.assert_close(logits(done), logits(at_once), rtol=1e-4, atol=1e-5)
 
 
 def test_a_repair_after_a_training_aims_at_what_was_learnt(model: nn.Module, monkeypatch: pytest.MonkeyPatch):
     targets = []
 
-    class Spy(Abreast):
+    class Spy(Repairer):
         def repair(self, model: nn.Module, kept: UnitArrays) -> list:
             targets.append(surgery.ffn_widths(self.dense))
             return []
 
-    monkeypatch.setattr(cutting, "Abreast", Spy)
+    monkeypatch.setattr(cutting, "Repairer", Spy)
     prune(model, share=0.5, rounds=3, ffn_multiple=16, scope="local", repair=True, training={"batch_size": 8})
     assert targets[0] == [96] * 3
     assert targets[0] > targets[1] > targets[2]
@@ -516,7 +516,7 @@ def test_an_ffn_without_neurons_says_what_it_said_on_average(model: nn.Module):
     inputs = np.concatenate(_inputs(dense, surgery.family(dense).ffn_out, 0))
     expected = out.bias.detach().numpy() + inputs.mean(0) @ out.weight.detach().numpy().T
     cutting.cut(model, kept)
-    Abreast(dense, batches(), drift=False).repair(model, kept)
+    Repairer(dense, batches(), drift=False).repair(model, kept)
     np.testing.assert_allclose(surgery.ffn_outputs(model)[0].bias.detach(), expected, atol=1e-5)
 
 
@@ -526,7 +526,7 @@ def test_a_repair_keeps_zeros(model: nn.Module):
     cut = copy.deepcopy(dense)
     cutting.cut(cut, kept)
     repaired = copy.deepcopy(cut)
-    Abreast(dense, batches(), drift=False).repair(repaired, kept)
+    Repairer(dense, batches(), drift=False).repair(repaired, kept)
     for one, other in zip(surgery.ffn_outputs(repaired), surgery.ffn_outputs(cut), strict=True):
         assert torch.equal(one.weight == 0, other.weight == 0)
     errors = [float((logits(one) - logits(dense)).norm()) for one in (repaired, cut)]

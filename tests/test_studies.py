@@ -19,7 +19,7 @@ from hpc_compress.models.gates import counts
 from hpc_compress.models.modeling_hpc_compress import FAMILIES
 from hpc_compress.operators import operator
 from hpc_compress.pruning import cutting
-from hpc_compress.pruning.abreast import Abreast, shared_copy
+from hpc_compress.pruning.repair import Repairer, shared_copy
 from hpc_compress.types import Screen, Step, Survey
 
 QUICK = ("bert", "modernbert")
@@ -39,7 +39,7 @@ def kept_of(heads: list[int], ffn: list[int]) -> cutting.UnitArrays:
     return {"heads": [np.arange(n) for n in heads], "ffn": [np.arange(n) for n in ffn]}
 
 
-def cut_and_repaired(dense: Abreast, model: nn.Module, kept: cutting.UnitArrays) -> nn.Module:
+def cut_and_repaired(dense: Repairer, model: nn.Module, kept: cutting.UnitArrays) -> nn.Module:
     small = copy.deepcopy(model)
     cutting.cut(small, kept)
     dense.repair(small, kept)
@@ -59,15 +59,15 @@ def test_a_pass_that_begins_where_structures_differ_says_the_same(model: nn.Modu
         kept_of([2, 2, 2] if alike else [2, 3, 1], [32, 40, 16]),  # one of them
         kept_of([4, 4, 4], [96, 96, 16]),  # none
     ]
-    again = Abreast(model, batches, drift=drift)
+    again = Repairer(model, batches, drift=drift)
     for kept in kepts:
-        fresh = cut_and_repaired(Abreast(model, batches, drift=drift), model, kept)
+        fresh = cut_and_repaired(Repairer(model, batches, drift=drift), model, kept)
         torch.testing.assert_close(cut_and_repaired(again, model, kept).state_dict(), fresh.state_dict(), rtol=1e-4, atol=1e-5)
 
 
 def test_what_a_pass_answers_is_what_the_repaired_model_answers(model: nn.Module):
     batches = list(eval_batches(examples(), 4))
-    dense = Abreast(model, batches[:-1], judged=batches[-1:])
+    dense = Repairer(model, batches[:-1], judged=batches[-1:])
     torch.testing.assert_close(dense.answers[0].logits, model(**batches[-1].inputs).logits, rtol=1e-5, atol=1e-5)
     small, kept = copy.deepcopy(model), kept_of([2, 2, 2], [32, 0, 96])
     cutting.cut(small, kept)
@@ -77,8 +77,8 @@ def test_what_a_pass_answers_is_what_the_repaired_model_answers(model: nn.Module
 
 def test_sentences_that_are_judged_change_no_repair(model: nn.Module):
     batches, kept = list(eval_batches(examples(), 4)), kept_of([2, 2, 2], [32, 16, 48])
-    one = cut_and_repaired(Abreast(model, batches[:2], judged=batches[2:]), model, kept)
-    other = cut_and_repaired(Abreast(model, batches[:2]), model, kept)
+    one = cut_and_repaired(Repairer(model, batches[:2], judged=batches[2:]), model, kept)
+    other = cut_and_repaired(Repairer(model, batches[:2]), model, kept)
     torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=1e-4, atol=1e-5)
 
 
@@ -87,7 +87,7 @@ def test_a_repair_that_stops_leaves_the_rest_as_it_was(model: nn.Module):
     small = shared_copy(model)
     cutting.cut(small, kept)
     before = [linear.weight.detach().clone() for linear in surgery.ffn_outputs(small)]
-    dense = Abreast(model, batches)
+    dense = Repairer(model, batches)
     dense.repair(small, kept, most=4)
     same = [torch.equal(linear.weight, weight) for linear, weight in zip(surgery.ffn_outputs(small), before, strict=True)]
     assert same == [False, False, True]

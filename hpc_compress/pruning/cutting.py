@@ -14,7 +14,7 @@ from hpc_compress.models import surgery
 from hpc_compress.models.gates import counts
 from hpc_compress.problems import Problem
 from hpc_compress.pruning import criteria
-from hpc_compress.pruning.abreast import Abreast, UnitArrays, shared_copy
+from hpc_compress.pruning.repair import Repairer, UnitArrays, shared_copy
 from hpc_compress.search.allocation import Place, allocate, levels
 from hpc_compress.types import Structure
 
@@ -119,7 +119,7 @@ def prune(
     price = _parameters(model) if cost == "parameters" else _times(context)
     whole, first = price.of(model), {unit: counts(model, unit) for unit in ("heads", "ffn")}
     by_layers = "layers" in scores.units
-    dense, left_of_it = _target(model, batches, by_layers) if repair else None, None
+    repairer, left_of_it = _repairer(model, batches, by_layers) if repair else None, None
     for done, share in enumerate(shares, 1):
         found, left = scores.of(model, context.problem, batches), 1 - share
         if scope == "local":
@@ -128,14 +128,14 @@ def prune(
             kept = _cheapest(model, found, price, left * whole, ffn_multiple)
         cut(model, kept)
         left_of_it = kept if left_of_it is None else _composed(left_of_it, kept)
-        if dense is not None:
+        if repairer is not None:
             # The target is the model before all rounds: errors of one round are not what the next one aims at.
-            dense.repair(model, left_of_it)
+            repairer.repair(model, left_of_it)
         if between is not None and done < len(shares):
             seed = identity.derive(context.seed, "round", done)
             model = between(model, dataclasses.replace(context, seed=seed, checkpoint=None))
             # A repair must not undo what was learnt, so the trained model is the next target.
-            dense, left_of_it = _target(model, batches, by_layers) if repair else None, None
+            repairer, left_of_it = _repairer(model, batches, by_layers) if repair else None, None
     return model
 
 
@@ -146,7 +146,7 @@ class Carving:
     criterion: str
     sentences: int  # of train, that the criterion and the repair see
     repair: bool
-    drift: bool  # as in `Abreast`
+    drift: bool  # as in `Repairer`
 
 
 def carve(model: PreTrainedModel, context: Context, structure: Structure, how: Carving) -> PreTrainedModel:
@@ -155,10 +155,10 @@ def carve(model: PreTrainedModel, context: Context, structure: Structure, how: C
     Raises: ValueError for a structure that the model can't have.
     """
     kept = kept_of(model, context, structure, how)
-    dense = dense_of(model, context, how) if how.repair else None
+    repairer = repairer_of(model, context, how) if how.repair else None
     cut(model, kept)
-    if dense is not None:
-        dense.repair(model, kept)
+    if repairer is not None:
+        repairer.repair(model, kept)
     if structure.hidden is not None:
         scores = scores_of(model, context, Scores(how.criterion, ["hidden"]), how.sentences)
         order = np.argsort(scores["hidden"][0], kind="stable")
@@ -191,14 +191,16 @@ def scores_of(model: PreTrainedModel, context: Context, scores: Scores, sentence
     return context.kept("scores", key, lambda: scores.of(model, context.problem, context.batches(sentences)))
 
 
-def dense_of(model: PreTrainedModel, context: Context, how: Carving, judged: Sequence[Batch] = (), sample: int = 0) -> Abreast:
+def repairer_of(
+    model: PreTrainedModel, context: Context, how: Carving, judged: Sequence[Batch] = (), sample: int = 0
+) -> Repairer:
     """What repairs aim at, kept for all structures of the uncut model. sample: which sentences are judged; 0 for none."""
     key = (context.given, how.sentences, how.drift, sample, sum(map(len, judged)))
 
-    def make() -> Abreast:
-        return Abreast(copy.deepcopy(model), context.batches(how.sentences), judged, how.drift)
+    def make() -> Repairer:
+        return Repairer(copy.deepcopy(model), context.batches(how.sentences), judged, how.drift)
 
-    return context.kept("dense", key, make)
+    return context.kept("repairer", key, make)
 
 
 def rescored(model: PreTrainedModel, context: Context, share: float, ffn_multiple: int, how: Carving) -> PreTrainedModel:
@@ -208,12 +210,12 @@ def rescored(model: PreTrainedModel, context: Context, share: float, ffn_multipl
     """
     # There are two scorings a layer, so each one sees a part of the sentences only.
     batches, scores = context.batches(max(1, how.sentences // RESCORED_PART)), Scores(how.criterion, ["heads", "ffn"])
-    dense, whole, price = dense_of(model, context, how), copy.deepcopy(model), _parameters(model)
+    repairer, whole, price = repairer_of(model, context, how), copy.deepcopy(model), _parameters(model)
     left = (1 - share) * price.of(model) - price.layer * len(surgery.layers(model))
     if surgery.family(model).shared_bias:  # all layers must lose the same heads, so they are cut at once
         kept = _cheapest(model, scores.of(model, context.problem, batches), price, (1 - share) * price.of(model), ffn_multiple)
         cut(model, kept)
-        dense.repair(model, kept)
+        repairer.repair(model, kept)
         return model
     kept = {unit: [np.arange(count) for count in counts(model, unit)] for unit in ("heads", "ffn")}
     for number in range(2 * len(surgery.layers(whole))):
@@ -227,7 +229,7 @@ def rescored(model: PreTrainedModel, context: Context, share: float, ffn_multipl
         model = shared_copy(whole)
         cut(model, kept)
         # Blocks that are still whole keep their weights: they are scored as what they are.
-        dense.repair(model, kept, most=number + 1)
+        repairer.repair(model, kept, most=number + 1)
     return model
 
 
@@ -336,16 +338,16 @@ def _best(scores: np.ndarray, count: int) -> np.ndarray:
 
 
 def _cut_once(model: PreTrainedModel, kept: UnitArrays, batches: Sequence[Batch], repair: bool) -> PreTrainedModel:
-    dense = _target(model, batches, drift="layers" in kept) if repair else None
+    repairer = _repairer(model, batches, drift="layers" in kept) if repair else None
     cut(model, kept)
-    if dense is not None:
-        dense.repair(model, kept)
+    if repairer is not None:
+        repairer.repair(model, kept)
     return model
 
 
-def _target(model: PreTrainedModel, batches: Sequence[Batch], drift: bool = False) -> Abreast:
+def _repairer(model: PreTrainedModel, batches: Sequence[Batch], drift: bool = False) -> Repairer:
     """The model as it is now, for a repair to aim at. Where whole layers go, those that follow must make up for the stream."""
-    return Abreast(copy.deepcopy(model), batches, drift=drift)
+    return Repairer(copy.deepcopy(model), batches, drift=drift)
 
 
 def _composed(before: UnitArrays, kept: UnitArrays) -> UnitArrays:

@@ -479,7 +479,7 @@ class Evolve(AbstractSpaceStrategy):
 
 
 class Curve(NamedTuple):
-    """A rising function through the origin and some points, by isotonic regression. Points at 0 say nothing."""
+    """A rising function through the origin and some points, by isotonic regression. Points at 0, or nearly so, say nothing."""
 
     x: np.ndarray
     y: np.ndarray

@@ -1,9 +1,9 @@
 """Repairs a cut model in one pass over some sentences, and judges it on others in the same pass.
 
-All batches go through the model abreast. At each linear that writes into the residual stream all of them wait; the linear is
-refit to what has arrived there, and they go on with its new weights. What the uncut model makes of the same sentences is kept,
-so each further structure of it costs about one pass. If a structure begins with the same layers as the one before, its pass
-begins where they differ.
+All batches go through the model side by side. At each linear that writes into the residual stream all of them wait; the
+linear is refit to what has arrived there, and they go on with its new weights. What the uncut model makes of the same
+sentences is kept, so each further structure of it costs about one pass. If a structure begins with the same layers as the one
+before, its pass begins where they differ.
 
 Knows models, batches and what is left of a model; nothing of scores, budgets or training.
 """
@@ -64,7 +64,7 @@ class _Trail:
     outputs: list[list[Any]] = field(default_factory=list)  # of each layer, batch by batch
 
 
-class Abreast:
+class Repairer:
     """What an uncut model makes of some sentences; repairs what is cut of it to do the same.
 
     batches: the repair is fit to these. judged: others, on which a repaired model is judged. drift: a refit linear also makes
