@@ -1,6 +1,6 @@
 """A criterion of your own, for BERT. Copy this file into the folder where you give the command:
 
-hpc-compress search name=entropy model=custom model.path=path/or/hub-name dataset=sst2 \\
+hpc-compress search name=entropy strategy=genetic model=custom model.path=path/or/hub-name dataset=sst2 \\
     strategy.mutations.prune.criterion=own_criterion.entropy
 """
 

@@ -1,6 +1,6 @@
 """A pruning and a quantization of your own. Copy this file into the folder where you give the command:
 
-hpc-compress search name=mine model=custom model.path=path/or/hub-name dataset=sst2 \\
+hpc-compress search name=mine strategy=genetic model=custom model.path=path/or/hub-name dataset=sst2 \\
     +strategy.mutations.mine='{weight: 2, operator: own_operator.PruneNeurons, share: 0.3}' \\
     +strategy.quantizations.mine='{weight: 0.2, operator: own_operator.HalfEmbeddings}'
 """

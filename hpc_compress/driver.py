@@ -56,8 +56,9 @@ class Strategy(Protocol):
     """Decides what is tried and what survives. `steps` and `deploys`: every step that it may use, to be checked and probed.
 
     One that has a field `known` is given a `search.known.Known`; every other one is given `shape` and `score`. It may have
-    three more attributes: `studies`, what it asks about the base model before the first generation; `elites`, how many of the
-    fittest are timed again in each generation (None: all survivors); and `notes()`, new lines for the log.
+    more attributes: `studies`, what it asks about the base model before the first generation; `elites`, how many of the fittest
+    are timed again in each generation (None: all survivors); `notes()`, new lines for the log; and `ended`, why it proposes
+    nothing any more ("": it goes on).
     """
 
     @property
@@ -238,16 +239,19 @@ class _Search:
         assert base_measurement is not None
         strategy = self.strategy(self._known(rehearsal, base_measurement))
         population: tuple[Candidate, ...] = (base,)
-        number, stopped = 0, "all generations are done"
+        number, stopped = 0, ""
         for number in range(1, self.config.generations + 1):
             population = self._generation(number, strategy, population, base)
             if self._good_enough(population, base):
                 stopped = f"required_quality={self.config.required_quality} is reached"
                 break
-            hours = self.config.budget.device_hours
-            if hours is not None and self.spent_seconds >= 3600 * hours:
-                stopped = f"budget.device_hours={hours:g} is spent"
+            if self._left() <= 0:
+                stopped = f"budget.device_hours={self.config.budget.device_hours:g} is spent"
                 break
+            if stopped := getattr(strategy, "ended", ""):
+                break
+        else:
+            stopped = "all generations are done"
         if self.late or self.timing:
             self.dispatch.abandon()
             self.repeats.subtract(self.timing.values())
@@ -290,6 +294,7 @@ class _Search:
             survey=survey,
             profile=given[0] if given else found.get("profile"),
             devices=given,
+            left=self._left,
         )
 
     def profile(self, rehearsal: Strategy) -> DeviceProfile:
@@ -301,6 +306,11 @@ class _Search:
             raise SearchError(f"the device could not be profiled: {describe(outcome.failure)}")
         assert isinstance(outcome.finding, DeviceProfile)
         return outcome.finding
+
+    def _left(self) -> float:
+        """Device seconds that the budget leaves, by the outcomes that were looked at."""
+        hours = self.config.budget.device_hours
+        return math.inf if hours is None else 3600 * hours - self.spent_seconds
 
     def _spend(self, outcomes: Iterable[Outcome]) -> None:
         self.spent_seconds += sum(sum(outcome.seconds.values()) for outcome in outcomes)

@@ -55,6 +55,7 @@ def tiny(folder: Path, model: Path) -> list[str]:
         "dataset.name=words",
         "protocol={batch_size: 8, sentences: 16, warmup_passes: 0, min_passes: 2, max_passes: 2}",
         "generations=2",
+        "strategy=genetic",
         "strategy.population=4",
         # The published mutations: cheap, and in the tests that follow a genome its shape is known.
         "strategy.mutations.prune.weight=0",

@@ -44,7 +44,8 @@ def nothing_to_load(folder: Path) -> list[str]:
     save_file(layers, folder / "model.safetensors")
     lines = [f"word {n},{['pos', 'neg'][n % 2]}" for n in range(120)]
     (folder / "rows.csv").write_text("\n".join(["text,label", *lines]))
-    return [f"model.path={folder}", "dataset=file", f"dataset.train={folder / 'rows.csv'}", "dataset.name=words"]
+    rows = ["dataset=file", f"dataset.train={folder / 'rows.csv'}", "dataset.name=words"]
+    return [f"model.path={folder}", *rows, "strategy=genetic"]
 
 
 def log_normal(task_id: str, mean: float = 600.0, sigma: float = 0.8) -> float:

@@ -324,7 +324,7 @@ QUICK_ONES = [*BAD_SETTINGS[::10], "~protocol", "~launcher"]
 )
 def test_a_bad_setting_is_named(ask: Ask, tmp_path: Path, rows: list[str], setting: str):
     model = checkpoint(tmp_path / "model")
-    answer = ask("search", *rows, f"model.path={model}", "launcher=debug", setting)
+    answer = ask("search", *rows, f"model.path={model}", "launcher=debug", "strategy=genetic", setting)
     assert answer.code == 2, (answer.code, answer.stdout, answer.stderr)
     assert answer.stderr.strip()
     assert not list(tmp_path.rglob("run.json"))

@@ -326,7 +326,8 @@ def test_a_run_with_a_mistake_leaves_no_run_behind(compose: Compose, tmp_path: P
     # Otherwise the same command with the mistake mended is refused: the folder "holds a run with other settings".
     pd.DataFrame({"text": [f"row {i}" for i in range(40)], "label": [0, 1] * 20}).to_csv(tmp_path / "rows.csv", index=False)
     path = f"model.path={checkpoint_for_the_driver(tmp_path / 'model')}"
-    values = compose("dataset=file", f"dataset.train={tmp_path / 'rows.csv'}", "model=custom", path, mistake)
+    dataset = ("dataset=file", f"dataset.train={tmp_path / 'rows.csv'}")
+    values = compose(*dataset, "strategy=genetic", "model=custom", path, mistake)
     with pytest.raises(ConfigError) as error:
         search(values, tmp_path / "run")
     assert [word for word in words if word not in str(error.value)] == [], str(error.value)

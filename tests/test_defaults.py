@@ -37,7 +37,9 @@ def resolved(*overrides: str) -> tuple[RunConfig, dict[str, float], Genetic]:
     from hpc_compress import cli
 
     with initialize_config_dir(str(cli.conf_dir()), version_base="1.3"):
-        composed = compose("config", list(overrides))
+        # A strategy of the command line would win over that of an experiment.
+        strategy = [] if any(word.startswith("experiment=") for word in overrides) else ["strategy=genetic"]
+        composed = compose("config", [*strategy, *overrides])
     values: Any = OmegaConf.to_container(composed, resolve=True)
     values = defaults.chosen(values, config.build(values["launcher"], "launcher"))
     values = {name: value for name, value in values.items() if name in RunConfig.model_fields or name == "strategy"}

@@ -124,6 +124,26 @@ def test_a_stage_that_does_not_rank_is_said_and_done_without():
     assert len(notes) == len(set(notes))
 
 
+# --- the budget ---
+
+
+@pytest.mark.parametrize("budget", [60.0, 111.0, 180.0])
+def test_the_last_generation_is_as_small_as_the_budget_asks(budget: float):
+    spent, sizes = 0.0, []
+    known = world.KNOWN.model_copy(update={"left": lambda: budget - spent})
+    strategy = world.made("evolve", known=known, elites=0, switching=0)
+    for turn in world.play(strategy, 100):
+        for proposal in turn.proposals:
+            trained = sum(step.params["epochs"] for step in proposal.genome.steps if step.operator == "distill")
+            spent += 0.3 if proposal.screen else 2 + 1.5 * trained
+        sizes.append((bool(turn.proposals and turn.proposals[0].screen), len(turn.proposals)))
+        if strategy.ended:
+            break
+    assert "too short for another model" in strategy.ended
+    assert 0.75 * budget < spent <= 1.03 * budget  # costs are expected, and differ a little
+    assert not sizes[-1][0], "what is only screened at the end is no result"
+
+
 # --- what is believed ---
 
 

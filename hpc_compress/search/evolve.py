@@ -53,6 +53,14 @@ class Design(NamedTuple):
     deploy: str
 
 
+class Bill(NamedTuple):
+    """A generation whose cost shows when the next one is asked for."""
+
+    kind: str
+    units: float
+    left: float  # device seconds of the budget before it
+
+
 class Beliefs(NamedTuple):
     """What the measured designs say of others. Losses are tenths of the base model's quality."""
 
@@ -94,6 +102,9 @@ class Evolve(AbstractSpaceStrategy):
     _course: Generator[list[Proposal], None, None] | None = PrivateAttr(default=None)
     _rng: np.random.Generator = PrivateAttr(default_factory=lambda: np.random.default_rng(0))  # of the present generation
     _notes: list[str] = PrivateAttr(default_factory=list)
+    _bill: "Bill | None" = PrivateAttr(default=None)
+    _paid: dict[str, tuple[float, float]] = PrivateAttr(default_factory=dict)  # seconds and units so far, by kind of generation
+    _ended: str = PrivateAttr(default="")
 
     @model_validator(mode="after")
     def _possible(self) -> "Evolve":
@@ -118,11 +129,17 @@ class Evolve(AbstractSpaceStrategy):
         self._learn(population)
         if self._course is None:
             self._course = self._stages()
-        return next(self._course)
+        self._pay()
+        return self._affordable(next(self._course))
 
     def tell(self, population: Sequence[Candidate], candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
         self._learn((*population, *candidates))
         return survival.of_front(self.known, population, candidates)
+
+    @property
+    def ended(self) -> str:
+        """Why nothing more is proposed; "": the search goes on."""
+        return self._ended
 
     def notes(self) -> list[str]:
         """What people should know of the last stage; each line is given once."""
@@ -157,7 +174,9 @@ class Evolve(AbstractSpaceStrategy):
         yield self._promising()
         done: set[Levels] = set()
         while True:
-            if self.screens and self.switching > len(done):
+            if self._hurries:
+                yield self._promising()
+            elif self.screens and self.switching > len(done):
                 yield from self._switched(done)
             elif self.screens:
                 yield self._screened(self._offspring())
@@ -267,6 +286,44 @@ class Evolve(AbstractSpaceStrategy):
         if not self._mass_ranks():
             order = [order[int(at)] for at in self._rng.permutation(len(order))]
         return [Cut(levels) for levels in order[: self.screens]]
+
+    # --- what a generation costs ---
+
+    def _pay(self) -> None:
+        """Learn what the last generation has cost."""
+        if self._bill is not None and math.isfinite(self._bill.left):
+            seconds, units = self._paid.get(self._bill.kind, (0.0, 0.0))
+            spent = max(0.0, self._bill.left - self.known.left())
+            self._paid[self._bill.kind] = (seconds + spent, units + self._bill.units)
+        self._bill = None
+
+    def _price(self, kind: str) -> float:
+        """Device seconds of a unit of work, by the generations so far; 0 while there was none of this kind."""
+        seconds, units = self._paid.get(kind, (0.0, 1.0))
+        return seconds / units
+
+    def _affordable(self, proposals: list[Proposal]) -> list[Proposal]:
+        """Those that fit what the budget leaves, in their order. Where some do not fit, this generation is the last one."""
+        if not proposals:
+            return proposals
+        kind, fitting, units = _kind(proposals[0]), [], 0.0
+        if kind == "measure":
+            units += self.elites  # which are timed again beside it
+        for proposal in proposals:
+            design = self._designs.get(canonical(proposal.genome))
+            cost = self._cost(design.training) if kind == "measure" and design is not None else 1.0
+            if (units + cost) * self._price(kind) <= self.known.left():
+                fitting.append(proposal)
+                units += cost
+        if len(fitting) < len(proposals):
+            self._ended = "the rest of budget.device_hours is too short for another model"
+        self._bill = Bill(kind, units, self.known.left())
+        return fitting
+
+    @property
+    def _hurries(self) -> bool:
+        """Whether the budget leaves no time to screen structures and then to measure what was found."""
+        return self.screens * self._price("screen") + (self.elites + 1) * self._price("measure") > self.known.left()
 
     # --- what is known, and what is expected ---
 
@@ -476,6 +533,13 @@ class Evolve(AbstractSpaceStrategy):
             if (other := self._designs.get(canonical(candidate.genome))) is not None and other.cut == design.cut
         }
         return less[max(less)] if less else None
+
+
+def _kind(proposal: Proposal) -> str:
+    """Proposals of one kind cost about the same for each unit of work."""
+    if proposal.screen is None:
+        return "measure"
+    return "screen" if all(step.operator == "carve" for step in proposal.genome.steps) else "rescore"
 
 
 class Curve(NamedTuple):

@@ -1,5 +1,6 @@
 """What a strategy is told before its first question. Knows no torch, no disk and no device."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,8 @@ class Known(Record):
     survey: Surveyed | None = None  # None: the strategy did not ask for it
     profile: DeviceProfile | None = None  # likewise, unless the user gave a device's file
     devices: tuple[DeviceProfile, ...] = ()  # all that the user gave; `profile` is the first one
+    # Device seconds that the budget leaves, by the outcomes that selections have looked at; infinite without a budget.
+    left: Callable[[], float] = lambda: math.inf
 
     def briefly(self) -> dict[str, Any]:
         """For a strategy that maximises F and knows nothing else."""
