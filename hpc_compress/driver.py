@@ -24,7 +24,7 @@ from hpc_compress.launch import Launcher
 from hpc_compress.models import pretrained
 from hpc_compress.operators import Particular, operator
 from hpc_compress.problems import problem
-from hpc_compress.records import Generation, Plan, Result
+from hpc_compress.records import Environment, Generation, Plan, Result
 from hpc_compress.search import front
 from hpc_compress.search.known import Known
 from hpc_compress.search.objective import quality_of, with_timing
@@ -204,6 +204,7 @@ def _plan(store: Store, settings: SearchSettings, progress: Progress) -> Plan:
         dataset=dataset,
         shape=shape,
         rows=rows,
+        environment=Environment.here(),
         devices=devices.read(config.device, found.config, shape),
     )
 

@@ -9,7 +9,13 @@ jobs/<name>/submission.json, sent.json, ends.json
 cancelled                   asks the driver to stop; by `hpc-compress cancel`
 """
 
+import functools
+import importlib.metadata
+import importlib.util
+import platform
+import subprocess
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -32,6 +38,7 @@ FREE = {
     "force",
 }
 HEARTBEAT_SECONDS = 15.0  # between two signs of life of a driver that has no news
+PACKAGES = ("torch", "transformers", "datasets", "bitsandbytes", "onnxruntime", "numpy", "scipy")
 CANCELLED = "cancelled"  # name of the file that asks the driver to stop
 
 Bundle = tuple[str, ...]  # ids of tasks that one process works off, one after another
@@ -39,6 +46,40 @@ Pack = tuple[Bundle, ...]  # what one element of an array works off
 
 
 # --- the search ---
+
+
+class Environment(Record):
+    """Where a run began: what is needed to begin it again. A record for readers: tasks don't depend on it."""
+
+    version: str  # of hpc_compress
+    commit: str | None  # of the repository that the program lies in, with a + if files were changed; None: from a package
+    python: str
+    system: str
+    packages: dict[str, str]  # versions of those that computed figures
+
+    @classmethod
+    @functools.cache
+    def here(cls) -> "Environment":
+        found = {name: importlib.metadata.version(name) for name in PACKAGES if importlib.util.find_spec(name)}
+        return cls(
+            version=importlib.metadata.version("hpc_compress"),
+            commit=_commit(),
+            python=platform.python_version(),
+            system=platform.platform(),
+            packages=found,
+        )
+
+
+def _commit() -> str | None:
+    def git(*words: str) -> str:
+        here = Path(__file__).parent
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # else the repository is another's
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 class Plan(Record):
@@ -51,6 +92,7 @@ class Plan(Record):
     dataset: Dataset
     shape: Shape
     rows: Rows | None = None  # None in runs of earlier versions
+    environment: Environment | None = None  # the same
     devices: tuple[DeviceProfile, ...] = ()  # as they stood in the files of config.device, which a resumed run does not ask
 
     def differences(self, config: RunConfig, strategy: Mapping[str, Any], objective: Mapping[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ RUN/run.json                     what is searched, in full; a resumed run must a
 RUN/base/                        the base checkpoint with its tokenizer
 RUN/data/<split>.parquet         rows of train, search and report split
 RUN/tasks/<id>/task.json         one task, one folder
+RUN/tasks/<id>/answers.npy       what the measured model says of each example of its split
 RUN/tasks/<id>/outcome.json      written last, whole or not at all; the first valid one wins
 RUN/artifacts/<key>/             fp32 masters and deployed models of the living
 RUN/teacher/<key>/               outputs of the base model on the training examples, for distillation
@@ -19,6 +20,7 @@ RUN/seen.json                    what readers keep of outcomes, to be faster the
 import contextlib
 import errno
 import fcntl
+import io
 import logging
 import os
 import secrets
@@ -29,6 +31,8 @@ from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import IO, TypeVar
 
+import numpy as np
+
 from hpc_compress import door, identity
 from hpc_compress.types import Outcome, Record, Task
 
@@ -36,6 +40,7 @@ R = TypeVar("R", bound=Record)
 DRAFT_SECONDS = 6 * 3600  # a younger draft may have a living writer, perhaps one that outlived its driver
 # Without a sign of life of a lock's holder: a network filesystem may keep the lock of a dead node for ever.
 LOCK_SECONDS = 600.0
+ANSWERS = "answers.npy"
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +114,28 @@ class Store:
                         return earlier
                     draft.replace(final)
         return outcome
+
+    def write_answers(self, task_id: str, answers: np.ndarray) -> None:
+        """Keep what a model says of each example: (n,) class ids, in as few bytes as hold them, or numbers."""
+        small = answers.astype(np.float32 if answers.dtype.kind == "f" else np.min_scalar_type(int(answers.max(initial=0))))
+        content = io.BytesIO()
+        np.save(content, small, allow_pickle=False)
+        write_atomically(self.root / "tasks" / task_id / ANSWERS, content.getvalue())
+
+    def answers(self, task_id: str) -> np.ndarray | None:
+        """(n,) what `write_answers` was given; None where there is none. Raises: DamageError for a file that holds no such thing."""
+        path = door.inside(self.root, "tasks", task_id, ANSWERS)
+        try:
+            found = np.load(io.BytesIO(door.read_bytes(path)), allow_pickle=False)
+        except FileNotFoundError:
+            return None
+        except (ValueError, EOFError, OSError, MemoryError, OverflowError) as error:
+            if isinstance(error, door.DamageError):
+                raise
+            raise door.DamageError(f"{path} is no array of ours: {door.one_line(str(error))}") from None
+        if not isinstance(found, np.ndarray) or found.ndim != 1 or found.dtype.kind not in "fu":
+            raise door.DamageError(f"{path} holds no row of class ids or numbers")
+        return found
 
     def forget_failure(self, task_id: str) -> None:
         """Let a failed task be tried again; a measurement stays."""

@@ -264,6 +264,9 @@ class Measurement(Timing):
     """Raw figures of one deployed model on one device. Summaries and fitness are recomputed from them."""
 
     metrics: dict[str, float] = Field(min_length=1)  # on the task's split
+    # Of the metrics, over examples. Empty in runs of earlier versions, and then left out of the JSON, as is the structure.
+    standard_errors: dict[str, float] = Field(default={}, exclude_if=lambda errors: not errors)
+    structure: Structure | None = Field(default=None, exclude_if=lambda structure: structure is None)
     again: tuple[Timing, ...] = ()  # of the same model in other jobs on the same kind of device
     of_base: bool = False  # the deployed model is the base model, timed against itself
     base_best_precision: Literal["fp16", "bf16"] | None = None  # of base_best_latency_ms

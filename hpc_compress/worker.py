@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pandas as pd
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
@@ -90,7 +91,7 @@ def restore(root: Path, task: Task) -> None:
         log.warning(
             "%s was measured on a GPU, and torch sees none here: its model is computed and measured on a CPU", task.genome
         )
-    found, recorded = job.quality(task, artifact.load(folder, on), folder, on), outcome.measurement.metrics
+    found, recorded = job.quality(task, artifact.load(folder, on), folder, on).metrics, outcome.measurement.metrics
     for name, value in recorded.items():
         if abs(found[name] - value) >= SAME_QUALITY:
             log.warning(
@@ -192,7 +193,9 @@ class Job:
             model = artifact.load(folder, on)
             own_bytes = measure.allocated_bytes(on) - before
         with stages("quality"):
-            scores = self.quality(task, model, folder, on)
+            quality = self.quality(task, model, folder, on)
+            if task.limit is None:
+                self.store.write_answers(identity.task_id(task), quality.answers)
         with stages("time"):
             # The same sentences, each model with its own tokenizer's pieces of them: that is what either one would run on.
             base_sample = measure.timing_sample(self._examples(task, task.split), task.protocol, on)
@@ -201,7 +204,9 @@ class Job:
             base_latency_ms, *best_latency_ms, latency_ms = measure.latencies_ms(turns, task.protocol, on)
         parameters, encoder_parameters = artifact.parameters(model)
         return Measurement(
-            metrics=scores,
+            metrics=quality.metrics,
+            standard_errors=quality.standard_errors,
+            structure=artifact.structure(model),
             latency_ms=latency_ms,
             base_latency_ms=base_latency_ms,
             base_best_latency_ms=best_latency_ms[0] if best_latency_ms else None,
@@ -217,12 +222,18 @@ class Job:
             protocol=task.protocol,
         )
 
-    def quality(self, task: Task, model: PreTrainedModel, folder: Path, on: torch.device) -> dict[str, float]:
-        """The metrics of the deployed model in `folder`, on the task's split."""
+    def quality(self, task: Task, model: PreTrainedModel, folder: Path, on: torch.device) -> "Quality":
+        """Of the deployed model in `folder`, on the task's split."""
         examples = self._examples(task, task.split, folder)
         kind = problem(task.dataset.problem)
         outputs = measure.outputs(kind, model, examples, task.protocol.batch_size, on)
-        return kind.score(task.dataset, self._rows(task, task.split), outputs)
+        rows = self._rows(task, task.split)
+        answers = kind.answers(task.dataset, rows, outputs)
+        return Quality(
+            metrics=kind.score(task.dataset, rows, outputs),
+            standard_errors=kind.standard_errors(task.dataset, rows, answers),
+            answers=answers,
+        )
 
     # --- artifacts ---
 
@@ -414,6 +425,15 @@ class Job:
             self._last.pop(name, None)  # before the next one is made
             self._last[name] = key, make()
         return self._last[name][1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Quality:
+    """How well a model answers the examples of a split."""
+
+    metrics: dict[str, float]
+    standard_errors: dict[str, float]
+    answers: np.ndarray  # (examples,) as `Problem.answers`
 
 
 class Stages:

@@ -460,7 +460,7 @@ def test_the_worker_takes_f1_of_the_positive_class(
     with torch.no_grad():  # it calls everything a duplicate; of the rows, a quarter are
         model.classifier.weight.zero_()
         model.classifier.bias.copy_(torch.tensor([1.0, 0.0]))
-    found = worker.Job(store, lambda what, done, total: None).quality(task, model, tmp_path, CPU)
+    found = worker.Job(store, lambda what, done, total: None).quality(task, model, tmp_path, CPU).metrics
     assert found == {"f1": pytest.approx(f1)}
 
 

@@ -18,6 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hpc_compress.models import modeling_hpc_compress as modeling
 from hpc_compress.models import surgery, zeros
+from hpc_compress.types import Structure
 
 STOCK: tuple[type[modeling.HpcCompressStockModel], ...] = (modeling.HpcCompressForSequenceClassification,)
 PROGRAMS: tuple[type[modeling.HpcCompressOnnxModel], ...] = (modeling.HpcCompressOnnxForSequenceClassification,)
@@ -145,6 +146,15 @@ def weights(folder: Path) -> Path:
     """The file that holds a saved model, whatever its kind."""
     program = folder / modeling.PROGRAM
     return program if program.is_file() else folder / WEIGHTS
+
+
+def structure(model: PreTrainedModel) -> Structure:
+    """What is left of the base model's encoder; of a program, that of the model that it was made from."""
+    if is_program(model):
+        layers, heads, ffn = model.config.layers, model.config.heads, model.config.ffn
+    else:
+        layers, heads, ffn = surgery.origins(model), surgery.head_counts(model), surgery.ffn_widths(model)
+    return Structure(heads=tuple(heads), ffn=tuple(ffn), layers=tuple(layers))
 
 
 def parameters(model: PreTrainedModel) -> tuple[int, int]:

@@ -75,6 +75,19 @@ class Problem(ABC):
         """The dataset's metrics. rows: of a split, as they lie in the run folder; outputs: (n_labels, width) of a model."""
 
     @abstractmethod
+    def answers(self, dataset: Dataset, rows: pd.DataFrame, outputs: np.ndarray) -> np.ndarray:
+        """(n,) what the metrics look at; stored, so that two models can be compared pair by pair. rows, outputs: as for
+        `score`."""
+
+    @abstractmethod
+    def standard_errors(self, dataset: Dataset, rows: pd.DataFrame, answers: np.ndarray) -> dict[str, float]:
+        """Of `score`, over samples of as many rows. answers: (n,) of `answers`."""
+
+    @abstractmethod
+    def difference(self, dataset: Dataset, rows: pd.DataFrame, one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+        """The first metric of one model's (n,) answers minus that of another's, and the standard error of this."""
+
+    @abstractmethod
     def trivial(self, dataset: Dataset, rows: pd.DataFrame) -> dict[str, float]:
         """The best score on each metric of a model that always gives the same answer."""
 

@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 
 from hpc_compress.config import MOST_CLASSES, ConfigError, DatasetConfig
-from hpc_compress.data import metrics
 from hpc_compress.problems.sequence import SequenceProblem
 from hpc_compress.types import Dataset
 
@@ -63,10 +62,6 @@ class Classification(SequenceProblem):
                 f"set dataset.positive to one of {', '.join(labels)}"
             )
         return found[0]
-
-    def score(self, dataset: Dataset, rows: pd.DataFrame, outputs: np.ndarray) -> dict[str, float]:
-        positive = 1 if dataset.positive is None else dataset.labels.index(dataset.positive)
-        return metrics.compute(dataset.metrics, rows["label"].to_numpy(), outputs, positive)
 
     def trivial(self, dataset: Dataset, rows: pd.DataFrame) -> dict[str, float]:
         one_hot = np.eye(len(dataset.labels))

@@ -56,7 +56,20 @@ class SequenceProblem(Problem):
         return table
 
     def score(self, dataset: Dataset, rows: pd.DataFrame, outputs: np.ndarray) -> dict[str, float]:
-        return metrics.compute(dataset.metrics, rows["label"].to_numpy(), outputs)
+        return metrics.compute(dataset.metrics, rows["label"].to_numpy(), outputs, self._positive(dataset))
+
+    def answers(self, dataset: Dataset, rows: pd.DataFrame, outputs: np.ndarray) -> np.ndarray:
+        return metrics.answers_of(dataset.metrics, outputs)
+
+    def standard_errors(self, dataset: Dataset, rows: pd.DataFrame, answers: np.ndarray) -> dict[str, float]:
+        return metrics.standard_errors(dataset.metrics, rows["label"].to_numpy(), answers, self._positive(dataset))
+
+    def difference(self, dataset: Dataset, rows: pd.DataFrame, one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+        return metrics.difference(dataset.metrics[0], rows["label"].to_numpy(), one, other, self._positive(dataset))
+
+    def _positive(self, dataset: Dataset) -> int:
+        """The id of the class that f1 is of."""
+        return 1 if dataset.positive is None else dataset.labels.index(dataset.positive)
 
     def encode(self, tokenizer: Any, rows: pd.DataFrame, dataset: Dataset) -> "Encoded":
         from hpc_compress.data.batches import encode
