@@ -349,17 +349,19 @@ def _answer(root: Path, analysis: Any, export: Any) -> None:
     """What was found, where it lies, what to do next."""
     from hpc_compress.problems import problem
 
-    table = analysis.write_report([root], root)
     best = _short(export.export(root, root / "best", trust=True))
+    table = analysis.write_report([root], root)
     dataset = analysis.open_run(root).plan.dataset
     targets = analysis.on_targets([root])
     print(f"\n{analysis.as_text(table)}")
-    for line in targets:
+    for line in (*targets, *analysis.verdicts([root])):
         print(f"\n{line}")
     what = "model for the targets" if targets else "best model"
     print(f"\n{what}: {best}\n\n{problem(dataset.problem).example(best, dataset)}")
-    print(f"\nall candidates: {_short(root)}/candidates.csv, as a picture: {_short(root)}/candidates.png")
-    print("next: hpc-compress search generations=... goes on with this run; README.md shows how to use your own model and data")
+    print(
+        "\nnext: hpc-compress search generations=... goes on with this run; README.md shows how to use your own model and data"
+    )
+    print(f"open in a browser: {_short(root)}/report.html")
 
 
 def _short(path: Path) -> str:
@@ -507,8 +509,9 @@ def _report(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         "hpc-compress report",
         description="Show the base model and the fittest candidates, measured on the report split, and the model that comes "
-        "nearest to the targets. Writes report.md and report.csv, which hold the front too, candidates.csv (one row a "
-        "candidate) and candidates.png.",
+        "nearest to the targets. Writes report.html, a page that says which model to deploy and works offline; report.md and "
+        "report.csv, which hold the front too; candidates.csv and .parquet (one row a candidate); and figures for a paper, "
+        "candidates and progress as .png and .pdf.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders with runs below them")
     parser.add_argument("--out", type=Path, help="folder for the files; default: the run's own, or results/ for several runs")
@@ -518,9 +521,9 @@ def _report(arguments: list[str]) -> None:
     roots = analysis.find_runs(options.runs)
     out = options.out or (roots[0] if len(roots) == 1 else Path("results"))
     print(analysis.as_text(analysis.write_report(roots, out)))
-    for line in analysis.on_targets(roots):
+    for line in (*analysis.on_targets(roots), *analysis.verdicts(roots)):
         print(f"\n{line}")
-    print(f"\nwritten to {_short(out)}: report.md, report.csv, candidates.csv, candidates.png")
+    print(f"\nwritten to {_short(out)}: {', '.join(analysis.FILES[1:])}\nopen in a browser: {_short(out)}/{analysis.FILES[0]}")
 
 
 def _export(arguments: list[str]) -> None:

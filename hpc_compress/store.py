@@ -123,7 +123,10 @@ class Store:
         write_atomically(self.root / "tasks" / task_id / ANSWERS, content.getvalue())
 
     def answers(self, task_id: str) -> np.ndarray | None:
-        """(n,) what `write_answers` was given; None where there is none. Raises: DamageError for a file that holds no such thing."""
+        """(n,) what `write_answers` was given; None where there is none.
+
+        Raises: DamageError for a file that holds no such thing.
+        """
         path = door.inside(self.root, "tasks", task_id, ANSWERS)
         try:
             found = np.load(io.BytesIO(door.read_bytes(path)), allow_pickle=False)

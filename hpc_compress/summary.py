@@ -1,5 +1,7 @@
 """Outcomes in one line, for the driver's log, the status and reports. Imports no torch, and knows no file."""
 
+import math
+
 from hpc_compress.data import metrics
 from hpc_compress.records import Plan
 from hpc_compress.search.objective import speed_up
@@ -10,6 +12,11 @@ CERTAIN_ROWS = 100  # with fewer, a base model that scores like a constant answe
 
 def describe(failure: Failure) -> str:
     return f"{failure.kind} while at {failure.stage}: {failure.message}"
+
+
+def with_error(value: float, error: float | None) -> str:
+    """A quality and its standard error, where that is known."""
+    return f"{value:.3f}" if error is None or math.isnan(error) else f"{value:.3f} ± {error:.3f}"
 
 
 def figures(measurement: Measurement) -> str:

@@ -1,11 +1,14 @@
 """From run folders to tables, plots and a status. Reads files only: imports no torch, and neither driver nor launchers."""
 
+from hpc_compress.analysis.candidates import load_runs
 from hpc_compress.analysis.compare import write_comparison
-from hpc_compress.analysis.report import as_text, load_runs, on_targets, plot, report, write_report
+from hpc_compress.analysis.figures import plot
+from hpc_compress.analysis.report import FILES, as_text, on_targets, report, verdicts, write_report
 from hpc_compress.analysis.runs import Reader, Run, find_runs, open_run
 from hpc_compress.analysis.status import gpu_hours, status, status_of
 
 __all__ = [
+    "FILES",
     "Reader",
     "Run",
     "as_text",
@@ -18,6 +21,7 @@ __all__ = [
     "report",
     "status",
     "status_of",
+    "verdicts",
     "write_comparison",
     "write_report",
 ]

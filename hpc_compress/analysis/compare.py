@@ -21,8 +21,9 @@ import pandas as pd
 
 from hpc_compress import door
 from hpc_compress.analysis import found
-from hpc_compress.analysis.report import csv_of, plain
-from hpc_compress.analysis.runs import Run, open_runs
+from hpc_compress.analysis.candidates import csv_of
+from hpc_compress.analysis.figures import plain
+from hpc_compress.analysis.runs import Run, find_runs, open_runs
 from hpc_compress.config import ConfigError
 from hpc_compress.search import front
 from hpc_compress.store import write_atomically
@@ -153,6 +154,26 @@ def _require_comparable(runs: Sequence[Run]) -> None:
             other, wanted = first.setdefault(key, (run, value))
             if value != wanted:
                 raise ConfigError(f"{other.root} and {run.root} have different {key[0]}, so they can't be compared")
+
+
+def table_of_ends(paths: Path | str | Iterable[Path | str], reference: str | None = None) -> pd.DataFrame:
+    """One row a run, with the columns of `ends`: what each strategy found, and for how many device seconds.
+
+    paths: as in `load_runs`; runs of one dataset may differ by strategy and seed only. reference: the strategy that others are
+    compared with; None: genetic if it is there, else the first.
+
+    Raises: ConfigError for runs that can't be compared, or a reference that is none of them.
+    """
+    table = curves(open_runs(find_runs(paths)))
+    return ends(table, _reference(table, reference))
+
+
+def _reference(table: pd.DataFrame, wanted: str | None) -> str:
+    names = list(dict.fromkeys(table["strategy"]))
+    chosen = wanted or ("genetic" if "genetic" in names else names[0])
+    if chosen not in names:
+        raise ConfigError(f"reference={chosen} is none of the strategies of these runs: {', '.join(names)}")
+    return chosen
 
 
 def ends(table: pd.DataFrame, reference: str) -> pd.DataFrame:
@@ -298,10 +319,7 @@ def write_comparison(roots: Iterable[Path], folder: Path, reference: str | None 
     """
     runs = open_runs(roots)
     table = curves(runs)
-    names = list(dict.fromkeys(table["strategy"]))
-    chosen = reference or ("genetic" if "genetic" in names else names[0])
-    if chosen not in names:
-        raise ConfigError(f"reference={chosen} is none of the strategies of these runs: {', '.join(names)}")
+    chosen = _reference(table, reference)
     last = ends(table, chosen)
     objectives = ", ".join(runs[0].plan.config.objectives)
     lines = [

@@ -40,6 +40,35 @@ def front_of(run: Run) -> list[str]:
     return [candidate.id for candidate in front.of(candidates, base, run.plan.config.objectives)] if base else []
 
 
+# --- which one to take ---
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The model to deploy, and the one that comes next by the same rule."""
+
+    candidate: str
+    next: str | None
+    why: str
+
+
+def chosen(run: Run) -> Choice | None:
+    """The model nearest to the run's targets, or the fittest one of a run without targets; None where none is measured."""
+    if (best := nearest(run)) is not None:
+        return Choice(best.candidate, _second_nearest(run, best.candidate), best.text)
+    if run.best is None or run.best not in run.seen:
+        return None
+    ranked = (*(run.result.reported if run.result else ()), *(run.generations[-1].population if run.generations else ()))
+    others = [id for id in dict.fromkeys(ranked) if id not in (run.best, run.base_id) and id in run.seen]
+    return Choice(run.best, next(iter(others), None), "the fittest candidate, by the objective of the search")
+
+
+def _second_nearest(run: Run, best: str) -> str | None:
+    base, others = run.base, [candidate for candidate in measured(run) if candidate.id not in (best, run.base_id)]
+    assert base is not None
+    return front.nearest(others, base, run.plan.config.target).id if others else None
+
+
 # --- targets ---
 
 

@@ -1,5 +1,6 @@
 """Reads run folders, as data from a stranger: damaged files are named and the rest is read. Imports nothing that they name."""
 
+import glob
 import logging
 import os
 import re
@@ -406,13 +407,14 @@ def open_runs(roots: Iterable[Path]) -> list[Run]:
     return runs
 
 
-def find_runs(paths: Iterable[Path | str]) -> list[Path]:
-    """Run folders at or below the paths.
+def find_runs(paths: Path | str | Iterable[Path | str]) -> list[Path]:
+    """Run folders at or below the paths, each of which may be a pattern such as `results/sst2-*`.
 
     Raises: ConfigError for a path that holds none.
     """
     found: dict[Path, None] = {}
-    for path in map(Path, paths):
+    given = [paths] if isinstance(paths, (str, Path)) else paths
+    for path in (Path(name) for pattern in given for name in _matching(str(pattern))):
         here = []
         for folder, folders, files in os.walk(path):
             folders.sort()
@@ -423,3 +425,8 @@ def find_runs(paths: Iterable[Path | str]) -> list[Path]:
             raise ConfigError(f"no run in {path}: a run folder holds a run.json; `hpc-compress search` makes one in results/")
         found.update(dict.fromkeys(here))
     return list(found)
+
+
+def _matching(pattern: str) -> list[str]:
+    """The paths that a pattern stands for; a path that is there stands for itself, whatever its name."""
+    return [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern)) or [pattern]

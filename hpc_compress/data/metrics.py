@@ -77,7 +77,7 @@ def standard_errors(names: Sequence[str], labels: np.ndarray, answers: np.ndarra
         if name == "accuracy":
             found[name] = float(np.std(labels == answers) / math.sqrt(len(labels)))
             continue
-        drawn = [value(name, *pair, positive, counts) for pair, counts in _resampled(labels, answers)]
+        drawn = [value(name, target, said, positive, counts) for (target, said), counts in _resampled(labels, answers)]
         found[name] = float(np.std(drawn, ddof=1))
     return found
 
