@@ -511,19 +511,24 @@ def _report(arguments: list[str]) -> None:
         description="Show the base model and the fittest candidates, measured on the report split, and the model that comes "
         "nearest to the targets. Writes report.html, a page that says which model to deploy and works offline; report.md and "
         "report.csv, which hold the front too; candidates.csv and .parquet (one row a candidate); and figures for a paper, "
-        "candidates and progress as .png and .pdf.",
+        "candidates and progress as .png and .pdf. For several runs, sweep.md, .csv, .png and .pdf show the best models "
+        "against the settings in which the runs differ.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders with runs below them")
-    parser.add_argument("--out", type=Path, help="folder for the files; default: the run's own, or results/ for several runs")
+    parser.add_argument("--out", type=Path, help="folder for the files; default: the only one that is given, or results/")
     options = parser.parse_args(arguments)
     from hpc_compress import analysis
 
     roots = analysis.find_runs(options.runs)
-    out = options.out or (roots[0] if len(roots) == 1 else Path("results"))
+    out = options.out or (options.runs[0] if len(options.runs) == 1 else Path("results"))
     print(analysis.as_text(analysis.write_report(roots, out)))
     for line in (*analysis.on_targets(roots), *analysis.verdicts(roots)):
         print(f"\n{line}")
-    print(f"\nwritten to {_short(out)}: {', '.join(analysis.FILES[1:])}\nopen in a browser: {_short(out)}/{analysis.FILES[0]}")
+    files = [*analysis.FILES[1:]]
+    if len(roots) > 1:
+        print(f"\n{analysis.write_sweep(roots, out)}")
+        files += ["sweep.md", "sweep.csv", "sweep.png", "sweep.pdf"]
+    print(f"\nwritten to {_short(out)}: {', '.join(files)}\nopen in a browser: {_short(out)}/{analysis.FILES[0]}")
 
 
 def _export(arguments: list[str]) -> None:

@@ -6,6 +6,7 @@ from hpc_compress.analysis.figures import plot
 from hpc_compress.analysis.report import FILES, as_text, on_targets, report, verdicts, write_report
 from hpc_compress.analysis.runs import Reader, Run, find_runs, open_run
 from hpc_compress.analysis.status import gpu_hours, status, status_of
+from hpc_compress.analysis.sweeps import write_sweep
 
 __all__ = [
     "FILES",
@@ -24,4 +25,5 @@ __all__ = [
     "verdicts",
     "write_comparison",
     "write_report",
+    "write_sweep",
 ]

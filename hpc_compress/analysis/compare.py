@@ -37,6 +37,11 @@ def strategy_of(run: Run) -> str:
     named = re.fullmatch(r"(.+)-(\d{1,9})", run.root.name)
     if named and int(named[2]) == run.plan.config.seed:
         return named[1]
+    return class_of(run)
+
+
+def class_of(run: Run) -> str:
+    """The strategy's class, in lower case."""
     return str(run.plan.strategy.get("_target_", "unknown")).rsplit(".", 1)[-1].lower()
 
 

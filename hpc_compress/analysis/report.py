@@ -84,13 +84,13 @@ def _report(runs: Sequence[Run]) -> pd.DataFrame:
             seen = run.seen.get(run.seen[candidate].report_id) if candidate in run.seen else None
             if seen is None or seen.measurement is None:
                 continue
-            rows.append(_report_row(run, candidate, methods[candidate], seen.genome, seen.measurement))
+            rows.append(report_row(run, candidate, methods[candidate], seen.genome, seen.measurement))
     if not rows:
         raise ConfigError("no candidate could be measured on the report split; start the search again, which tries once more")
     return pd.DataFrame(rows)
 
 
-def _report_row(run: Run, candidate: str, method: str, genome: str, measurement: Measurement) -> dict[str, Any]:
+def report_row(run: Run, candidate: str, method: str, genome: str, measurement: Measurement) -> dict[str, Any]:
     name, quality = next(iter(measurement.metrics.items()))
     return {
         "run": run.root.name,
@@ -123,7 +123,7 @@ def _fronts(runs: Sequence[Run]) -> pd.DataFrame:
         for candidate in found.front_of(run):
             seen = run.seen[candidate]
             assert seen.measurement is not None
-            row = _report_row(run, candidate, "front", seen.genome, seen.measurement)
+            row = report_row(run, candidate, "front", seen.genome, seen.measurement)
             reported = run.seen.get(seen.report_id)
             there = reported.measurement if reported else None
             figures = {

@@ -83,8 +83,8 @@ class Space(Record):
     deploys: dict[str, tuple[Step, ...] | None] = Field(
         min_length=1, description="ways to deploy, in order of preference; [] for fp32, null: not on this device"
     )
-    vocabularies: dict[str, tuple[Step, ...]] = Field(
-        default={"all": ()}, min_length=1, description="what comes before each way to deploy; [] for all tokens"
+    vocabularies: dict[str, tuple[Step, ...] | None] = Field(
+        default={"all": ()}, min_length=1, description="what comes before each way to deploy; [] for all tokens, null: left out"
     )
 
     @field_validator("trainings", "deploys", "vocabularies", mode="before")
@@ -108,11 +108,12 @@ class Space(Record):
 
     def possible_deploys(self) -> dict[str, tuple[Step, ...]]:
         """Those of this device, with each vocabulary."""
+        trims = {vocabulary: trim for vocabulary, trim in self.vocabularies.items() if trim is not None}
         return {
-            f"{name}, {vocabulary} tokens" if len(self.vocabularies) > 1 else name: (*trim, *chain)
+            f"{name}, {vocabulary} tokens" if len(trims) > 1 else name: (*trim, *chain)
             for name, chain in self.deploys.items()
             if chain is not None
-            for vocabulary, trim in self.vocabularies.items()
+            for vocabulary, trim in trims.items()
         }
 
     def require_training(self, name: str) -> None:
