@@ -301,7 +301,7 @@ def test_the_report_has_the_base_model_and_the_best(finished: Path, tmp_path: Pa
     assert table["candidate"].tolist() == expected
     assert table["method"].tolist()[0] == "base model"
     assert table.loc[table["method"] == "best", "candidate"].tolist() == [id for id in expected[1:] if id == result.best]
-    assert {path.name for path in tmp_path.iterdir()} == {"report.md", "report.csv", "candidates.csv", "candidates.png"}
+    assert {path.name for path in tmp_path.iterdir()} == set(analysis.FILES)
     header = (tmp_path / "report.md").read_text().splitlines()[0]
     for column in ("dataset", "method", "metric", "parameters, M", "size, MB", "inference, ms", "speed-up"):
         assert column in header

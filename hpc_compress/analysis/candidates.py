@@ -98,7 +98,7 @@ def table_of(runs: Sequence[Run]) -> pd.DataFrame:
     settings = [name for name in table.columns if name.startswith("config.")]
     metrics = [name for name in table.columns if name not in COLUMNS and name not in settings]
     table = table.reindex(columns=[*COLUMNS, *metrics, *settings])
-    for name in settings:
+    for name in settings if len(runs) > 1 else ():
         if len({type(value) for value in table[name].dropna()}) > 1:  # of several runs; a column of a file has one type
             table[name] = table[name].map(lambda value: None if pd.isna(value) else str(value))
     # A copy, since so many columns that are added one by one lie apart in memory.
@@ -151,10 +151,9 @@ def _candidates(run: Run) -> pd.DataFrame:
                 **_report_figures(run, seen.report_id),
             }
         )
-    settings = settings_of(run)
     table = pd.DataFrame(rows, columns=None if rows else list(COLUMNS))
-    constant = pd.DataFrame({f"config.{name}": pd.Series([value] * len(table)) for name, value in settings.items()})
-    return pd.concat([table, constant], axis=1)
+    constant = {f"config.{name}": value for name, value in settings_of(run).items()}
+    return pd.concat([table, pd.DataFrame(constant, index=table.index)], axis=1)
 
 
 def settings_of(run: Run) -> dict[str, Any]:

@@ -53,10 +53,11 @@ class Choice:
 
 
 def chosen(run: Run) -> Choice | None:
-    """The model nearest to the run's targets, or the fittest one of a run without targets; None where none is measured."""
+    """The model nearest to the run's targets, or the fittest one of a run without targets; None where there is none, or no
+    measured base model to compare it with."""
     if (best := nearest(run)) is not None:
         return Choice(best.candidate, _second_nearest(run, best.candidate), best.text)
-    if run.best is None or run.best not in run.seen:
+    if run.base is None or run.best is None or run.best not in run.seen:
         return None
     ranked = (*(run.result.reported if run.result else ()), *(run.generations[-1].population if run.generations else ()))
     others = [id for id in dict.fromkeys(ranked) if id not in (run.best, run.base_id) and id in run.seen]

@@ -154,7 +154,7 @@ class _Shown:
         """The first screen: which one to deploy, and what is lost."""
         run, choice = self.run, self.choice
         if choice is None or choice.candidate not in self.by_id.index:
-            return tag("section", tag("h1", f"{self.name}: nothing to deploy yet"), class_="answer")
+            return tag("section", tag("h1", f"{self.name}: no model can be compared with the base model"), class_="answer")
         _, model, base = self.judged(choice.candidate)
         headline = "Deploy the base model itself: nothing better was found"
         if choice.candidate != run.base_id:

@@ -234,7 +234,7 @@ def write_report(roots: Sequence[Path], folder: Path) -> pd.DataFrame:
         "report.csv": csv_of(both),
         "candidates.csv": csv_of(candidates),
         "candidates.parquet": candidates.to_parquet(index=False),
-        **{f"{name}.{kind}": figures.saved(drawn, kind) for name, drawn in pictures.items() for kind in ("png", "pdf")},
+        **{f"{name}.{kind}": content for name, drawn in pictures.items() for kind, content in figures.saved(drawn).items()},
     }
     try:
         for name in FILES:
