@@ -666,3 +666,40 @@ def test_the_rows_of_the_demo_can_be_read(compose: Any):
     dataset, tables, _ = splits.load(validate(DatasetConfig, compose("experiment=demo")["dataset"]), 0)
     assert dataset.labels == ("negative", "neutral", "positive")
     assert {split: len(rows) for split, rows in tables.items()} == {"train": 2000, "search": 300, "report": 600}
+
+
+# --- standard errors ---
+
+NAMES = ("accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman")
+
+
+def answered(name: str, seed: int, rows: int = 150) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels, and what two models say of them that are right on many of the same examples."""
+    random = np.random.default_rng(seed)
+    if name in metrics.CORRELATIONS:
+        labels, noise = random.normal(size=(2, rows))
+        return labels, labels + noise, labels + noise + random.normal(size=rows)
+    labels, flips, more = random.integers(2, size=rows), random.random(rows) < 0.2, random.random(rows) < 0.1
+    return labels, np.where(flips, 1 - labels, labels), np.where(flips | more, 1 - labels, labels)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_standard_errors_are_those_of_samples_drawn_row_by_row(name: str):
+    labels, one, other = answered(name, seed=1)
+    random, single, pairs = np.random.default_rng(7), [], []
+    for _ in range(400):
+        rows = random.integers(len(labels), size=len(labels))
+        single.append(metrics.value(name, labels[rows], one[rows]))
+        pairs.append(single[-1] - metrics.value(name, labels[rows], other[rows]))
+    assert metrics.standard_errors([name], labels, one)[name] == pytest.approx(np.std(single), rel=0.2)
+    value, error = metrics.difference(name, labels, one, other)
+    assert value == pytest.approx(metrics.value(name, labels, one) - metrics.value(name, labels, other))
+    assert error == pytest.approx(np.std(pairs), rel=0.2)
+    assert error < metrics.standard_errors([name], labels, one)[name]  # since they are right on the same examples
+
+
+def test_standard_errors_are_the_same_whenever_they_are_computed_and_none_where_nothing_varies():
+    labels, one, _ = answered("f1", seed=2)
+    assert metrics.standard_errors(["f1"], labels, one) == metrics.standard_errors(["f1"], labels, one)
+    assert metrics.standard_errors(["accuracy", "f1", "matthews"], labels, labels) == {"accuracy": 0, "f1": 0, "matthews": 0}
+    assert metrics.difference("f1", labels, one, one) == (0, 0)

@@ -532,7 +532,7 @@ def _legend() -> Markup:
         ("baseline", "base model, other precision"),
         ("front", "front"),
         ("candidate", "candidate"),
-        ("taken", "the one to take"),
+        ("ring", "the one to take"),
     )
     return tag("ul", *(tag("li", tag("i", class_=name), text) for name, text in marks), class_="legend")
 
