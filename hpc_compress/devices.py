@@ -8,7 +8,7 @@ from hpc_compress import door, identity
 from hpc_compress.config import ConfigError
 from hpc_compress.search.prediction import Prediction, timed
 from hpc_compress.search.space import Shape
-from hpc_compress.types import DeviceProfile, Profiling, Study, Surveyed
+from hpc_compress.types import DeviceProfile, Profiling, Surveyed
 
 ADVICE = "write it anew with hpc-compress profile and the words of this search"
 
@@ -48,9 +48,9 @@ def require_reach(found: Sequence[DeviceProfile], paths: Sequence[str], survey: 
             raise ConfigError(f"device={path}: {error}") from None
 
 
-def require_precisions(found: Sequence[DeviceProfile], paths: Sequence[str], studies: Sequence[Study]) -> None:
+def require_precisions(found: Sequence[DeviceProfile], paths: Sequence[str], wanted_by: Profiling) -> None:
     """Raises: ConfigError when a device was not profiled in a precision that the strategy wants to know."""
-    wanted = [(), *(timed(chain) for study in studies if isinstance(study, Profiling) for chain in study.deploys)]
+    wanted = [(), *map(timed, wanted_by.deploys)]
     for profile, path in zip(found, paths, strict=True):
         known = {identity.canonical(list(block.deploy)) for block in profile.blocks}
         for chain in wanted:

@@ -24,8 +24,9 @@ from hpc_compress.launch import Launcher
 from hpc_compress.models import pretrained
 from hpc_compress.operators import Particular, operator
 from hpc_compress.problems import problem
-from hpc_compress.records import Environment, Generation, Plan, Result
-from hpc_compress.search import front
+from hpc_compress.records import DeviceFront, Environment, Generation, Plan, Result
+from hpc_compress.search import elsewhere, front
+from hpc_compress.search.elsewhere import Elsewhere
 from hpc_compress.search.known import Known
 from hpc_compress.search.objective import quality_of, with_timing
 from hpc_compress.search.space import Shape
@@ -131,12 +132,18 @@ def _ready(
         for step in (*plan.base.preparation, *rehearsal.steps, *rehearsal.deploys):
             if isinstance(chosen := operator(step), Particular):
                 chosen.check(settings.config.protocol.device, len(plan.shape.heads), plan.shape.widths)
-        devices.require_precisions(plan.devices, plan.config.device, _studies(rehearsal))
+        devices.require_precisions(plan.devices, plan.config.device, _profiling(rehearsal))
         with settings.launcher.open(store.root, progress.working, progress.say) as jobs:
             store.write("run.json", plan)  # after the last check: what is written can't be changed any more
             accepted()
             dispatch = Dispatch(store, jobs, progress, settings.retries)
             yield _Search(store, plan, objective, strategy, dispatch, progress), rehearsal
+
+
+def _profiling(strategy: Strategy) -> Profiling:
+    """What it asks of a device. One that asks for no profile may deploy in the precisions of its steps."""
+    own = [study for study in _studies(strategy) if isinstance(study, Profiling)]
+    return own[0] if own else Profiling(deploys=tuple((step,) for step in strategy.deploys))
 
 
 def _studies(strategy: Strategy) -> Sequence[Survey | Profiling]:
@@ -229,6 +236,7 @@ class _Search:
         self.late: dict[str, Proposal] = {}  # sent, and told to no selection yet
         self.timing: dict[str, str] = {}  # tasks that time a candidate again, and that no selection has looked at yet
         self.repeats: Counter[str] = Counter()  # such tasks that were sent for each candidate
+        self.views: tuple[Elsewhere | None, ...] = (None,)  # how each device that the user gave sees a candidate
         self.spent_seconds = 0.0  # of jobs, for the outcomes that were looked at
         self.artifacts: dict[str, tuple[str, str]] = {}  # of those that keep theirs: the keys of master and deployed model
 
@@ -236,10 +244,8 @@ class _Search:
         if self.config.probe and self.config.generations:
             self.probe(rehearsal)
         base = self._first()
-        base_measurement = base.measurement
-        assert base_measurement is not None
-        strategy = self.strategy(self._known(rehearsal, base_measurement))
-        population: tuple[Candidate, ...] = (base,)
+        strategy = self.strategy(self._known(rehearsal, base))
+        population: tuple[Candidate, ...] = (self._seen(base),)
         number, stopped = 0, ""
         for number in range(1, self.config.generations + 1):
             population = self._generation(number, strategy, population, base)
@@ -274,35 +280,55 @@ class _Search:
         self._has_learnt(outcome)
         return base
 
-    def _known(self, rehearsal: Strategy, base: Measurement) -> Known:
+    def _seen(self, candidate: Candidate, device: int = 0) -> Candidate:
+        """A candidate as one of the devices sees it that the user gave."""
+        view = self.views[device]
+        return candidate if view is None else view.measured(candidate)
+
+    def _known(self, rehearsal: Strategy, base: Candidate) -> Known:
         """What the strategy is told before the first generation; it may ask for studies of the base model."""
         given = self.plan.devices
-        studies = [study for study in _studies(rehearsal) if not (given and isinstance(study, Profiling))]
+        wanted = _studies(rehearsal)
+        studies = [study for study in wanted if not (given and isinstance(study, Profiling))]
+        if given and not any(isinstance(study, Survey) for study in wanted):
+            studies.append(Survey(sentences=1))  # it tells the batches of the sample
         outcomes = self.dispatch.settle([self._task(Genome(), study=study) for study in studies], "studies", again=True)
         if broken := [outcome for outcome in outcomes if outcome.failure]:
             raise SearchError(f"the base model could not be studied: {describe(broken[0].failure)}")  # type: ignore[arg-type]
         self._spend(outcomes)
-        found = {outcome.finding.kind: outcome.finding for outcome in outcomes if outcome.finding}
-        survey = found.get("survey")
-        if isinstance(survey, Surveyed):
+        found = [outcome.finding for outcome in outcomes]
+        survey = next((each for each in found if isinstance(each, Surveyed)), None)
+        if survey is not None:
             devices.require_reach(given, self.config.device, survey)
+            self.views = elsewhere.views(given, survey, base.measurement)  # type: ignore[arg-type]
+        for profile, view in zip(given, self.views, strict=False):
+            self.progress.say(f"times {'are measured on' if view is None else 'are predicted for'} {profile.device}")
+        profiles = given or (next((each for each in found if isinstance(each, DeviceProfile)), None),)
+        known = [self._known_of(at, survey, profile, base) for at, profile in enumerate(profiles)]
+        return known[0].model_copy(update={"devices": given, "others": tuple(known[1:])})
+
+    def _known_of(self, device: int, survey: Surveyed | None, profile: DeviceProfile | None, base: Candidate) -> Known:
+        """The same for one device."""
+        whole = self._seen(base, device).measurement
+        if whole is None:
+            raise SearchError(
+                "an earlier version measured the base model, and no time can be predicted from its outcome; choose another "
+                "name=..."
+            )
         return Known(
             shape=self.plan.shape,
-            score=lambda measurement: self.objective(measurement, base),
-            base=base,
+            score=lambda measurement: self.objective(measurement, whole),
+            base=whole,
             objectives=self.config.objectives,
             target=self.config.target,
             survey=survey,
-            profile=given[0] if given else found.get("profile"),
-            devices=given,
+            profile=profile,
             left=self._left,
+            seen=lambda candidate: self._seen(self.candidates[candidate.id], device),
         )
 
     def profile(self, rehearsal: Strategy) -> DeviceProfile:
-        """In the precisions that the strategy wants; one that asks for no profile may want those of its steps."""
-        own = [study for study in _studies(rehearsal) if isinstance(study, Profiling)]
-        study = own[0] if own else Profiling(deploys=tuple((step,) for step in rehearsal.deploys))
-        outcome = self.dispatch.settle([self._task(Genome(), study=study)], "profile", again=True)[0]
+        outcome = self.dispatch.settle([self._task(Genome(), study=_profiling(rehearsal))], "profile", again=True)[0]
         if outcome.failure:
             raise SearchError(f"the device could not be profiled: {describe(outcome.failure)}")
         assert isinstance(outcome.finding, DeviceProfile)
@@ -423,10 +449,13 @@ class _Search:
                 outcome = self.dispatch.outcome(task_id)
                 self._spend([outcome])
                 self._time_again(candidate_id, outcome.measurement)
-            return strategy.tell(
-                [self.candidates[candidate.id] for candidate in population],
-                [self.candidates[candidate_id] for candidate_id in dict.fromkeys(self.told[task_id] for task_id in told)],
-            )
+            judged = [self.candidates[id] for id in dict.fromkeys(self.told[task_id] for task_id in told)]
+            seen = [self._seen(candidate) for candidate in judged]
+            if lost := sum(
+                before.measurement is not None and after.measurement is None for before, after in zip(judged, seen, strict=True)
+            ):
+                self.progress.say(f"{what}: {lost} models are left out, since the device's file can't predict their times")
+            return strategy.tell([self._seen(self.candidates[candidate.id]) for candidate in population], seen)
         except ValueError as error:
             raise SearchError(f"{what} can't be judged: {error}{self._odd((*told, *timed), base)}") from None
 
@@ -450,6 +479,8 @@ class _Search:
 
         Else one lucky timing would keep a candidate alive for ever.
         """
+        if None not in self.views:
+            return {}  # what is predicted does not vary
         busy, repeats = {base.id, *self.timing.values()}, {}
         for candidate in population:
             if candidate.id not in busy and self.repeats[candidate.id] + 1 < self.config.timings:
@@ -531,7 +562,7 @@ class _Search:
 
     def _good_enough(self, population: Sequence[Candidate], base: Candidate) -> bool:
         """Whether a candidate that is smaller than the base model has the required quality."""
-        required, whole = self.config.required_quality, base.measurement
+        required, whole = self.config.required_quality, self._seen(base).measurement
         measured = [candidate.measurement for candidate in population if candidate.measurement]
         assert whole is not None
         small = [measurement for measurement in measured if measurement.model_bytes < whole.model_bytes]
@@ -541,7 +572,8 @@ class _Search:
         self, population: Sequence[Candidate], base: Candidate, generations: int, stopped: str, timed: tuple[str, ...]
     ) -> Result:
         """Measure the fittest and the base model on the report split, which the search never saw."""
-        more = self._front(base) if self.config.report_front else []
+        everywhere = range(len(self.views))
+        more = [candidate for at in everywhere for candidate in self._front(base, at)] if self.config.report_front else []
         everyone = (*population[: self.config.report_candidates], *self._nearest(base), *more)
         reported = tuple({candidate.id: candidate for candidate in everyone}.values())
         tasks = [self._task(candidate.genome, "report") for candidate in {c.id: c for c in (base, *reported)}.values()]
@@ -552,19 +584,32 @@ class _Search:
             reported=tuple(candidate.id for candidate in reported),
             timed=timed,
             front=tuple(candidate.id for candidate in self._front(base)),
+            fronts=tuple(
+                DeviceFront(
+                    device=profile.device,
+                    predicted=self.views[at] is not None,
+                    candidates=tuple(candidate.id for candidate in self._front(base, at)),
+                )
+                for at, profile in enumerate(self.plan.devices)
+            ),
             generations=generations,
             stopped=stopped,
         )
 
-    def _front(self, base: Candidate) -> list[Candidate]:
-        """Of all candidates, those that no other one beats in every objective."""
-        measured = [candidate for candidate in self.candidates.values() if candidate.measurement]
-        return front.of(measured, base.measurement, self.config.objectives)  # type: ignore[arg-type]
+    def _front(self, base: Candidate, device: int = 0) -> list[Candidate]:
+        """Of all candidates, those that no other one beats in every objective on a device."""
+        return front.of(self._measured(device), self._seen(base, device).measurement, self.config.objectives)  # type: ignore[arg-type]
 
     def _nearest(self, base: Candidate) -> list[Candidate]:
         """The one that comes nearest to the targets, if there are any."""
-        measured, target = [candidate for candidate in self.candidates.values() if candidate.measurement], self.config.target
-        return [front.nearest(measured, base.measurement, target)] if target.wanted else []  # type: ignore[arg-type]
+        target = self.config.target
+        whole = self._seen(base).measurement
+        return [front.nearest(self._measured(), whole, target)] if target.wanted else []  # type: ignore[arg-type]
+
+    def _measured(self, device: int = 0) -> list[Candidate]:
+        """All candidates that are measured, as a device sees them."""
+        seen = (self._seen(candidate, device) for candidate in self.candidates.values() if candidate.measurement)
+        return [candidate for candidate in seen if candidate.measurement]
 
     def _task(self, genome: Genome, split: Split = "search", study: Study | None = None) -> Task:
         return Task(

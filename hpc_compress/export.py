@@ -235,7 +235,9 @@ def card(run: runs.Run, candidate: str, target: Path) -> str:
     """A model card: where the model comes from, what was done to it, what was measured, how to load it."""
     reported = run.report_of(candidate)
     outcome = reported if reported and reported.measurement else run.outcomes[candidate]
-    measurement, task, dataset = outcome.measurement, outcome.task, run.plan.dataset
+    task, dataset = outcome.task, run.plan.dataset
+    there = run.seen[identity.task_id(task)].measurement if run.views[0] else None  # as a device sees it that is not at hand
+    measurement = there or outcome.measurement
     assert measurement is not None
     split = "report" if task.split == "report" else "search"
     steps = (*task.genome.steps, *task.genome.deploy)
@@ -244,7 +246,8 @@ def card(run: runs.Run, candidate: str, target: Path) -> str:
         "weights": f"{measurement.model_bytes / 1e6:.1f} MB",
         "parameters": f"{measurement.parameters / 1e6:.2f} M",
         "of them in the encoder": f"{measurement.encoder_parameters / 1e6:.2f} M",
-        "speed-up over the base model": f"{speed_up(measurement):.2f}x on {measurement.device}",
+        "speed-up over the base model": f"{speed_up(measurement):.2f}x on {measurement.device}"
+        + (" (predicted)" if measurement.predicted else ""),
     }
     if measurement.base_best_latency_ms:
         best = f"speed-up over the base model in {measurement.base_best_precision}"

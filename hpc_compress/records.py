@@ -143,6 +143,14 @@ class Generation(Record):
         return self
 
 
+class DeviceFront(Record):
+    """The models that no other one beats on one device."""
+
+    device: str  # as it calls itself
+    predicted: bool  # its times were predicted from its file; false: they were measured
+    candidates: tuple[str, ...]  # ids, the best quality first
+
+
 class Result(Record):
     """The end of a search."""
 
@@ -151,6 +159,8 @@ class Result(Record):
     reported: tuple[str, ...]  # candidate ids measured on the report split: the fittest first, then others that were wanted
     timed: tuple[str, ...] = ()  # tasks that timed the fittest candidates again after the last generation
     front: tuple[str, ...] = ()  # candidate ids that no other one beats in every objective; none in runs of earlier versions
+    # One for each device whose file was given. The first of them is `front`.
+    fronts: tuple[DeviceFront, ...] = Field(default=(), exclude_if=lambda fronts: not fronts)
     generations: int
     stopped: str  # why
 

@@ -22,7 +22,8 @@ def with_error(value: float, error: float | None) -> str:
 def figures(measurement: Measurement) -> str:
     name, quality = next(iter(measurement.metrics.items()))
     best = f" ({speed_up(measurement, 'best'):.2f}x of {precision})" if (precision := measurement.base_best_precision) else ""
-    return f"{name} {quality:.3f}, {measurement.model_bytes / 1e6:.1f} MB, {speed_up(measurement):.2f}x speed{best}"
+    predicted = " (predicted)" if measurement.predicted else ""
+    return f"{name} {quality:.3f}, {measurement.model_bytes / 1e6:.1f} MB, {speed_up(measurement):.2f}x speed{best}{predicted}"
 
 
 def learnt(plan: Plan, outcome: Outcome) -> tuple[str, bool] | None:

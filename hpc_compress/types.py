@@ -264,9 +264,8 @@ class Measurement(Timing):
     """Raw figures of one deployed model on one device. Summaries and fitness are recomputed from them."""
 
     metrics: dict[str, float] = Field(min_length=1)  # on the task's split
-    # Of the metrics, over examples. Empty in runs of earlier versions, and then left out of the JSON, as is the structure.
+    # Of the metrics, over examples. Empty in outcomes of earlier versions, and then left out of the JSON.
     standard_errors: dict[str, float] = Field(default={}, exclude_if=lambda errors: not errors)
-    structure: Structure | None = Field(default=None, exclude_if=lambda structure: structure is None)
     again: tuple[Timing, ...] = ()  # of the same model in other jobs on the same kind of device
     of_base: bool = False  # the deployed model is the base model, timed against itself
     base_best_precision: Literal["fp16", "bf16"] | None = None  # of base_best_latency_ms
@@ -279,6 +278,10 @@ class Measurement(Timing):
     device: str  # as the device calls itself
     device_type: Literal["cpu", "cuda"]
     protocol: MeasurementProtocol
+    # What is left of the encoder; None in outcomes of earlier versions.
+    structure: Structure | None = Field(default=None, exclude_if=lambda structure: structure is None)
+    # The times were predicted from the device's file. What a task measures is never predicted.
+    predicted: bool = Field(default=False, exclude_if=lambda predicted: not predicted)
 
     @property
     def timings(self) -> tuple[Timing, ...]:

@@ -206,7 +206,6 @@ class Job:
         return Measurement(
             metrics=quality.metrics,
             standard_errors=quality.standard_errors,
-            structure=artifact.structure(model),
             latency_ms=latency_ms,
             base_latency_ms=base_latency_ms,
             base_best_latency_ms=best_latency_ms[0] if best_latency_ms else None,
@@ -220,6 +219,7 @@ class Job:
             device=measure.device_name(on),
             device_type=on.type,  # type: ignore[arg-type]
             protocol=task.protocol,
+            structure=artifact.structure(folder, base_model),
         )
 
     def quality(self, task: Task, model: PreTrainedModel, folder: Path, on: torch.device) -> "Quality":

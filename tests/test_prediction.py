@@ -301,9 +301,9 @@ def test_a_device_file_that_does_not_fit_is_refused(tmp_path: Path, text: str | 
 def test_a_device_file_needs_the_precisions_of_the_strategy():
     given, study = (profile_of(block()),), Profiling(deploys=((TRIM,), (TRIM, NF4)))
     with pytest.raises(ConfigError, match=r"device=d.json has no times for nf4"):
-        devices.require_precisions(given, ["d.json"], [study])
-    devices.require_precisions(given, ["d.json"], [Profiling(deploys=((TRIM,),))])
-    devices.require_precisions((profile_of(block(), block((NF4,))),), ["d.json"], [study])
+        devices.require_precisions(given, ["d.json"], study)
+    devices.require_precisions(given, ["d.json"], Profiling(deploys=((TRIM,),)))
+    devices.require_precisions((profile_of(block(), block((NF4,))),), ["d.json"], study)
 
 
 def test_a_device_file_needs_batches_as_large_as_those_of_the_search():

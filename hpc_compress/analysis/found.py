@@ -40,6 +40,26 @@ def front_of(run: Run) -> list[str]:
     return [candidate.id for candidate in front.of(candidates, base, run.plan.config.objectives)] if base else []
 
 
+def fronts(run: Run) -> list[str]:
+    """For each device whose file the user gave, a line on its front."""
+    lines = []
+    for at, profile in enumerate(run.plan.devices[: len(run.views)]):
+        on = run.on(at)
+        members = [on.seen[candidate].measurement for candidate in front_of(on)]
+        models = [measurement for measurement in members if measurement]
+        if models:
+            name, qualities, speeds = next(iter(models[0].metrics)), list(map(quality_of, models)), list(map(speed_up, models))
+            lines.append(
+                f"{len(models)} models on {profile.device} (times {times(models[0])}): {name} {min(qualities):.3f} to "
+                f"{max(qualities):.3f}, {min(speeds):.2f}x to {max(speeds):.2f}x speed"
+            )
+    return lines
+
+
+def times(measurement: Measurement) -> str:
+    return "predicted" if measurement.predicted else "measured"
+
+
 # --- which one to take ---
 
 
@@ -121,7 +141,8 @@ def _figures(measurement: Measurement, base: Measurement, target: Target) -> lis
     large = 0.0 if target.megabytes is None else megabytes - target.megabytes
     return [
         quality + (f" (misses by {short:.2g} %)" if short > 0 else ""),
-        f"{speed:.2f}x speed" + (f" (misses by {slow:.2g}x)" if slow > 0 else ""),
+        f"{speed:.2f}x speed{' (predicted)' if measurement.predicted else ''}"
+        + (f" (misses by {slow:.2g}x)" if slow > 0 else ""),
         f"{megabytes:.1f} MB" + (f" (misses by {large:.2g} MB)" if large > 0 else ""),
     ]
 

@@ -22,8 +22,10 @@ from hpc_compress.types import Measurement
 
 BOUND = 0.9  # an enqueue_share above it: the time is that of starting kernels
 
-FRONT_COLUMNS = {  # of the table of a front
+FRONT_COLUMNS = {  # of the table of a front; `device` and `times` where devices' files were given
     "dataset": "dataset",
+    "device": "device",
+    "times": "times",
     "candidate": "candidate",
     "metric": "metric",
     "quality": "on the search split",
@@ -106,7 +108,9 @@ def report_row(run: Run, candidate: str, method: str, genome: str, measurement: 
         "latency_ms": median(measurement.latency_ms),
         "speed_up": speed_up(measurement),
         "speed_up_best": speed_up(measurement, "best") if measurement.base_best_latency_ms else math.nan,
-        "noise": noise(measurement) if measurement.of_base else math.nan,
+        "noise": noise(measurement) if measurement.of_base and not measurement.predicted else math.nan,
+        "device": measurement.device,
+        "predicted": measurement.predicted,
         "enqueue_share": math.nan if measurement.enqueue_share is None else measurement.enqueue_share,
         "genome": genome,
     }
@@ -116,10 +120,11 @@ def _fronts(runs: Sequence[Run]) -> pd.DataFrame:
     """The models of each run that no other one beats in every objective, as measured on the search split.
 
     Columns: those of a report, report_quality and its standard error, which are missing for a model that was not measured on
-    the report split.
+    the report split. Where devices' files were given there is a front for each of them, and the columns device and times
+    (measured or predicted).
     """
     rows = []
-    for run in runs:
+    for run in (each.on(device) for each in runs for device in range(len(each.views))):
         for candidate in found.front_of(run):
             seen = run.seen[candidate]
             assert seen.measurement is not None
@@ -130,7 +135,8 @@ def _fronts(runs: Sequence[Run]) -> pd.DataFrame:
                 "report_quality": quality_of(there) if there else math.nan,
                 "report_quality_error": there.standard_errors.get(row["metric"], math.nan) if there else math.nan,
             }
-            rows.append({**row, **figures})
+            on = {"device": seen.measurement.device, "times": found.times(seen.measurement)} if run.plan.devices else {}
+            rows.append({**row, **figures, **on})
     return pd.DataFrame(rows, columns=list(rows[0]) if rows else ["run", *FRONT_COLUMNS])
 
 
@@ -139,11 +145,12 @@ def _front_text(runs: Sequence[Run], fronts: pd.DataFrame) -> list[str]:
         return []
     several = ["run"] if fronts["run"].nunique() > 1 else []
     with_errors = fronts.assign(quality=_with_errors(fronts, "quality"), report_quality=_with_errors(fronts, "report_quality"))
-    shown = with_errors[[*several, *FRONT_COLUMNS]].rename(columns=FRONT_COLUMNS)
-    formats = (*("" for _ in several), "", "", "", "", "", ".1f", ".2f", "")
+    titles = {name: title for name, title in FRONT_COLUMNS.items() if name in fronts}
+    shown = with_errors[[*several, *titles]].rename(columns=titles)
+    formats = (*("" for _ in (*several, *titles)[:-5]), "", "", ".1f", ".2f", "")
     cells = shown.map(door.markdown_cell).astype(object)
     table = cells.where(shown.notna(), None).to_markdown(
-        index=False, floatfmt=formats, missingval="", disable_numparse=[len(several) + 3, len(several) + 4]
+        index=False, floatfmt=formats, missingval="", disable_numparse=[len((*several, *titles)) - at for at in (5, 4)]
     )
     names = dict.fromkeys(", ".join(run.plan.config.objectives) for run in runs)
     return ["", "## Front", "", f"Models that no other one beats in all of {' or '.join(names)}:", "", table]
@@ -174,6 +181,8 @@ def as_text(table: pd.DataFrame) -> str:
             f"\n\nNoise of a speed-up: two passes of the base model, one after the other, differ by at most "
             f"{table['noise'].max():.1%} in 9 of 10 cases."
         )
+    if predicted := list(dict.fromkeys(table.loc[table["predicted"], "device"])):
+        text += f"\n\nTimes are predicted for {door.one_line(', '.join(predicted))}; qualities and bytes are measured."
     if bound := int((table["enqueue_share"] > BOUND).sum()):
         text += (
             f"\n\n{bound} of these {len(table)} models keep the CPU busy for over {BOUND:.0%} of a pass: they wait for the "

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -15,9 +15,11 @@ from pydantic import Field
 from hpc_compress import door, identity
 from hpc_compress.config import ConfigError
 from hpc_compress.records import Ends, Generation, Heartbeat, Plan, Result, Submission
+from hpc_compress.search import elsewhere
+from hpc_compress.search.elsewhere import Elsewhere
 from hpc_compress.search.objective import with_timing
 from hpc_compress.store import write_atomically
-from hpc_compress.types import Failure, Genome, Measurement, Outcome, Record, Score, Screening, Split
+from hpc_compress.types import Candidate, Failure, Genome, Measurement, Outcome, Record, Score, Screening, Split, Surveyed
 
 R = TypeVar("R", bound=Record)
 SEEN = "seen.json"
@@ -106,7 +108,9 @@ class Run:
     root: Path
     plan: Plan
     generations: tuple[Generation, ...]
-    seen: dict[str, Seen]  # settled tasks by id; the probe's are left out
+    seen: dict[str, Seen]  # settled tasks by id; the probe's are left out. With the times of the device that `on` has named
+    timed: dict[str, Seen]  # the same with the times that were measured
+    views: tuple[Elsewhere | None, ...]  # how each device that the user gave sees a model, as in `search.elsewhere.views`
     result: Result | None  # None while the search goes on
     heartbeat: Heartbeat | None
     jobs: tuple[tuple[Submission, Ends], ...]
@@ -117,6 +121,21 @@ class Run:
     @property
     def outcomes(self) -> Outcomes:
         return Outcomes(self.root, self.seen)
+
+    def on(self, device: int) -> "Run":
+        """The run as one of its devices sees it: times are as measured, or as predicted. A run is read as its first one does.
+
+        Raises: DamageError for an outcome that can't be read any more.
+        """
+        view = self.views[device]
+        if view is None:
+            return replace(self, seen=self.timed)
+        seen = dict(self.timed)
+        for task_id, item in seen.items():
+            if item.measurement:
+                candidate = Candidate(id=task_id, genome=self.outcomes[task_id].task.genome, measurement=item.measurement)
+                seen[task_id] = item.model_copy(update={"measurement": view.measured(candidate).measurement})
+        return replace(self, seen=seen)
 
     @property
     def best(self) -> str | None:
@@ -194,11 +213,13 @@ class Reader:
         known = [*((*result.reported, *result.front) if result else ()), *judged]
         if gone := list(dict.fromkeys(task_id for task_id in known if task_id not in settled)):
             damage.append(f"{len(gone)} candidates have no usable outcome, such as tasks/{gone[0]}/outcome.json")
-        return Run(
+        run = Run(
             root=self.root,
             plan=plan,
             generations=tuple(generations),
             seen=seen,
+            timed=seen,
+            views=self._views(plan, seen, damage),
             result=result,
             heartbeat=self._record("driver.json", Heartbeat, damage),
             jobs=self._jobs(damage),
@@ -206,6 +227,20 @@ class Reader:
             settled=len(settled),
             damage=tuple(map(door.one_line, damage)),
         )
+        return run.on(0)
+
+    def _views(self, plan: Plan, seen: dict[str, Seen], damage: list[str]) -> tuple[Elsewhere | None, ...]:
+        """How the run's devices see its models, as soon as the base model was measured and surveyed."""
+        base = next((item.measurement for item in seen.values() if item.is_base and item.split == "search"), None)
+        surveyed = next((task_id for task_id, item in seen.items() if item.study == "survey"), None)
+        if not plan.devices or base is None or surveyed is None:
+            return (None,)
+        try:
+            finding = Outcomes(self.root, [surveyed])[surveyed].finding
+            return elsewhere.views(plan.devices, finding if isinstance(finding, Surveyed) else None, base)
+        except (door.DamageError, KeyError, ValueError, ArithmeticError) as error:
+            damage.append(f"no time can be predicted: {error}")
+            return (None,)
 
     def _generations(self, result: Result | None, damage: list[str]) -> list[Generation]:
         numbers = sorted(int(name[:-5]) for name in self._names("generations") if re.fullmatch(r"\d{4,9}\.json", name))

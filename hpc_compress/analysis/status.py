@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 
 from hpc_compress import door
-from hpc_compress.analysis.found import front_of
+from hpc_compress.analysis import found
 from hpc_compress.analysis.runs import Run, open_run
 from hpc_compress.process import Process
 from hpc_compress.records import HEARTBEAT_SECONDS
@@ -41,12 +41,13 @@ def status_of(run: Run) -> str:
     best = run.seen.get(run.best) if run.best else None
     if best and best.measurement:
         lines.append(("best so far", f"{best.genome}: {figures(best.measurement)}"))
-    front = [run.seen[task_id] for task_id in front_of(run)]
+    front = [run.seen[task_id] for task_id in found.front_of(run)]
     for index, model in enumerate(front[:FRONT]):
         assert model.measurement is not None
         lines.append(("" if index else "front", f"{figures(model.measurement)}: {model.genome}"))
     if len(front) > FRONT:
         lines.append(("", f"and {len(front) - FRONT} more, of lower quality"))
+    lines += [("device", line) for line in found.fronts(run)]
     if hours := gpu_hours(run):
         lines.append(("GPU time", f"{hours:.2f} hours"))
     lines += [("damaged", line) for line in run.damage_lines()]
@@ -66,8 +67,8 @@ def gpu_hours(run: Run) -> float:
             seconds += end.seconds * ends.gpus
             if 0 <= index < len(submission.packs):
                 counted |= {task_id for bundle in submission.packs[index] for task_id in bundle}
-    base = run.base
-    for task_id, seen in run.seen.items():
+    base = next((seen.measurement for seen in run.timed.values() if seen.is_base), None)
+    for task_id, seen in run.timed.items():
         # A study does not say where it ran. All tasks of a run are for one kind of device.
         measurement = base if seen.study else seen.measurement
         if measurement and measurement.device_type == "cuda" and task_id not in counted:

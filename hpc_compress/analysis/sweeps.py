@@ -82,8 +82,8 @@ def write_sweep(roots: Sequence[Path], folder: Path) -> str:
     text = as_text(found)
     write_atomically(folder / "sweep.md", f"{text}\n")
     write_atomically(folder / "sweep.csv", csv_of(found.models))
-    for kind in ("png", "pdf"):
-        write_atomically(folder / f"sweep.{kind}", saved(drawn(found), kind))
+    for kind, content in saved(drawn(found)).items():
+        write_atomically(folder / f"sweep.{kind}", content)
     return text
 
 

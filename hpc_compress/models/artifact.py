@@ -148,13 +148,15 @@ def weights(folder: Path) -> Path:
     return program if program.is_file() else folder / WEIGHTS
 
 
-def structure(model: PreTrainedModel) -> Structure:
-    """What is left of the base model's encoder; of a program, that of the model that it was made from."""
-    if is_program(model):
-        layers, heads, ffn = model.config.layers, model.config.heads, model.config.ffn
-    else:
-        layers, heads, ffn = surgery.origins(model), surgery.head_counts(model), surgery.ffn_widths(model)
-    return Structure(heads=tuple(heads), ffn=tuple(ffn), layers=tuple(layers))
+def structure(folder: Path, whole: PreTrainedModel) -> Structure:
+    """What is left of the encoder in a saved model; of a program, in the model that it was made from. whole: the base model."""
+    config = modeling.HpcCompressConfig.from_pretrained(folder)
+    return Structure(
+        heads=tuple(config.heads),
+        ffn=tuple(config.ffn),
+        layers=None if config.layers == list(range(len(surgery.layers(whole)))) else tuple(config.layers),
+        hidden=None if config.hidden in (None, surgery.hidden_size(whole)) else config.hidden,
+    )
 
 
 def parameters(model: PreTrainedModel) -> tuple[int, int]:

@@ -13,6 +13,7 @@ References:
 
 import math
 from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from scipy.stats import spearmanr
 from hpc_compress.identity import canonical
 from hpc_compress.search import front, survival
 from hpc_compress.search.knapsack import Knapsack
+from hpc_compress.search.known import Known
 from hpc_compress.search.objective import quality_of
 from hpc_compress.search.prediction import Prediction
 from hpc_compress.search.strategy import AbstractSpaceStrategy
@@ -232,24 +234,22 @@ class Evolve(AbstractSpaceStrategy):
 
     def _promising(self) -> list[Proposal]:
         """The designs that are expected to add the most hypervolume for what they cost; each counts as done for the next."""
-        known = [self._vector(candidate) for candidate in self._measured_candidates()]
+        fronts = [_Front(known, self._vectors(known)) for known in self._devices]
         pool = {design: self._expected(design) for design in self._pool()}
         chosen: list[Design] = []
-        start = best = front.hypervolume(np.array(known), self.known.objectives)
         while pool and len(chosen) < self.population:
             gains = {
-                design: self._aim(vector)
-                * (front.hypervolume(np.array([*known, vector]), self.known.objectives) - best)
+                design: sum(each.gain(vector) for each, vector in zip(fronts, vectors, strict=True))
                 / self._cost(design.training)
-                for design, vector in pool.items()
+                for design, vectors in pool.items()
             }
             # Where nothing at all is expected to add anything, what is best in the first objective is tried all the same.
-            design = max(gains, key=lambda design: (gains[design], -float(pool[design][0]), design))
-            if gains[design] <= 0 and best > start:
+            design = max(gains, key=lambda design: (gains[design], -float(pool[design][0][0]), design))
+            if gains[design] <= 0 and any(each.grew for each in fronts):
                 break
             chosen.append(design)
-            known.append(pool.pop(design))
-            best = front.hypervolume(np.array(known), self.known.objectives)
+            for each, vector in zip(fronts, pool.pop(design), strict=True):
+                each.add(vector)
         return self._measured(chosen)
 
     def _pool(self) -> list[Design]:
@@ -327,11 +327,20 @@ class Evolve(AbstractSpaceStrategy):
 
     # --- what is known, and what is expected ---
 
+    @property
+    def _devices(self) -> tuple[Known, ...]:
+        """Every device that the models are for; structures are priced by the first one."""
+        return (self.known, *self.known.others)
+
     @cached_property
-    def _prediction(self) -> Prediction:
+    def _predictions(self) -> tuple[Prediction, ...]:
+        """For each device."""
         assert self.known.survey is not None
-        assert self.known.profile is not None
-        return Prediction.of(self.known.survey, self.known.profile)
+        return tuple(Prediction.of(self.known.survey, known.profile) for known in self._devices if known.profile is not None)
+
+    @property
+    def _prediction(self) -> Prediction:
+        return self._predictions[0]
 
     @property
     def _cheapest(self) -> str:
@@ -357,14 +366,21 @@ class Evolve(AbstractSpaceStrategy):
         return Screen(judge=self.judge * (1 + self._sample // 3), sample=self._sample)
 
     def _reachable(self) -> list[float]:
-        """The budgets, and those at which each way to deploy is as fast as the target asks."""
-        budgets, wanted = list(self.budgets), self.known.target.speed_up
-        if wanted is not None:
-            nothing, whole = ((0,) * len(self._sites.most), self._sites.most)
-            for deploy in self.space.possible_deploys():
-                fixed, all_ = (self._shape_of(levels, deploy)[0] for levels in (nothing, whole))
-                share = (0.95 / wanted - fixed) / max(all_ - fixed, 1e-12)  # a little faster, since predictions err
-                budgets += [share] if 0.02 < share < 1 else []
+        """The budgets, and the largest ones at which the leading ways to deploy keep to the targets of speed and size."""
+        target, budgets = self.known.target, list(self.budgets)
+
+        def keeps(budget: float, deploy: str) -> bool:
+            latency, size = self._shape_of(self._sites.knapsack(budget), deploy)
+            # A little faster and smaller than the targets, since predictions err.
+            return latency <= 0.95 / (target.speed_up or 1e-9) and size <= 0.98e6 * (target.megabytes or math.inf)
+
+        for deploy in self._leading():
+            low, high = 0.02, 1.0
+            if keeps(low, deploy) and not keeps(high, deploy):
+                while high - low > 0.01:
+                    middle = (low + high) / 2
+                    low, high = (middle, high) if keeps(middle, deploy) else (low, middle)
+                budgets.append(low)
         return sorted(budgets, reverse=True)
 
     def _leading(self) -> list[str]:
@@ -385,11 +401,12 @@ class Evolve(AbstractSpaceStrategy):
             )
         return chosen
 
-    def _shape_of(self, levels: Levels, deploy: str) -> tuple[float, float]:
+    def _shape_of(self, levels: Levels, deploy: str, device: int = 0) -> tuple[float, float]:
         """Predicted latency in units of the base model's, and predicted bytes."""
+        prediction = self._predictions[device]
         structure, chain = self._sites.structure(levels), self.space.possible_deploys()[deploy]
         heads, ffn = np.array([structure.heads]), np.array([structure.ffn])
-        return float(self._prediction.latency(heads, ffn, chain)[0]), float(self._prediction.bytes(heads, ffn, chain)[0])
+        return float(prediction.latency(heads, ffn, chain)[0]), float(prediction.bytes(heads, ffn, chain)[0])
 
     def _parameters(self, levels: Levels) -> float:
         """Encoder parameters of a structure."""
@@ -407,10 +424,11 @@ class Evolve(AbstractSpaceStrategy):
         }
         return [values[name] for name in self.known.objectives]
 
-    def _vector(self, candidate: Candidate) -> np.ndarray:
-        assert candidate.measurement is not None
-        assert self.known.base is not None
-        return front.vector(candidate.measurement, self.known.base, self.known.objectives)
+    def _vectors(self, known: Known) -> list[np.ndarray]:
+        """Of all measured candidates, as a device sees them."""
+        assert known.base is not None
+        seen = (known.seen(candidate).measurement for candidate in self._measured_candidates())
+        return [front.vector(found, known.base, known.objectives) for found in seen if found is not None]
 
     def _measured_candidates(self) -> list[Candidate]:
         return [candidate for candidate in self._candidates.values() if candidate.measurement is not None]
@@ -448,8 +466,8 @@ class Evolve(AbstractSpaceStrategy):
             return beliefs.by_divergence(self._divergences[cut])
         return beliefs.by_scores(self._sites.mass(cut.levels))
 
-    def _expected(self, design: Design) -> np.ndarray:
-        """The vector of objectives that a design will have, as far as can be told."""
+    def _expected(self, design: Design) -> list[np.ndarray]:
+        """The vector of objectives that a design will have on each device, as far as can be told."""
         losses = self._believed().losses
         alike = [loss for other, loss in losses.items() if other[:2] == design[:2]]
         order = list(self.space.trainings)
@@ -464,7 +482,8 @@ class Evolve(AbstractSpaceStrategy):
             start, loss = max(less) if less else (0, self._loss_of_cut(design.cut))
             for _ in range(order.index(design.training) - start):
                 loss = max(self._believed().recovery * loss, UNSETTLED)
-        return np.array(self._point(loss, *self._shape_of(design.cut.levels, design.deploy)))
+        shapes = (self._shape_of(design.cut.levels, design.deploy, device) for device in range(len(self._devices)))
+        return [np.array(self._point(loss, *shape)) for shape in shapes]
 
     def _recovery(self, losses: dict[Design, float]) -> float:
         """What part of a loss a training leaves: the median over structures that were measured before and after one."""
@@ -483,13 +502,6 @@ class Evolve(AbstractSpaceStrategy):
         epochs = sum(float(step.params.get("epochs", 1)) for step in self.space.trainings[training])
         rows = self.known.survey.train_rows if self.known.survey else 0
         return 1 + epochs * rows / ROWS
-
-    def _aim(self, vector: np.ndarray) -> float:
-        """How much more a gain counts near the targets."""
-        if not self.known.target.wanted:
-            return 1.0
-        assert self.known.base is not None
-        return 1 + AIMED * 16 ** -front.missed_by(vector, self.known.objectives, self.known.base, self.known.target)
 
     def _mass_ranks(self) -> bool:
         """Whether what is free ranks structures as screening does, among those of a similar price."""
@@ -533,6 +545,38 @@ class Evolve(AbstractSpaceStrategy):
             if (other := self._designs.get(canonical(candidate.genome))) is not None and other.cut == design.cut
         }
         return less[max(less)] if less else None
+
+
+@dataclass
+class _Front:
+    """What is known and expected of one device: its measured models, and those that were chosen to be measured next."""
+
+    known: Known
+    vectors: list[np.ndarray]
+
+    def __post_init__(self) -> None:
+        self.start = self.volume = self._volume(self.vectors)
+
+    @property
+    def grew(self) -> bool:
+        return self.volume > self.start
+
+    def gain(self, vector: np.ndarray) -> float:
+        """The hypervolume that a model adds; more counts near the targets."""
+        return self._aim(vector) * (self._volume([*self.vectors, vector]) - self.volume)
+
+    def add(self, vector: np.ndarray) -> None:
+        self.vectors.append(vector)
+        self.volume = self._volume(self.vectors)
+
+    def _volume(self, vectors: Sequence[np.ndarray]) -> float:
+        return front.hypervolume(np.array(vectors), self.known.objectives)
+
+    def _aim(self, vector: np.ndarray) -> float:
+        if not self.known.target.wanted:
+            return 1.0
+        assert self.known.base is not None
+        return 1 + AIMED * 16 ** -front.missed_by(vector, self.known.objectives, self.known.base, self.known.target)
 
 
 def _kind(proposal: Proposal) -> str:

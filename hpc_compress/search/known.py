@@ -6,7 +6,7 @@ from typing import Any
 
 from hpc_compress.config import Objective, Target
 from hpc_compress.search.space import Shape
-from hpc_compress.types import DeviceProfile, Measurement, Record, Surveyed
+from hpc_compress.types import Candidate, DeviceProfile, Measurement, Record, Surveyed
 
 
 class Known(Record):
@@ -18,8 +18,11 @@ class Known(Record):
     objectives: tuple[Objective, ...] = ("quality", "latency", "bytes")
     target: Target = Target()
     survey: Surveyed | None = None  # None: the strategy did not ask for it
-    profile: DeviceProfile | None = None  # likewise, unless the user gave a device's file
+    profile: DeviceProfile | None = None  # of the device; likewise, unless the user gave its file
     devices: tuple[DeviceProfile, ...] = ()  # all that the user gave; `profile` is the first one
+    # A candidate that was told, as this device sees it. Strategies are told what the first device sees.
+    seen: Callable[[Candidate], Candidate] = lambda candidate: candidate
+    others: tuple["Known", ...] = ()  # the same for each further device
     # Device seconds that the budget leaves, by the outcomes that selections have looked at; infinite without a budget.
     left: Callable[[], float] = lambda: math.inf
 
