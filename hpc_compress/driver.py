@@ -21,7 +21,7 @@ from hpc_compress import devices, guard, identity, splits
 from hpc_compress.config import ConfigError, RunConfig, build, check_name, locate
 from hpc_compress.dispatch import Dispatch, Progress
 from hpc_compress.launch import Launcher
-from hpc_compress.models import pretrained
+from hpc_compress.models import inspection, pretrained
 from hpc_compress.operators import Particular, operator
 from hpc_compress.problems import problem
 from hpc_compress.records import DeviceFront, Environment, Generation, Plan, Result
@@ -191,7 +191,7 @@ def _plan(store: Store, settings: SearchSettings, progress: Progress) -> Plan:
     own_labels = found.labels if found.has_head(kind.head) else ()
     dataset, tables, rows = splits.load(config.dataset, config.seed, own_labels)
     try:
-        shape = Shape.of(found.config)
+        shape = Shape.of(found.config, alike=found.config.get("model_type") in inspection.ALIKE)
     except ValueError as error:
         raise ConfigError(f"model.path={config.model.path!r}: {error}") from None
     fits = pretrained.head_fits(found, config.model, kind.head, kind.head_width(dataset.labels), dataset.name)

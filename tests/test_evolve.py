@@ -1,5 +1,7 @@
-"""What only `evolve` does, in the world of the strategies' suite; and the variation of structures. No torch."""
+"""What only `evolve` does, in the world of the strategies' suite; and the variation of structures."""
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,16 +10,21 @@ import test_strategies as world
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hpc_compress import identity
+from hpc_compress import analysis, identity
 from hpc_compress.config import Target
+from hpc_compress.models import inspection
+from hpc_compress.models.modeling_hpc_compress import FAMILIES
 from hpc_compress.search import front
 from hpc_compress.search.evolve import Curve
 from hpc_compress.search.objective import speed_up
 from hpc_compress.search.prediction import Prediction
+from hpc_compress.search.space import Shape
+from hpc_compress.search.structures import Structures
 from hpc_compress.search.variation import Sites
 from hpc_compress.types import Candidate, Genome, Screen, Screening, Structure
 
-SITES = Sites.of(world.SHAPE, world.SPACE, Prediction.of(world.SURVEY, world.PROFILE), ())
+STRUCTURES = Structures(world.SPACE, world.SHAPE)
+SITES = Sites.of(STRUCTURES, Prediction.of(world.SURVEY, world.PROFILE), ())
 levels = st.tuples(*[st.integers(0, most) for most in SITES.most])
 
 
@@ -93,6 +100,42 @@ def test_structures_that_are_found_block_by_block_are_measured_as_the_genomes_th
     assert all(genome.steps[0] in known for genome in measured)
 
 
+ALIKE = Shape(heads=(4, 4, 4), widths=(64, 256), alike=True)
+
+
+@pytest.mark.parametrize("name", ["evolve", "random", "grid", "local_search", "regularized_evolution"])
+def test_layers_that_share_a_bias_keep_the_same_heads(name: str):
+    known = world.KNOWN.model_copy(update={"shape": ALIKE})
+    turns = list(world.play(world.made(name, known=known), 8))
+    found = [world.SPACE.structure(ALIKE, proposal.genome) for proposal in proposed(turns)]
+    assert all(len(set(structure.heads)) == 1 for structure in found)
+    assert len({structure.heads for structure in found}) > 1 or name == "grid"
+    assert len({structure.ffn for structure in found}) > 1
+
+
+def test_the_families_whose_layers_are_alike_are_known_without_torch():
+    assert {name for name, family in FAMILIES.items() if family.shared_bias} == inspection.ALIKE
+
+
+@pytest.mark.slow
+def test_a_model_whose_layers_share_a_bias_is_searched(setup: Any, tiny_checkpoint: Any, tmp_path: Path):
+    model = tiny_checkpoint("mpnet", layers=2, heads=4, hidden=64, ffn=64, head=False)
+    tiny = [word for word in setup.overrides if not word.startswith(("strategy", "model.path"))]
+    distill = "{operator: distill, epochs: 0.5, learning_rate: 1e-3, batch_size: 16}"
+    small = [
+        *("population=3", "budgets=[1.0, 0.4]", "screens=4", "judge=16", "switching=0", "profile_seconds=2", "negligible=0"),
+        *("space.ffn_multiple=16", "space.carve.sentences=16"),
+        f"space.trainings={{short: [{distill}], long: [{distill}, {distill}]}}",
+        *("space.deploys.fp32.cpu_onnx=[]", "space.deploys.onnx_int8=null"),
+    ]
+    words = [*tiny, "strategy=evolve", *(f"strategy.{word}" for word in small), f"model.path={model}", "generations=5"]
+    dataclasses.replace(setup, overrides=[*words, "timings=1"]).run(tmp_path / "run")
+    run = analysis.open_run(tmp_path / "run")
+    assert not [seen.failure for seen in run.seen.values() if seen.failure]
+    assert {seen.study for seen in run.seen.values()} == {None, "survey", "profile", "screen"}
+    assert any("prune" in seen.genome for seen in run.seen.values()), "found block by block, as far as that goes"
+
+
 def test_the_probe_tries_the_step_that_finds_structures():
     rehearsal = world.made("evolve", known=world.Known(shape=world.SHAPE), rescoring=True)
     assert "prune" in {step.operator for step in rehearsal.steps}
@@ -166,7 +209,7 @@ def test_a_curve_without_points_is_the_identity():
 @given(levels)
 @settings(max_examples=40)
 def test_levels_and_structures_are_two_names_of_one_thing(row: tuple[int, ...]):
-    assert SITES.levels(SITES.structure(row)) == row
+    assert STRUCTURES.levels(STRUCTURES.structure(row)) == row
 
 
 def test_the_whole_model_costs_1_and_loses_nothing():

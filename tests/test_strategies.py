@@ -390,8 +390,8 @@ def test_a_setting_that_is_unknown_is_refused_by_name(name: str):
 
 TINY = {  # settings of whole searches, and their generations
     "evolve": (["budgets=[1.0, 0.5]", "screens=4", "judge=16", "switching=1", "profile_seconds=5"], 6),
-    "grid": (["removed=[0, 0.3, 0.6]", "sentences=16"], 2),
-    "local_search": (["removed=[0.5]", "rounds=1", "sentences=16", "selections=[{judge: 16, keep: 1}]"], 3),
+    "grid": (["removed=[0, 0.3, 0.6]"], 2),
+    "local_search": (["removed=[0.5]", "rounds=1", "selections=[{judge: 16, keep: 1}]"], 3),
 }
 
 

@@ -29,6 +29,7 @@ LAYERS = {  # the same families as in modeling_hpc_compress
     "albert": Layers("encoder.albert_layer_groups", ("num_hidden_groups",), "group"),  # layers of a group share weights
     "modernbert": Layers("layers", ("num_hidden_layers",), "layer"),
 }
+ALIKE = {"mpnet"}  # families whose layers share one position bias, so that all must keep the same heads
 NORMLESS = ("modernbert", "attn_norm.")  # its first layer has no such weights
 EMBEDDING = re.compile(r"(?:.*\.)?embeddings\.(?:word|tok)_embeddings\.weight")
 KINDS: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}

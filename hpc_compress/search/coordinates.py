@@ -1,7 +1,7 @@
 """A genome of a space as a vector of whole numbers. Knows no objectives and no strategy.
 
-A vector has, in this order: the heads of each layer; the FFN width of each layer, as its position in `space.widths`; the
-training and the way to deploy, as their positions in the space. Each number counts from 0. One vector is one genome.
+A vector has, in this order: the levels of a structure (see `search.structures`); the training and the way to deploy, as their
+positions in the space. Each number counts from 0. One vector is one genome.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,8 @@ import numpy as np
 
 from hpc_compress.identity import canonical
 from hpc_compress.search.space import Shape, Space
-from hpc_compress.types import Genome, Record, Structure
+from hpc_compress.search.structures import Structures
+from hpc_compress.types import Genome, Record
 
 Vector = tuple[int, ...]
 
@@ -24,41 +25,28 @@ class Coordinates(Record):
     @property
     def sizes(self) -> Vector:
         """How many values each coordinate may take."""
-        widths = len(self.space.widths(self.shape))
-        heads = tuple(heads + 1 for heads in self.shape.heads)
-        return (*heads, *(widths for _ in heads), len(self.space.trainings), len(self.space.possible_deploys()))
+        levels = (len(site.counts) for site in self.structures.sites)
+        return (*levels, len(self.space.trainings), len(self.space.possible_deploys()))
+
+    @property
+    def structures(self) -> Structures:
+        return Structures(self.space, self.shape)
 
     def decode(self, vector: Sequence[int]) -> Genome:
         """The genome of a vector."""
         training = list(self.space.trainings.values())[vector[-2]]
         deploy = list(self.space.possible_deploys().values())[vector[-1]]
-        return self.space.genome(self.shape, self.structure(vector[:-2]), training, deploy)
+        return self.space.genome(self.shape, self.structures.structure(vector[:-2]), training, deploy)
 
     def encode(self, genome: Genome) -> Vector | None:
         """The vector of a genome; None when the genome is outside the space, as the base model may be."""
-        levels = self.levels(self.space.structure(self.shape, genome))
+        levels = self.structures.levels(self.space.structure(self.shape, genome))
         steps = genome.steps[1:] if genome.steps and genome.steps[0].operator == "carve" else genome.steps
         trainings, deploys = list(self.space.trainings.values()), list(self.space.possible_deploys().values())
         if levels is None or steps not in trainings or genome.deploy not in deploys:
             return None
         vector = (*levels, trainings.index(steps), deploys.index(genome.deploy))
         return vector if canonical(self.decode(vector)) == canonical(genome) else None
-
-    def structure(self, levels: Sequence[int]) -> Structure:
-        """That of the first part of a vector, which leaves out the training and the way to deploy."""
-        depth, widths = len(self.shape.heads), self.space.widths(self.shape)
-        return Structure(
-            heads=tuple(int(level) for level in levels[:depth]), ffn=tuple(widths[int(level)] for level in levels[depth:])
-        )
-
-    def levels(self, structure: Structure) -> Vector | None:
-        """The first part of the vector of a structure; None when the structure is outside the space."""
-        widths = self.space.widths(self.shape)
-        whole = structure.layers is None and structure.hidden is None and len(structure.heads) == len(self.shape.heads)
-        fits = whole and all(kept <= heads for kept, heads in zip(structure.heads, self.shape.heads, strict=True))
-        if not fits or not set(structure.ffn) <= set(widths):
-            return None
-        return (*structure.heads, *(widths.index(width) for width in structure.ffn))
 
     def draw(self, rng: np.random.Generator) -> Vector:
         """Each coordinate uniformly."""

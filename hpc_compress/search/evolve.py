@@ -29,8 +29,9 @@ from hpc_compress.search.known import Known
 from hpc_compress.search.objective import quality_of
 from hpc_compress.search.prediction import Prediction
 from hpc_compress.search.strategy import AbstractSpaceStrategy
-from hpc_compress.search.variation import Levels, Sites
-from hpc_compress.types import Candidate, Genome, Params, Profiling, Proposal, Screen, Step, Survey
+from hpc_compress.search.structures import Levels, Structures
+from hpc_compress.search.variation import Sites
+from hpc_compress.types import Candidate, Genome, Profiling, Proposal, Screen, Step, Survey
 
 RANKS = 0.3  # Spearman correlation below which a stage is taken not to rank
 LEAST_PAIRS = 8  # that such a correlation is judged by
@@ -122,8 +123,7 @@ class Evolve(AbstractSpaceStrategy):
     @property
     def studies(self) -> tuple[Survey | Profiling, ...]:
         chains = tuple(self.space.possible_deploys().values())
-        # As the cuts are made: the scores of the survey are those of every cut.
-        survey = Survey(**self._seen_by_cuts, deploys=chains)
+        survey = Survey(**self.space.scores, deploys=chains)
         return survey, Profiling(deploys=chains, seconds=self.profile_seconds)
 
     def ask(self, rng: np.random.Generator, population: Sequence[Candidate]) -> list[Proposal]:
@@ -157,8 +157,9 @@ class Evolve(AbstractSpaceStrategy):
             if candidate.screening is not None:
                 # A `prune` has found its structure on the node.
                 share = candidate.genome.steps[0].params.get("share", 0.0)
-                cut = Cut(self._sites.levels(candidate.screening.structure), share)
-                self._divergences[cut] = candidate.screening.divergence
+                levels = self._structures.levels(candidate.screening.structure)
+                if levels is not None:
+                    self._divergences[Cut(levels, share)] = candidate.screening.divergence
 
     # --- the course of a search: each `yield` is a generation ---
 
@@ -195,11 +196,15 @@ class Evolve(AbstractSpaceStrategy):
 
     def _screened(self, cuts: Iterable[Cut]) -> list[Proposal]:
         """Ordered so that structures that begin alike follow one another: a worker then computes their beginning once."""
-        depth = self._sites.depth
         self._sample += 1
         wanted = {cut for cut in cuts if cut.levels != self._sites.most}
         self._asked.update(cut.levels for cut in wanted)
-        ordered = sorted(wanted, key=lambda cut: [(cut.levels[at], cut.levels[depth + at]) for at in range(depth)])
+
+        def by_layer(cut: Cut) -> list[tuple[int, int]]:
+            structure = self._structures.structure(cut.levels)
+            return list(zip(structure.heads, structure.ffn, strict=True))
+
+        ordered = sorted(wanted, key=by_layer)
         return [Proposal(genome=Genome(steps=self._steps(cut)), screen=self._screen) for cut in ordered]
 
     def _rescored(self, cuts: Iterable[Cut]) -> list[Proposal]:
@@ -356,9 +361,13 @@ class Evolve(AbstractSpaceStrategy):
         return min(chains, key=lambda name: float(self._prediction.latency(heads, ffn, chains[name])[0]))
 
     @cached_property
+    def _structures(self) -> Structures:
+        return Structures(self.space, self.known.shape)
+
+    @cached_property
     def _sites(self) -> Sites:
         chains = self.space.possible_deploys()
-        return Sites.of(self.known.shape, self.space, self._prediction, chains[self._first_deploy])
+        return Sites.of(self._structures, self._prediction, chains[self._first_deploy])
 
     @property
     def _screen(self) -> Screen:
@@ -384,11 +393,16 @@ class Evolve(AbstractSpaceStrategy):
         return sorted(budgets, reverse=True)
 
     def _leading(self) -> list[str]:
-        """The two ways to deploy that together promise most, where a cut loses nothing."""
-        middle = self._sites.knapsack(0.4)
-        vectors = {
-            deploy: np.array(self._point(0.2, *self._shape_of(middle, deploy))) for deploy in self.space.possible_deploys()
+        """The two ways to deploy that together promise most, where a cut loses little: of those that keep to the targets of
+        speed and size at a middle cut, if there are any."""
+        middle, target = self._sites.knapsack(0.4), self.known.target
+        shapes = {deploy: self._shape_of(middle, deploy) for deploy in self.space.possible_deploys()}
+        keeping = {
+            deploy: (latency, size)
+            for deploy, (latency, size) in shapes.items()
+            if latency * (target.speed_up or 0) <= 1 and size <= 1e6 * (target.megabytes or math.inf)
         }
+        vectors = {deploy: np.array(self._point(0.2, *shape)) for deploy, shape in (keeping or shapes).items()}
         chosen: list[str] = []
         while len(chosen) < min(2, len(vectors)):
             chosen.append(
@@ -404,14 +418,14 @@ class Evolve(AbstractSpaceStrategy):
     def _shape_of(self, levels: Levels, deploy: str, device: int = 0) -> tuple[float, float]:
         """Predicted latency in units of the base model's, and predicted bytes."""
         prediction = self._predictions[device]
-        structure, chain = self._sites.structure(levels), self.space.possible_deploys()[deploy]
+        structure, chain = self._structures.structure(levels), self.space.possible_deploys()[deploy]
         heads, ffn = np.array([structure.heads]), np.array([structure.ffn])
         return float(prediction.latency(heads, ffn, chain)[0]), float(prediction.bytes(heads, ffn, chain)[0])
 
     def _parameters(self, levels: Levels) -> float:
         """Encoder parameters of a structure."""
         assert self.known.survey is not None
-        return Knapsack(self.space, self.known.shape, self.known.survey).parameters(self._sites.structure(levels))
+        return Knapsack(self.space, self.known.shape, self.known.survey).parameters(self._structures.structure(levels))
 
     def _point(self, loss: float, latency: float, size: float) -> list[float]:
         """As `front.vector`, of figures that are expected."""
@@ -523,14 +537,9 @@ class Evolve(AbstractSpaceStrategy):
 
     def _steps(self, cut: Cut) -> tuple[Step, ...]:
         if cut.share:
-            how = {**self._seen_by_cuts, "ffn_multiple": self.space.ffn_multiple}
+            how = {**self.space.scores, "ffn_multiple": self.space.ffn_multiple}
             return (Step(operator="prune", params={**how, "share": cut.share, "rescore": True}),)
-        return self.space.genome(self.known.shape, self._sites.structure(cut.levels)).steps
-
-    @property
-    def _seen_by_cuts(self) -> Params:
-        """What the step `carve` says of its scores."""
-        return {name: self.space.carve[name] for name in ("criterion", "sentences") if name in self.space.carve}
+        return self.space.genome(self.known.shape, self._structures.structure(cut.levels)).steps
 
     def _genome(self, design: Design) -> Genome:
         steps = (*self._steps(design.cut), *self.space.trainings[design.training])

@@ -21,8 +21,6 @@ class Grid(AbstractSpaceStrategy):
         default=(0.0, 0.33, 0.5, 0.67, 0.8), min_length=1, description="shares of the encoder's parameters to remove"
     )
     training: str = Field(default="short", description="the training after a cut, a name of space.trainings")
-    criterion: str = Field(default="gauss_newton", description="scores the heads and neurons")
-    sentences: int = Field(default=512, ge=1, description="training sentences that the criterion sees")
     _next: int = PrivateAttr(default=0)  # the first point that was not proposed yet
 
     @model_validator(mode="after")
@@ -34,7 +32,7 @@ class Grid(AbstractSpaceStrategy):
 
     @property
     def studies(self) -> tuple[Survey, ...]:
-        return (Survey(criterion=self.criterion, sentences=self.sentences),)
+        return (Survey(**self.space.scores),)
 
     def ask(self, rng: np.random.Generator, population: Sequence[Candidate]) -> list[Proposal]:
         self._remember(population)

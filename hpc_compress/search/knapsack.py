@@ -1,12 +1,12 @@
 """The structure that loses the least, by the scores of a survey, at a number of encoder parameters."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from hpc_compress.search.allocation import Place, allocate, levels
 from hpc_compress.search.space import Shape, Space
+from hpc_compress.search.structures import Site, Structures
 from hpc_compress.types import Structure, Surveyed
 
 
@@ -38,16 +38,15 @@ class Knapsack:
 
     def best(self, removed: float) -> Structure:
         """The structure within `budget(removed)` whose removed heads and neurons have the smallest sum of scores."""
-        head, neuron = self.survey.parameters
-        heads = [np.arange(heads, -1, -1) for heads in self.shape.heads]
-        widths = [np.array(self.space.widths(self.shape)[::-1])] * len(heads)
-        places = [*_places(self.survey.heads, heads, head), *_places(self.survey.ffn, widths, neuron)]
+        structures = Structures(self.space, self.shape)
+        places = [self._place(site) for site in structures.sites]
         whole = sum(float(place.cost[0]) for place in places)
         chosen = allocate(places, whole - (self.survey.encoder_parameters - self.budget(removed)))
-        kept = [int(stays[level]) for stays, level in zip((*heads, *widths), chosen, strict=True)]
-        return Structure(heads=tuple(kept[: len(heads)]), ffn=tuple(kept[len(heads) :]))
+        return structures.structure([len(site.counts) - 1 - cut for site, cut in zip(structures.sites, chosen, strict=True)])
 
-
-def _places(scores: Sequence[Sequence[float]], kept: Sequence[np.ndarray], cost: int) -> list[Place]:
-    """One for each layer. kept: numbers of units that may stay, falling; cost: of one unit."""
-    return [Place(levels(np.array(score), stays), cost * stays) for score, stays in zip(scores, kept, strict=True)]
+    def _place(self, site: Site) -> Place:
+        """Level 0 is uncut. Layers that must keep the same heads keep those with the highest sum of scores."""
+        stays = np.array(site.counts[::-1])
+        of_unit = dict(zip(("heads", "ffn"), self.survey.parameters, strict=True))[site.unit]
+        scores = np.sum([getattr(self.survey, site.unit)[layer] for layer in site.layers], axis=0)
+        return Place(levels(scores, stays), len(site.layers) * of_unit * stays)

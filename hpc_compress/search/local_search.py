@@ -44,8 +44,6 @@ class LocalSearch(AbstractSpaceStrategy):
     )
     switches: int = Field(default=3, ge=1, description="most levels that an offspring switches")
     training: str = Field(default="short", description="of the structure that was found, a name of space.trainings")
-    criterion: str = Field(default="gauss_newton", description="its scores choose the first parent at each budget")
-    sentences: int = Field(default=512, ge=1, description="training sentences that the criterion sees")
     redraw: int = REDRAW
     _asked: int = PrivateAttr(default=0)  # generations so far: each one screens on a sample of its own
     _budget: int = PrivateAttr(default=0)  # position in `removed`
@@ -71,7 +69,7 @@ class LocalSearch(AbstractSpaceStrategy):
 
     @property
     def studies(self) -> tuple[Survey, ...]:
-        return (Survey(criterion=self.criterion, sentences=self.sentences),)
+        return (Survey(**self.space.scores),)
 
     def ask(self, rng: np.random.Generator, population: Sequence[Candidate]) -> list[Proposal]:
         self._asked += 1
@@ -159,12 +157,12 @@ class LocalSearch(AbstractSpaceStrategy):
 
         What is then left of the budget goes to other places, since a head and a level of neurons differ in size.
         """
-        coordinates, knapsack = self.coordinates, self._knapsack
-        most = [size - 1 for size in coordinates.sizes[:-2]]
-        levels = list(coordinates.levels(structure) or ())
+        structures, knapsack = self.coordinates.structures, self._knapsack
+        most = [len(site.counts) - 1 for site in structures.sites]
+        levels = list(structures.levels(structure) or ())
 
         def fits() -> bool:
-            return knapsack.parameters(coordinates.structure(levels)) <= budget
+            return knapsack.parameters(structures.structure(levels)) <= budget
 
         up, down, *others = rng.permutation(len(levels)).tolist()
         if levels[up] == most[up] or levels[down] == 0:
@@ -178,4 +176,4 @@ class LocalSearch(AbstractSpaceStrategy):
             if levels[other] < most[other]:
                 levels[other] += 1
                 levels[other] -= not fits()
-        return coordinates.structure(levels)
+        return structures.structure(levels)

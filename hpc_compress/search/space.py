@@ -14,10 +14,11 @@ class Shape(Record):
 
     heads: tuple[int, ...]  # attention heads of each encoder layer, first layer first
     widths: tuple[int, ...] = ()  # of the base model: what its linears have for inputs, as far as its config says so
+    alike: bool = Field(default=False, exclude_if=lambda alike: not alike)  # all layers must keep the same heads
 
     @staticmethod
-    def of(config: Mapping[str, Any]) -> "Shape":
-        """From a checkpoint's config.json.
+    def of(config: Mapping[str, Any], alike: bool = False) -> "Shape":
+        """From a checkpoint's config.json. alike: all layers must keep the same heads.
 
         Raises: ValueError when it does not describe an encoder.
         """
@@ -29,7 +30,8 @@ class Shape(Record):
                 "encoder; choose a BERT, RoBERTa, ELECTRA, ALBERT, DistilBERT, DeBERTa-v2, ModernBERT or MPNet checkpoint"
             )
         names = ("hidden_size", "dim", "intermediate_size", "hidden_dim")
-        return Shape(heads=(heads,) * layers, widths=tuple(config[name] for name in names if isinstance(config.get(name), int)))
+        widths = tuple(config[name] for name in names if isinstance(config.get(name), int))
+        return Shape(heads=(heads,) * layers, widths=widths, alike=alike)
 
     @property
     def ffn(self) -> int:
@@ -61,7 +63,7 @@ class Shape(Record):
         return self
 
     def _with(self, heads: tuple[int, ...]) -> "Shape":
-        return Shape(heads=heads, widths=self.widths)
+        return self.model_copy(update={"heads": heads})
 
     def after_all(self, steps: Iterable[Step]) -> "Shape | None":
         shape: Shape | None = self
@@ -105,6 +107,11 @@ class Space(Record):
     def widths(self, shape: Shape) -> tuple[int, ...]:
         """How many FFN neurons a layer may keep, rising from 0."""
         return (*range(0, shape.ffn, self.ffn_multiple), shape.ffn)
+
+    @property
+    def scores(self) -> Params:
+        """What the step `carve` says of its scores: a survey with these scores units as the cuts do."""
+        return {name: self.carve[name] for name in ("criterion", "sentences") if name in self.carve}
 
     def possible_deploys(self) -> dict[str, tuple[Step, ...]]:
         """Those of this device, with each vocabulary."""

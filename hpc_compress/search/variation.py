@@ -1,7 +1,7 @@
 """Structures of one encoder and how they vary: the knapsack's, level switching, crossing. Pure numpy.
 
-A structure is a row of levels, one for each site: the heads that each layer keeps, then the FFN width of each layer in steps of
-the space. A site's price is what its level is predicted to take on the device, so equal prices mean equal speed.
+Structures are rows of levels, as in `search.structures`. A site's price is what its level is predicted to take on the device,
+so equal prices mean equal speed.
 """
 
 from collections.abc import Sequence
@@ -11,54 +11,39 @@ import numpy as np
 
 from hpc_compress.search.allocation import Place, allocate
 from hpc_compress.search.prediction import Prediction
-from hpc_compress.search.space import Shape, Space
-from hpc_compress.types import Step, Structure
+from hpc_compress.search.structures import Levels, Structures
+from hpc_compress.types import Step
 
-Levels = tuple[int, ...]  # (2 * layers,)
 TRIES = 50  # for a random variation that keeps the price
 
 
 @dataclass(frozen=True)
 class Sites:
-    """Where structures differ. Made by `Sites.of`."""
+    """The price of each level of each site, and what it loses. Made by `Sites.of`."""
 
-    depth: int
-    widths: tuple[int, ...]  # FFN neurons at each level
-    prices: tuple[
-        np.ndarray, ...
-    ]  # for each site (levels,): its share of the time of all blocks of the base model; level 0 is 0
+    prices: tuple[np.ndarray, ...]  # for each site (levels,): share of the time of all blocks of the base model; level 0 is 0
     losses: tuple[np.ndarray, ...]  # for each site (levels,): the removed share of the scores
 
     @staticmethod
-    def of(shape: Shape, space: Space, prediction: Prediction, deploy: Sequence[Step]) -> "Sites":
+    def of(structures: Structures, prediction: Prediction, deploy: Sequence[Step]) -> "Sites":
         """deploy: the way to deploy whose times are the prices."""
-        depth, most, widths = len(shape.heads), max(shape.heads), space.widths(shape)
+        depth = len(structures.shape.heads)
         none = np.zeros((1, depth), dtype=int)
-        sites = [(at, np.arange(most + 1), True) for at in range(depth)] + [
-            (at, np.array(widths), False) for at in range(depth)
-        ]
         times, losses = [], []
-        for at, counts, is_heads in sites:
-            rows = np.zeros((len(counts), depth), dtype=int)
-            rows[:, at] = counts
+        for site in structures.sites:
+            rows = np.zeros((len(site.counts), depth), dtype=int)
+            rows[:, list(site.layers)] = np.array(site.counts)[:, None]
             others = np.zeros_like(rows)
-            pair = (rows, others) if is_heads else (others, rows)
+            pair = (rows, others) if site.unit == "heads" else (others, rows)
             times.append(prediction.latency(*pair, deploy) - prediction.latency(none, none, deploy))
             mass = prediction.mass(*pair)
             losses.append(mass - mass[-1])
         whole = sum(float(time[-1]) for time in times)
-        return Sites(depth, widths, tuple(time / max(whole, 1e-12) for time in times), tuple(losses))
+        return Sites(tuple(time / max(whole, 1e-12) for time in times), tuple(losses))
 
     @property
     def most(self) -> Levels:
         return tuple(len(price) - 1 for price in self.prices)
-
-    def structure(self, levels: Levels) -> Structure:
-        return Structure(heads=levels[: self.depth], ffn=tuple(self.widths[level] for level in levels[self.depth :]))
-
-    def levels(self, structure: Structure) -> Levels:
-        """Of a structure with all layers. A width between two levels counts as the lower one."""
-        return (*structure.heads, *(int(np.searchsorted(self.widths, width, "right")) - 1 for width in structure.ffn))
 
     def price(self, levels: Levels) -> float:
         """Share of the time of the base model's blocks."""
