@@ -104,7 +104,9 @@ MUTANTS = (
         "(problem.differentiated(outputs))",
         "test_pruning.py",
     ),
-    Mutant("pruning/obs.py", "wanted = wanted + seen.drift", "wanted = wanted - seen.drift", "test_pruning.py"),
+    Mutant(
+        "pruning/repair.py", "wanted = wanted - torch.cat(streams", "wanted = wanted + torch.cat(streams", "test_studies.py"
+    ),
     Mutant("training/losses.py", "return (apart * mask).sum() / mask.sum()", "return apart.mean()", "test_distillation.py"),
     Mutant(
         "problems/classification.py",

@@ -20,10 +20,10 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import Field, PrivateAttr, model_validator
 from scipy.optimize import isotonic_regression
-from scipy.stats import spearmanr
 
 from hpc_compress.identity import canonical
-from hpc_compress.search import front, survival
+from hpc_compress.search import front, mixing, survival
+from hpc_compress.search.fidelity import LEFT_OUT, TRUSTED, WIDENED, Stage
 from hpc_compress.search.knapsack import Knapsack
 from hpc_compress.search.known import Known
 from hpc_compress.search.objective import quality_of
@@ -33,11 +33,10 @@ from hpc_compress.search.structures import Levels, Structures
 from hpc_compress.search.variation import Sites
 from hpc_compress.types import Candidate, Genome, Profiling, Proposal, Screen, Step, Survey
 
-RANKS = 0.3  # Spearman correlation below which a stage is taken not to rank
-LEAST_PAIRS = 8  # that such a correlation is judged by
 ROWS = 1500  # of training, which take about as long as measuring a model
 RECOVERED = 0.6  # of the lost quality is still lost after a training, as long as nothing is known of it
 UNSETTLED = 0.1  # lost tenths of the quality that a training leaves, or makes, where hardly any was lost
+DRAWN = 3  # measurements of no difference that a difference between ways to deploy is averaged with
 AIMED = 20.0  # times the gain of a model that keeps to the targets, against one that is far from them
 
 
@@ -56,6 +55,15 @@ class Design(NamedTuple):
     deploy: str
 
 
+class Mixture(NamedTuple):
+    """A way to deploy in which a share of the layers have the precision of another one."""
+
+    chain: tuple[Step, ...]
+    one: str
+    other: str
+    share: float
+
+
 class Bill(NamedTuple):
     """A generation whose cost shows when the next one is asked for."""
 
@@ -71,6 +79,7 @@ class Beliefs(NamedTuple):
     by_divergence: "Curve"  # loss of an untrained cut that was screened
     by_scores: "Curve"  # of one that was not, by the share of the scores that it removes
     recovery: float  # what part of a loss a training leaves
+    offsets: dict[str, float]  # by way to deploy, what it loses more than others of the same model
 
 
 class Evolve(AbstractSpaceStrategy):
@@ -84,6 +93,9 @@ class Evolve(AbstractSpaceStrategy):
         default=(1.0, 0.6, 0.4, 0.27, 0.18, 0.12),
         min_length=1,
         description="time of the encoder's blocks that the first structures keep, as shares of the base model's",
+    )
+    mixing: bool = Field(
+        default=True, description="also try precisions that differ by layer, where two of the space can be mixed"
     )
     screens: int = Field(default=32, ge=0, description="structures screened in a generation; 0: none are, in the whole search")
     judge: int = Field(default=256, ge=1, description="sentences that a structure is judged on at first; more later")
@@ -104,7 +116,17 @@ class Evolve(AbstractSpaceStrategy):
     _beliefs: "Beliefs | None" = PrivateAttr(default=None)  # what follows from the candidates; None: not thought over yet
     _course: Generator[list[Proposal], None, None] | None = PrivateAttr(default=None)
     _rng: np.random.Generator = PrivateAttr(default_factory=lambda: np.random.default_rng(0))  # of the present generation
-    _notes: list[str] = PrivateAttr(default_factory=list)
+    _mixtures: dict[str, Mixture] = PrivateAttr(default_factory=dict)  # by name
+    _mass_stage: Stage = PrivateAttr(
+        default_factory=lambda: Stage(
+            "removed scores", "divergence", "half of the structures are drawn without it", "structures are drawn without it"
+        )
+    )
+    _screen_stage: Stage = PrivateAttr(
+        default_factory=lambda: Stage(
+            "divergence", "lost quality", "structures are judged on twice as many sentences", "models are chosen without it"
+        )
+    )
     _bill: "Bill | None" = PrivateAttr(default=None)
     _paid: dict[str, tuple[float, float]] = PrivateAttr(default_factory=dict)  # seconds and units so far, by kind of generation
     _ended: str = PrivateAttr(default="")
@@ -119,6 +141,13 @@ class Evolve(AbstractSpaceStrategy):
     def steps(self) -> tuple[Step, ...]:
         """Every kind of step that this strategy may use."""
         return (*super().steps, *(self._steps(Cut((), 0.5)) if self.rescoring and self.screens else ()))
+
+    @property
+    def deploys(self) -> tuple[Step, ...]:
+        """Every step of deploying that this strategy may use; of those that differ by layer, one of each kind."""
+        chains = self.space.possible_deploys()
+        first = [mixing.mixed(chains[one], scheme, [0]) for one, _, scheme in mixing.pairs(chains) if self.mixing]
+        return (*super().deploys, *{step.model_dump_json(): step for chain in first for step in chain[-1:]}.values())
 
     @property
     def studies(self) -> tuple[Survey | Profiling, ...]:
@@ -145,7 +174,10 @@ class Evolve(AbstractSpaceStrategy):
 
     def notes(self) -> list[str]:
         """What people should know of the last stage; each line is given once."""
-        said, self._notes[:] = list(self._notes), []
+        stages = (self._mass_stage, self._screen_stage)
+        said = [note for stage in stages for note in stage.notes]
+        for stage in stages:
+            stage.notes.clear()
         return said
 
     def _learn(self, candidates: Iterable[Candidate]) -> None:
@@ -172,8 +204,9 @@ class Evolve(AbstractSpaceStrategy):
         yield self._measured([first[at] for at in order][: max(self.population, len(plain))])
         if self.screens:
             yield self._screened([cut for cut in plain if cut.levels != self._sites.most])
-            if self.rescoring:
-                yield self._rescored(cut for cut in plain if self._divergences.get(cut, 0.0) > self.negligible)
+            lossy = [cut for cut in plain if self._divergences.get(cut, 0.0) > self.negligible]
+            if self.rescoring and (rescored := self._rescored(lossy)):
+                yield rescored
         yield self._promising()
         done: set[Levels] = set()
         while True:
@@ -183,6 +216,8 @@ class Evolve(AbstractSpaceStrategy):
                 yield from self._switched(done)
             elif self.screens:
                 yield self._screened(self._offspring())
+                if rescored := self._rescored(self._between()):
+                    yield rescored
             yield self._promising()
 
     def _measured(self, designs: Iterable[Design]) -> list[Proposal]:
@@ -206,6 +241,13 @@ class Evolve(AbstractSpaceStrategy):
 
         ordered = sorted(wanted, key=by_layer)
         return [Proposal(genome=Genome(steps=self._steps(cut)), screen=self._screen) for cut in ordered]
+
+    def _between(self) -> list[Cut]:
+        """Two cuts of the knapsack's, at prices between those of the best structures that lose something."""
+        prices = [self._sites.price(cut.levels) for cut in self._best_cuts() if self._divergences.get(cut, 0) > self.negligible]
+        if not (self.rescoring and prices):
+            return []
+        return [Cut(self._sites.knapsack(float(price))) for price in self._rng.uniform(min(prices), max(prices), size=2)]
 
     def _rescored(self, cuts: Iterable[Cut]) -> list[Proposal]:
         """Ask the nodes for structures as deep as these, found block by block."""
@@ -265,9 +307,27 @@ class Evolve(AbstractSpaceStrategy):
             Design(cut, training, deploy)
             for cut in self._best_cuts()
             for training in self.space.trainings
-            for deploy in deploys
+            for deploy in (*deploys, *self._mixed(cut))
         ]
         return [design for design in designs if design not in tried]
+
+    def _mixed(self, cut: Cut) -> list[str]:
+        """Of two precisions in which a structure was measured, a third or two thirds of the layers have the second one: those
+        with the highest scores that are left."""
+        measured = {design.deploy for design in self._believed().losses if design.cut == cut}
+        found, chains = [], self.space.possible_deploys()
+        for one, other, scheme in mixing.pairs(chains) if self.mixing else []:
+            if not {one, other} <= measured:
+                continue
+            order = np.argsort(-self._prediction.kept(*self._rows(cut.levels))[0], kind="stable")
+            for part in (1, 2):
+                layers = sorted(int(layer) for layer in order[: len(order) * part // 3])
+                name = f"{one} with {scheme} in layers {', '.join(map(str, layers))}"
+                if layers:
+                    chain = mixing.mixed(chains[one], scheme, layers)
+                    self._mixtures[name] = Mixture(chain, one, other, len(layers) / len(order))
+                    found.append(name)
+        return found
 
     def _offspring(self) -> list[Cut]:
         """New structures near the best ones: switched, crossed, and the knapsack's at prices between them."""
@@ -288,9 +348,9 @@ class Evolve(AbstractSpaceStrategy):
                     1e-9, self._sites.mass(self._sites.knapsack(self._sites.price(levels)))
                 )
         order = sorted(found, key=lambda levels: (found[levels], levels))
-        if not self._mass_ranks():
-            order = [order[int(at)] for at in self._rng.permutation(len(order))]
-        return [Cut(levels) for levels in order[: self.screens]]
+        by_mass = {TRUSTED: self.screens, WIDENED: self.screens // 2, LEFT_OUT: 0}[self._mass_trust()]
+        drawn = [order[by_mass:][int(at)] for at in self._rng.permutation(len(order[by_mass:]))]
+        return [Cut(levels) for levels in [*order[:by_mass], *drawn][: self.screens]]
 
     # --- what a generation costs ---
 
@@ -372,7 +432,8 @@ class Evolve(AbstractSpaceStrategy):
     @property
     def _screen(self) -> Screen:
         """The sample grows as the search goes on: what is chosen by one sample is soon chosen for that sample."""
-        return Screen(judge=self.judge * (1 + self._sample // 3), sample=self._sample)
+        wider = 1 if self._screen_stage.trust == TRUSTED else 2
+        return Screen(judge=wider * self.judge * (1 + self._sample // 3), sample=self._sample)
 
     def _reachable(self) -> list[float]:
         """The budgets, and the largest ones at which the leading ways to deploy keep to the targets of speed and size."""
@@ -417,10 +478,16 @@ class Evolve(AbstractSpaceStrategy):
 
     def _shape_of(self, levels: Levels, deploy: str, device: int = 0) -> tuple[float, float]:
         """Predicted latency in units of the base model's, and predicted bytes."""
-        prediction = self._predictions[device]
-        structure, chain = self._structures.structure(levels), self.space.possible_deploys()[deploy]
-        heads, ffn = np.array([structure.heads]), np.array([structure.ffn])
-        return float(prediction.latency(heads, ffn, chain)[0]), float(prediction.bytes(heads, ffn, chain)[0])
+        prediction, rows, chain = self._predictions[device], self._rows(levels), self._chain(deploy)
+        return float(prediction.latency(*rows, chain)[0]), float(prediction.bytes(*rows, chain)[0])
+
+    def _rows(self, levels: Levels) -> tuple[np.ndarray, np.ndarray]:
+        """(1, layers) heads and neurons, as a prediction wants them."""
+        structure = self._structures.structure(levels)
+        return np.array([structure.heads]), np.array([structure.ffn])
+
+    def _chain(self, deploy: str) -> tuple[Step, ...]:
+        return self._mixtures[deploy].chain if deploy in self._mixtures else self.space.possible_deploys()[deploy]
 
     def _parameters(self, levels: Levels) -> float:
         """Encoder parameters of a structure."""
@@ -460,7 +527,9 @@ class Evolve(AbstractSpaceStrategy):
             }
             screened = [(self._divergences[cut], loss) for cut, loss in untrained.items() if cut in self._divergences]
             masses = [(self._sites.mass(cut.levels), loss) for cut, loss in untrained.items()]
-            self._beliefs = Beliefs(losses, Curve.through(screened), Curve.through(masses), self._recovery(losses))
+            self._screen_stage.judge(screened)
+            curves = Curve.through(screened), Curve.through(masses)
+            self._beliefs = Beliefs(losses, *curves, self._recovery(losses), _offsets(losses))
         return self._beliefs
 
     def _best_cuts(self) -> list[Cut]:
@@ -476,13 +545,13 @@ class Evolve(AbstractSpaceStrategy):
     def _loss_of_cut(self, cut: Cut) -> float:
         """Expected lost tenths of the quality, untrained: by its divergence if it was screened, else by its removed scores."""
         beliefs = self._believed()
-        if cut in self._divergences:
+        if cut in self._divergences and self._screen_stage.trust != LEFT_OUT:
             return beliefs.by_divergence(self._divergences[cut])
         return beliefs.by_scores(self._sites.mass(cut.levels))
 
     def _expected(self, design: Design) -> list[np.ndarray]:
         """The vector of objectives that a design will have on each device, as far as can be told."""
-        losses = self._believed().losses
+        losses = {other: loss - self._offset(other.deploy) for other, loss in self._believed().losses.items()}
         alike = [loss for other, loss in losses.items() if other[:2] == design[:2]]
         order = list(self.space.trainings)
         if alike:
@@ -497,7 +566,15 @@ class Evolve(AbstractSpaceStrategy):
             for _ in range(order.index(design.training) - start):
                 loss = max(self._believed().recovery * loss, UNSETTLED)
         shapes = (self._shape_of(design.cut.levels, design.deploy, device) for device in range(len(self._devices)))
-        return [np.array(self._point(loss, *shape)) for shape in shapes]
+        return [np.array(self._point(loss + self._offset(design.deploy), *shape)) for shape in shapes]
+
+    def _offset(self, deploy: str) -> float:
+        """What a way to deploy is expected to lose more than others. A mixture loses by the layers of each precision."""
+        offsets = self._believed().offsets
+        if deploy in offsets or deploy not in self._mixtures:
+            return offsets.get(deploy, 0.0)
+        mixture = self._mixtures[deploy]
+        return (1 - mixture.share) * offsets.get(mixture.one, 0.0) + mixture.share * offsets.get(mixture.other, 0.0)
 
     def _recovery(self, losses: dict[Design, float]) -> float:
         """What part of a loss a training leaves: the median over structures that were measured before and after one."""
@@ -517,21 +594,10 @@ class Evolve(AbstractSpaceStrategy):
         rows = self.known.survey.train_rows if self.known.survey else 0
         return 1 + epochs * rows / ROWS
 
-    def _mass_ranks(self) -> bool:
-        """Whether what is free ranks structures as screening does, among those of a similar price."""
+    def _mass_trust(self) -> int:
+        """How far what is free is trusted to rank structures as screening does."""
         cuts = [cut for cut in self._divergences if not cut.share]
-        return self._ranks(
-            "removed scores", "divergence", [(self._sites.mass(cut.levels), self._divergences[cut]) for cut in cuts]
-        )
-
-    def _ranks(self, one: str, other: str, pairs: Sequence[tuple[float, float]]) -> bool:
-        if len(pairs) < LEAST_PAIRS:
-            return True
-        correlation = float(spearmanr(*zip(*pairs, strict=True)).statistic)
-        ranks = correlation >= RANKS
-        left_out = "" if ranks else "; it does not rank, so structures are drawn without it"
-        self._notes.append(f"rank correlation of {one} and {other} over {len(pairs)} structures: {correlation:.2f}{left_out}")
-        return ranks
+        return self._mass_stage.judge([(self._sites.mass(cut.levels), self._divergences[cut]) for cut in cuts])
 
     # --- genomes ---
 
@@ -543,7 +609,7 @@ class Evolve(AbstractSpaceStrategy):
 
     def _genome(self, design: Design) -> Genome:
         steps = (*self._steps(design.cut), *self.space.trainings[design.training])
-        return Genome(steps=steps, deploy=self.space.possible_deploys()[design.deploy])
+        return Genome(steps=steps, deploy=self._chain(design.deploy))
 
     def _parent(self, design: Design) -> str | None:
         """The measured candidate that was trained less, whose weights this one goes on from."""
@@ -586,6 +652,18 @@ class _Front:
             return 1.0
         assert self.known.base is not None
         return 1 + AIMED * 16 ** -front.missed_by(vector, self.known.objectives, self.known.base, self.known.target)
+
+
+def _offsets(losses: dict[Design, float]) -> dict[str, float]:
+    """By way to deploy, the mean difference to all ways in which the same model was measured; nearer to 0 where few were."""
+    models: dict[tuple[Cut, str], dict[str, float]] = {}
+    for design, loss in losses.items():
+        models.setdefault(design[:2], {})[design.deploy] = loss
+    differences: dict[str, list[float]] = {}
+    for found in models.values():
+        for deploy, loss in found.items():
+            differences.setdefault(deploy, []).append(loss - float(np.mean(list(found.values()))))
+    return {deploy: sum(each) / (len(each) + DRAWN) for deploy, each in differences.items()}
 
 
 def _kind(proposal: Proposal) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpc_compress import identity
+from hpc_compress.search import mixing
 from hpc_compress.types import BlockProfile, DeviceProfile, Step, Surveyed
 
 FARTHEST = 2.0  # times the longest and the largest batch that was timed: no prediction goes beyond
@@ -77,14 +78,17 @@ class Prediction:
     def latency_ms(self, heads: np.ndarray, ffn: np.ndarray, deploy: Sequence[Step] = ()) -> np.ndarray:
         """(structures,) milliseconds of one pass over the protocol's sample.
 
+        In a precision that differs by layer, each layer takes what it takes where all have its scheme.
+
         Raises: ValueError for a way to deploy that was not timed.
         """
-        times = self.times.get(_key(timed(deploy)))
-        if times is None:
-            raise ValueError(f"{_named(deploy)} was not timed on this device; take its profile again with this way to deploy")
-        heads, ffn = np.asarray(heads), np.asarray(ffn)
-        blocks = times.heads[heads].sum(1) + times.ffn[ffn].sum(1)
-        return times.fixed + heads.shape[1] * times.layer + blocks
+        plain, by_layer = mixing.parts(timed(deploy))
+        times, heads, ffn = self._times(plain), np.asarray(heads), np.asarray(ffn)
+        layers = times.layer + times.heads[heads] + times.ffn[ffn]
+        for layer, chain in by_layer.items():
+            own = self._times(chain)
+            layers[:, layer] = own.layer + own.heads[heads[:, layer]] + own.ffn[ffn[:, layer]]
+        return times.fixed + layers.sum(1)
 
     def latency(self, heads: np.ndarray, ffn: np.ndarray, deploy: Sequence[Step] = ()) -> np.ndarray:
         """(structures,) the same in units of the base model's time in fp32, as `search.objective.latency_of`."""
@@ -95,10 +99,31 @@ class Prediction:
 
         Raises: ValueError for a chain of deploying steps that the survey did not ask for.
         """
+        plain, by_layer = mixing.parts(deploy)
+        size, heads, ffn = self._sizes(plain), np.asarray(heads), np.asarray(ffn)
+        layers = size.per_head * heads + size.per_neuron * ffn
+        for layer, chain in by_layer.items():
+            own = self._sizes(chain)
+            layers[:, layer] = own.per_head * heads[:, layer] + own.per_neuron * ffn[:, layer]
+        return size.fixed + layers.sum(1)
+
+    def _times(self, deploy: Sequence[Step]) -> _Times:
+        times = self.times.get(_key(deploy))
+        if times is None:
+            raise ValueError(f"{_named(deploy)} was not timed on this device; take its profile again with this way to deploy")
+        return times
+
+    def _sizes(self, deploy: Sequence[Step]) -> _Bytes:
         size = self.sizes.get(_key(deploy))
         if size is None:
             raise ValueError(f"the survey knows no bytes of {_named(deploy)}; name this way to deploy in the survey")
-        return size.fixed + size.per_head * np.asarray(heads).sum(1) + size.per_neuron * np.asarray(ffn).sum(1)
+        return size
+
+    def kept(self, heads: np.ndarray, ffn: np.ndarray) -> np.ndarray:
+        """(structures, layers) share of the sum of all scores that stays in each layer."""
+        layers = np.arange(len(self.head_scores))
+        whole = self.head_scores[:, 0] + self.ffn_scores[:, 0]
+        return whole - self.head_scores[layers, heads] - self.ffn_scores[layers, ffn]
 
     def mass(self, heads: np.ndarray, ffn: np.ndarray) -> np.ndarray:
         """(structures,) share of the sum of all scores that goes when each layer keeps its units of the highest scores.
