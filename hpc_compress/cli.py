@@ -27,6 +27,7 @@ from hpc_compress.types import SearchError
 if TYPE_CHECKING:
     from hpc_compress.analysis import Reader
     from hpc_compress.driver import SearchSettings
+    from hpc_compress.tracking import Tracking
 
 USAGE = """hpc-compress COMMAND ...
 
@@ -270,9 +271,11 @@ def _run(cfg: Any) -> None:
 
     try:
         settings = _settings(cfg)
-        with Console(root) as progress:
+        with Console(root, _tracking(settings.config.tracking, root)) as progress:
             driver.search(settings, root, progress, accepted=accepted)
         _answer(root, analysis, export)
+        if progress.tracking is not None:
+            progress.tracking.close([root / name for name in analysis.FILES])
     except KeyboardInterrupt:
         log.error(f"interrupted; the same command goes on with it. Jobs on a cluster go on: hpc-compress cancel {_short(root)}")
         raise
@@ -283,6 +286,15 @@ def _run(cfg: Any) -> None:
         line = f"{_short(root)}: {_said(error)}"
         print(line, file=sys.stderr)  # not to the log: it lies in the run folder, which may not be ours
         write_atomically(Path(os.environ[NOTES], f"{code}-{secrets.token_hex(8)}"), line)
+
+
+def _tracking(kind: Any, root: Path) -> "Tracking | None":
+    if kind is None:
+        return None
+    from hpc_compress import tracking
+
+    tracking.require(kind)
+    return tracking.Tracking(kind, root)
 
 
 def _settings(cfg: Any) -> "SearchSettings":
@@ -372,11 +384,11 @@ class Console:
     """Progress for people: a line for each event. On a terminal, what the run has found so far and a bar for the step at work
     stay below these lines.
 
-    root: the run folder that is watched; None: there are only lines and the bar.
+    root: the run folder that is watched; None: there are only lines and the bar. tracking: looks at the run after each line.
     """
 
-    def __init__(self, root: Path | None = None) -> None:
-        self.root = root
+    def __init__(self, root: Path | None = None, tracking: "Tracking | None" = None) -> None:
+        self.root, self.tracking = root, tracking
 
     def __enter__(self) -> "Console":
         from rich.console import Console as Terminal
@@ -410,6 +422,8 @@ class Console:
         self._bar.update(self._row, visible=False)
         log.info(text)
         self._show(look=True)
+        if self.tracking is not None:
+            self.tracking.look()
 
     def working(self, what: str, done: int, total: int) -> None:
         self._bar.update(self._row, description=what, completed=done, total=total, visible=done < total)

@@ -134,6 +134,7 @@ class RunConfig(Record):
         default=(), description="files that hpc-compress profile wrote, of the devices that the model will run on"
     )
     report_candidates: int = Field(default=3, ge=1, description="fittest candidates measured on the report split")
+    tracking: Literal["mlflow", "clearml"] | None = Field(default=None, description="where people can also follow the search")
     report_front: bool = Field(default=False, description="measure the whole front on the report split too")
     force: bool = Field(default=False, description="go on with a base model that is no better than a constant answer")
     probe: bool = Field(default=True, description="try every kind of step on a few sentences before the first generation")

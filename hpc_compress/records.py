@@ -33,6 +33,7 @@ FREE = {
     "required_quality",
     "report_candidates",
     "report_front",
+    "tracking",
     "probe",
     "teacher_gb",
     "force",

@@ -1,7 +1,7 @@
 """From run folders to tables, plots and a status. Reads files only: imports no torch, and neither driver nor launchers."""
 
-from hpc_compress.analysis.candidates import load_runs
-from hpc_compress.analysis.compare import write_comparison
+from hpc_compress.analysis.candidates import load_runs, settings_of
+from hpc_compress.analysis.compare import points, write_comparison
 from hpc_compress.analysis.figures import plot
 from hpc_compress.analysis.report import FILES, as_text, on_targets, report, verdicts, write_report
 from hpc_compress.analysis.runs import Reader, Run, find_runs, open_run
@@ -19,7 +19,9 @@ __all__ = [
     "on_targets",
     "open_run",
     "plot",
+    "points",
     "report",
+    "settings_of",
     "status",
     "status_of",
     "verdicts",

@@ -26,6 +26,7 @@ from hpc_compress.analysis.figures import plain
 from hpc_compress.analysis.runs import Run, find_runs, open_runs
 from hpc_compress.config import ConfigError
 from hpc_compress.search import front
+from hpc_compress.search.objective import quality_of, speed_up
 from hpc_compress.store import write_atomically
 
 ENOUGH_PAIRS = 6  # with fewer, a two-sided Wilcoxon test can't give p < 0.05
@@ -105,6 +106,27 @@ def curve(run: Run) -> pd.DataFrame:
         rows[-1]["device_seconds"] += sum(run.seen[id].seconds for id in run.result.timed if id in run.seen)
         rows[-1]["hypervolume_report"] = _on_report(run)
     return pd.DataFrame(rows)
+
+
+def points(run: Run) -> list[dict[str, float]]:
+    """What a run knew after each generation, in numbers for a tracker: generation, device_hours, models that were measured,
+    hypervolume, and quality, speed_up and megabytes of the fittest model on the search split."""
+    found_points = []
+    fittest = {0: run.base_id} | {record.number: record.population[0] for record in run.generations if record.population}
+    for row in curve(run).to_dict("records"):
+        number = int(row["generation"])
+        point = {
+            "generation": number,
+            "device_hours": row["device_seconds"] / 3600,
+            "models": row["measured"],
+            "hypervolume": row["hypervolume_search"],
+        }
+        seen = run.seen.get(fittest.get(number, ""))
+        if seen is not None and seen.measurement is not None:
+            best = seen.measurement
+            point |= {"quality": quality_of(best), "speed_up": speed_up(best), "megabytes": best.model_bytes / 1e6}
+        found_points.append(point)
+    return found_points
 
 
 def _on_report(run: Run) -> float:
