@@ -695,7 +695,8 @@ def test_standard_errors_are_those_of_samples_drawn_row_by_row(name: str):
     value, error = metrics.difference(name, labels, one, other)
     assert value == pytest.approx(metrics.value(name, labels, one) - metrics.value(name, labels, other))
     assert error == pytest.approx(np.std(pairs), rel=0.2)
-    assert error < metrics.standard_errors([name], labels, one)[name]  # since they are right on the same examples
+    apart = [metrics.standard_errors([name], labels, answers)[name] for answers in (one, other)]
+    assert error < 0.9 * np.hypot(*apart)  # since they are right on many of the same examples
 
 
 def test_standard_errors_are_the_same_whenever_they_are_computed_and_none_where_nothing_varies():
