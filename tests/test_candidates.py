@@ -67,6 +67,12 @@ def test_every_column_has_its_type_whatever_is_missing(folder: Path, table: pd.D
     assert table["config.objective.a"].unique().tolist() == [5.0]
 
 
+def test_the_columns_are_documented():
+    page = (Path(__file__).parents[1] / "docs/results.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.partition("### Columns")[2].splitlines() if line.startswith("| `")]
+    assert [(name.strip("`"), kind, what) for name, kind, what in rows] == [(name, *said) for name, said in COLUMNS.items()]
+
+
 def test_a_half_written_run_is_shown_and_what_is_missing_is_named(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
