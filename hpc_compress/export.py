@@ -19,7 +19,7 @@ from hpc_compress.operators import foreign
 from hpc_compress.problems import Problem, problem
 from hpc_compress.search.objective import speed_up
 from hpc_compress.store import Store
-from hpc_compress.types import Task
+from hpc_compress.types import Measurement, Task
 
 CODE = "modeling_hpc_compress.py"
 # As in CODE, which can't be imported without torch.
@@ -231,6 +231,11 @@ def _code() -> Path:
     return Path(spec.submodule_search_locations[0]) / CODE
 
 
+def _with_error(name: str, measurement: Measurement) -> str:
+    error = measurement.standard_errors.get(name)
+    return f"{measurement.metrics[name]:.4f}" + ("" if error is None else f" ± {error:.4f} (standard error)")
+
+
 def card(run: runs.Run, candidate: str, target: Path) -> str:
     """A model card: where the model comes from, what was done to it, what was measured, how to load it."""
     reported = run.report_of(candidate)
@@ -242,7 +247,7 @@ def card(run: runs.Run, candidate: str, target: Path) -> str:
     split = "report" if task.split == "report" else "search"
     steps = (*task.genome.steps, *task.genome.deploy)
     figures = {
-        **{f"{name} ({split} split)": f"{value:.4f}" for name, value in measurement.metrics.items()},
+        **{f"{name} ({split} split)": _with_error(name, measurement) for name in measurement.metrics},
         "weights": f"{measurement.model_bytes / 1e6:.1f} MB",
         "parameters": f"{measurement.parameters / 1e6:.2f} M",
         "of them in the encoder": f"{measurement.encoder_parameters / 1e6:.2f} M",

@@ -191,6 +191,20 @@ class Opened:
     def taken(self) -> str:
         return self.tab.locator("article:not([hidden]) .taken").get_attribute("data-candidate")
 
+    def point_at(self, place: int) -> None:
+        """Move the mouse to a candidate in the first view, by its place in the table."""
+        self.tab.locator(".view0").scroll_into_view_if_needed()
+        where = """(wanted) => {
+            const plot = document.querySelector('.view0'), box = plot.getBoundingClientRect();
+            const {xaxis, yaxis} = plot._fullLayout;
+            const all = plot.data.flatMap((trace) =>
+                (trace.customdata || []).map((place, at) => [place, trace.x[at], trace.y[at]]));
+            const [, x, y] = all.find(([place]) => place === wanted);
+            return [box.left + xaxis._offset + xaxis.d2p(x), box.top + yaxis._offset + yaxis.d2p(y)];
+        }"""
+        self.tab.mouse.move(*self.tab.evaluate(where, place))
+        self.tab.wait_for_selector(".tip:not([hidden])")
+
     def move(self, name: str, value: float) -> None:
         self.tab.locator(f"article:not([hidden]) .limit.{name}").fill(str(value))
 
@@ -248,6 +262,24 @@ def test_the_page_is_legible_on_a_screen_and_on_a_telephone(browser: Any, runs: 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_point_says_its_structure_and_where_it_comes_from(browser: Any, runs: Path, page: Path, width: int):
+    opened, line = Opened(browser, page, width), hpc_compress.load_runs(runs / "made-0").iloc[:4]
+    opened.point_at(3)
+    said, box = opened.tab.locator(".tip").text_content(), opened.tab.locator(".tip").bounding_box()
+    for text in (
+        line["candidate"].iloc[3],
+        "heads 4-2",
+        "FFN 64-32",
+        "base model → plain_0 > quantize_plain → plain_1 → plain_2",
+    ):
+        assert text in said
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= width
+    assert not opened.wrong
+
+
+@pytest.mark.slow
 def test_the_answer_is_seen_without_scrolling(browser: Any, page: Path):
     opened = Opened(browser, page)
     for part in ("h1", ".cards", ".how pre"):
@@ -260,9 +292,8 @@ def test_nothing_of_a_hostile_run_runs(browser: Any, tmp_path: Path):
     root = tmp_path / "runs" / "<img src=x onerror=\"document.title='ran'\">"
     made.run(root, text=ATTACK, metric=ATTACK)
     opened = Opened(browser, written([root], tmp_path / "out"))
-    hover = "Plotly.Fx.hover(document.querySelector('.view0'), [{curveNumber: 1, pointNumber: 0}])"
-    opened.tab.evaluate(hover)
-    opened.tab.wait_for_selector(".view0 .hoverlayer text")
+    opened.point_at(3)
+    assert ATTACK in opened.tab.locator(".tip").text_content()
     opened.move("mb", 30)
     opened.tab.wait_for_timeout(300)
     assert opened.tab.locator("img, a[href], iframe, main script").count() == 0

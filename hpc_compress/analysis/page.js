@@ -1,30 +1,38 @@
 "use strict";
 // Draws the figures of the page and names the model within the reader's limits. All texts of a run are data: they are shown by
-// textContent, or escaped for Plotly, which reads some tags in its labels.
+// textContent, or escaped for Plotly, which reads some tags in its titles.
 const COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"];
 const SYMBOLS = ["circle", "triangle-up", "diamond", "triangle-down", "cross", "x"];
 const runs = JSON.parse(document.getElementById("data").textContent);
 const articles = [...document.querySelectorAll("article.run")];
 const escaped = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
-const wrapped = (text) => (String(text).match(/.{1,60}(\s|$)|.{1,60}/g) || []).map((line) => escaped(line.trim())).join("<br>");
 const quality = (point) => point.quality.toFixed(3) + (point.error === null ? "" : " ± " + point.error.toFixed(3));
 
-function lineage(points, place) {
-  const names = [];
-  for (let at = place; at >= 0 && names.length < 50; at = points[at].parent) names.unshift(points[at].added || "base model");
-  return names.join(" → ");
+// --- what a point is ---
+
+const tip = document.body.appendChild(Object.assign(document.createElement("div"), { className: "tip", hidden: true }));
+
+function about(run, place) {
+  const point = run.points[place], line = [];
+  for (let at = place; at >= 0 && line.length < 50; at = run.points[at].parent) line.unshift(run.points[at].added || "base model");
+  return [
+    point.id,
+    `${run.metric} ${quality(point)} on the search split` + (point.report === null ? "" : `, ${point.report.toFixed(3)} on the report split`),
+    `${point.speed.toFixed(2)}x as fast, ${point.mb.toFixed(1)} MB, deployed as ${point.deploy}`,
+    ...(point.heads ? [`heads ${point.heads}`, `FFN ${point.ffn}`] : []),
+    `generation ${point.generation}: ${line.join(" → ")}`,
+  ].join("\n");
 }
 
-function hover(run, place) {
-  const point = run.points[place];
-  const lines = [
-    `<b>${escaped(point.id)}</b>`,
-    `${escaped(run.metric)} ${quality(point)}` + (point.report === null ? "" : `; ${point.report.toFixed(3)} on the report split`),
-    `${point.speed.toFixed(2)}x, ${point.mb.toFixed(1)} MB, ${wrapped(point.deploy)}`,
-  ];
-  if (point.heads) lines.push("heads " + wrapped(point.heads), "FFN " + wrapped(point.ffn));
-  lines.push("generation " + point.generation + ": " + wrapped(lineage(run.points, place)));
-  return lines.join("<br>");
+function explain(plot, run) {
+  plot.on("plotly_hover", ({ points, event }) => {
+    tip.textContent = about(run, points[0].customdata);
+    tip.hidden = false;
+    const place = event ?? plot.getBoundingClientRect(), x = place.clientX ?? place.left, y = place.clientY ?? place.top;
+    tip.style.left = Math.max(6, Math.min(x + 14, document.documentElement.clientWidth - tip.offsetWidth - 6)) + "px";
+    tip.style.top = (y + 18 + tip.offsetHeight < innerHeight ? y + 18 : Math.max(6, y - tip.offsetHeight - 14)) + "px";
+  });
+  plot.on("plotly_unhover", () => (tip.hidden = true));
 }
 
 // --- views ---
@@ -58,13 +66,15 @@ function views(run, article) {
     const trace = (chosen, marker) => ({
       type: "scatter", mode: "markers", marker, cliponaxis: false,
       x: chosen.map((place) => figures[x].of(points[place])), y: chosen.map((place) => figures[y].of(points[place])),
-      text: chosen.map((place) => hover(run, place)), hoverinfo: "text",
-      error_y: { visible: y === "quality", array: chosen.map((place) => points[place].error || 0), thickness: 1, width: 2, color: marker.color },
+      customdata: chosen, hoverinfo: "none",
+      error_y: { visible: y === "quality" && chosen.some((place) => points[place].error !== null), array: chosen.map((place) => points[place].error || 0), thickness: 1, width: 2, color: marker.color },
     });
     const traces = groups.map(([chosen, marker]) => trace(chosen, marker));
     traces.push({ type: "scatter", mode: "markers", hoverinfo: "skip", x: [], y: [], marker: { size: 17, color: "rgba(0,0,0,0)", line: { color: COLORS[1], width: 2.5 } } });
     const axes = [x, y].map((name) => axis(figures[name].title, points.map(figures[name].of), figures[name].log));
-    draw(article.querySelector(".view" + number), traces, axes[0], axes[1]);
+    const plot = article.querySelector(".view" + number);
+    draw(plot, traces, axes[0], axes[1]);
+    explain(plot, run);
   });
 }
 
