@@ -34,12 +34,27 @@ COLUMNS = ["dataset", "cut", "peer", "seed", "lead"]
 # What a genome's steps are called in the table of the demo. Every cut is followed by a training, which goes without saying.
 STEPS = {
     "prune_0.25": "cut by a quarter",
+    "carve": "cut",
     "fine_tune": "",
     "distill": "distilled",
     "trim_vocabulary": "vocabulary trimmed",
     "quantize_onnx_int8": "int8 for ONNX Runtime",
+    "quantize_dynamic_int8": "dynamic int8",
+    "quantize_nf4": "4 bits (nf4)",
 }
 TIMES = {1: "", 2: " twice", 3: " three times"}
+STAGES = {  # of benchmarks/costs.py
+    "base": "base model: trained and measured; the teacher's outputs",
+    "survey": "scores and sizes",
+    "profile": "the device's profile",
+    "screen": "structures screened",
+    "rescore": "structures scored anew block by block",
+    "untrained": "models measured untrained",
+    "trained": "models trained and measured",
+    "again": "models timed again",
+    "report": "models measured on the report split",
+    "all": "all",
+}
 DATASETS = {"sst2": "SST-2", "trec6": "TREC-6", "stsb": "STS-B", "qqp_sample": "QQP sample", "cola": "CoLA"}
 METHODS = {
     OURS: "`prune` by parameters",
@@ -84,7 +99,14 @@ def demo(report: pd.DataFrame) -> str:
 def _described(genome: str) -> str:
     """A genome in words, such as `cut by a quarter twice, vocabulary trimmed`."""
     counts = Counter(genome.split(" > "))
-    return ", ".join(STEPS[step] + TIMES[count] for step, count in counts.items() if STEPS[step])
+    return ", ".join(_word(step) + TIMES[count] for step, count in counts.items() if _word(step))
+
+
+def _word(step: str) -> str:
+    name, _, share = step.partition("_")
+    if name == "prune" and step not in STEPS:
+        return f"cut block by block by {float(share):.0%}".replace("%", " %")
+    return STEPS[step]
 
 
 def most_cut(table: pd.DataFrame, share: float = 0.8) -> str:
@@ -242,10 +264,22 @@ def peers(table: pd.DataFrame) -> str:
     return pd.DataFrame(rows, columns=columns).to_markdown(index=False, disable_numparse=True)
 
 
+def costs(table: pd.DataFrame) -> str:
+    """What each stage of a search is estimated to cost."""
+    total = table[["tasks", "wall_s_1", "wall_s_many"]].sum()
+    rows = [
+        (STAGES[row["stage"]], int(row["tasks"]), f"{row['wall_s_1'] / 60:.1f}", f"{row['wall_s_many'] / 60:.1f}")
+        for row in [*table.to_dict("records"), {"stage": "all", **total}]
+    ]
+    columns = ["stage", "tasks", "one A100, min", f"{table['gpus'].iloc[0]} A100s, min"]
+    return pd.DataFrame(rows, columns=columns).to_markdown(index=False, disable_numparse=True)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "demo": lambda: demo(pd.read_csv(RESULTS / "report.csv")),
     "compression": lambda: sentences(read(RESULTS / "compression.csv")),
     "compression_peers": lambda: sentences(read(RESULTS / "compression_peers.csv")),
+    "costs": lambda: costs(pd.read_csv(RESULTS / "costs.csv")),
     "most cut": lambda: most_cut(read(RESULTS / "compression.csv")),
 }
 

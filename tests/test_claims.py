@@ -146,6 +146,21 @@ def test_the_table_of_the_demo_has_its_report_in_words(claims: Any):
     assert rows[3] == ["best: cut by a quarter twice, distilled", "0.858", "5.92", "10.7", "63", "6.45x"]
 
 
+def test_steps_of_evolve_have_words(claims: Any):
+    assert claims._described("carve > distill > distill > trim_vocabulary > quantize_dynamic_int8") == (
+        "cut, distilled twice, vocabulary trimmed, dynamic int8"
+    )
+    assert claims._described("prune_0.57 > distill > quantize_nf4") == "cut block by block by 57 %, distilled, 4 bits (nf4)"
+
+
+def test_the_operations_of_bert_base_are_those_that_are_known(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import costs
+
+    assert costs.Model(tokens=128).forward() == pytest.approx(22.4e9, rel=0.01)  # 11.2 G multiplications and additions
+    del sys.modules["costs"]
+
+
 def test_the_best_figure_of_each_dataset_is_marked(claims: Any):
     methods = {"base": 0.0, "ours, by parameters": 0.8, "Torch-Pruning Taylor": 0.8, "last layers": 0.8}
     table = pd.DataFrame(

@@ -123,6 +123,22 @@ def test_a_run_of_screens_alone_is_shown(root: Path, finished: Path):
     assert "best so far" in analysis.status(root)
 
 
+def test_costs_are_estimated_from_what_was_counted(finished: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import costs
+
+    run, setting = analysis.open_run(finished), costs.Setting(costs.Model(), 67_000, 1_000, 3.0)
+    one, many = (costs.stages(run, setting, gpus).set_index("stage") for gpus in (1, 64))
+    reported = len({run.base_id, *run.result.reported})
+    counted = {"base": 1, "survey": 1, "trained": 4, "report": reported}
+    assert {stage: one.loc[stage, "tasks"] for stage in counted} == counted
+    assert one.loc[["screen", "rescore"], "tasks"].sum() == 9
+    assert one["gpu_s"].sum() == pytest.approx(many["gpu_s"].sum())
+    assert many["wall_s"].sum() < one["wall_s"].sum()
+    double = costs.stages(run, costs.Setting(costs.Model(), 134_000, 1_000, 3.0), 1).set_index("stage")
+    assert double.loc["trained", "gpu_s"] > 1.8 * one.loc["trained", "gpu_s"], "its epochs are of all rows"
+
+
 # --- results of a front ---
 
 
