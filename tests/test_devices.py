@@ -17,7 +17,7 @@ from hpc_compress.launch.local import Debug
 from hpc_compress.search import front
 from hpc_compress.search.elsewhere import Elsewhere, views
 from hpc_compress.search.objective import speed_up
-from hpc_compress.search.prediction import Prediction
+from hpc_compress.search.prediction import Prediction, timed
 from hpc_compress.types import Candidate, DeviceProfile, Genome, Structure
 
 STRUCTURE = Structure(heads=(4, 2, 1), ffn=(256, 0, 64))
@@ -80,14 +80,18 @@ def with_structure(candidate: Candidate, screen: Any) -> Candidate:
 
 
 def test_evolve_searches_for_the_fronts_of_all_devices():
-    base = THERE.measured(candidate(world.SPACE.whole(world.SHAPE))).measurement
-    there = world.KNOWN.model_copy(update={"profile": ANOTHER, "base": base, "seen": THERE.measured})
+    chains = list(world.SPACE.possible_deploys().values())
+    blocks = tuple(world.block(timed(chain), factor) for chain, factor in zip(chains, (1, 0.3, 3), strict=True))
+    profile = world.PROFILE.model_copy(update={"device": "another", "blocks": blocks})  # on which another precision is fast
+    view = Elsewhere(profile, Prediction.of(world.SURVEY, profile))
+    base = view.measured(candidate(world.SPACE.whole(world.SHAPE))).measurement
+    there = world.KNOWN.model_copy(update={"profile": profile, "base": base, "seen": view.measured})
 
     def volume(*others: Any) -> float:
         """Of the front on the other device."""
         strategy = world.made("evolve", known=world.KNOWN.model_copy(update={"others": others}), population=2)
-        turns = list(world.play(strategy, 16, answer=with_structure))
-        found = [THERE.measured(c).measurement for turn in turns for c in turn.told if c.measurement]
+        turns = list(world.play(strategy, 12, answer=with_structure))
+        found = [view.measured(c).measurement for turn in turns for c in turn.told if c.measurement]
         return front.hypervolume(np.array([front.vector(m, base, there.objectives) for m in found]), there.objectives)
 
     assert volume(there) > volume()
