@@ -219,7 +219,7 @@ def _on(node: Node, launcher: ArrayLauncher, folder: Path, begin: float, seen: f
         "bitsandbytes",
         not node.bitsandbytes,
         node.bitsandbytes or f"{', '.join(SCHEMES)} work with a rest of {' and '.join(RESTS)}",
-        "install the bitsandbytes of pyproject.toml; or leave these precisions out: strategy.mutations.int8.weight=0",
+        "install the bitsandbytes of pyproject.toml; or leave these precisions out, as with strategy.space.deploys.nf4=null",
     )
 
 

@@ -144,7 +144,7 @@ def test_the_probe_tries_the_step_that_finds_structures():
 def test_a_target_draws_the_search_near_it():
     def missed(target: Target) -> float:
         known = world.KNOWN.model_copy(update={"target": target})
-        turns = played(16, known=known, population=2, switching=0, screens=12)  # more is open than can be measured
+        turns = played(10, known=known, population=2, switching=0, screens=8)  # more is open than can be measured
         found = [candidate.measurement for turn in turns[1:] for candidate in turn.told if candidate.measurement]
         return float(np.mean([front.missed(measurement, world.KNOWN.base, WANTED) for measurement in found]))
 
