@@ -233,13 +233,16 @@ def test_every_command_explains_itself(tmp_path: Path):
         overview = ask(tmp_path, *arguments)
         assert overview.code == 0
         assert all(command in overview.stdout for command in ("search", "status", "report", "export"))
-    for command in ("status", "cancel", "report", "compare", "export", "prefetch", "doctor", "profile"):
+    for command in ("status", "cancel", "report", "compare", "export", "benchmark", "prefetch", "doctor", "profile"):
         shown = ask(tmp_path, command, "--help")
         assert shown.code == 0
         assert any(example in shown.stdout for example in ("results/demo", "RUN", "model=bert_base"))
     unknown = ask(tmp_path, "serach")
     assert unknown.code != 0
-    assert "choose one of search, status, cancel, report, compare, export, prefetch, doctor, profile" in unknown.stderr
+    commands = "search, status, cancel, report, compare, export, benchmark, prefetch, doctor, profile"
+    assert f"choose one of {commands}" in unknown.stderr
+        "choose one of search, status, cancel, report, compare, export, benchmark, prefetch, doctor, profile" in unknown.stderr
+    )
 
 
 def test_prefetch_fetches_and_says_what_is_next(

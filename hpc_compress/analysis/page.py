@@ -17,9 +17,7 @@ from string import Template
 from typing import Any
 
 import pandas as pd
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+import yaml
 
 from hpc_compress import door
 from hpc_compress.analysis import candidates as tables
@@ -666,8 +664,8 @@ def _command(root: Path) -> str | None:
     """What was typed, as Hydra has recorded it."""
     try:
         text = door.read_bytes(door.inside(root, ".hydra", "overrides.yaml"), most=2**20).decode()
-        words = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-    except (OSError, ValueError, RecursionError, AttributeError, OmegaConfBaseException, YAMLError):
+        words = yaml.safe_load(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         return None
