@@ -53,16 +53,20 @@ class DatasetConfig(Record):
     text: str = Field(default="text", description="column of the text")
     text2: str | None = Field(default=None, description="column of the second text of a pair")
     label: str = Field(default="label", description="column of the label")
-    problem: str = Field(default="classification", description="what is predicted: classification or regression")
-    metrics: tuple[str, ...] = Field(
-        default=("accuracy",), min_length=1, description="the first one is the quality of the search"
+    problem: str = Field(
+        default="classification", description="what is predicted: classification, regression or token_classification"
+    )
+    metrics: tuple[str, ...] | None = Field(
+        default=None, min_length=1, description="the first one is the quality of the search; null: the one that fits the labels"
     )
     positive: str | None = Field(
         default=None, description="the class of the metric f1; null: class 1, or a class with a name such as duplicate"
     )
     where: str | None = Field(default=None, description="keep the rows for which this pandas query holds")
     encoding: str = Field(default="utf-8", description="of a csv or tsv file")
-    max_length: int = Field(default=128, ge=4, description="tokens; longer examples are cut")
+    max_length: int = Field(
+        default=128, ge=4, description="tokens; longer examples are cut, or read in several windows where tokens have labels"
+    )
     search_on: Literal["held_out", "validation"] = Field(
         default="held_out",
         description="score candidates on rows held out of train, or, as published, on the official validation split",
@@ -73,6 +77,12 @@ class DatasetConfig(Record):
     report_rows: float = Field(default=0.1, gt=0, description="the same for a report split, when there is no validation")
     max_train_rows: int | None = Field(default=None, ge=1, description="use a random part of train")
     max_search_rows: int | None = Field(default=None, ge=1, description="use a random part of the search split")
+
+    @field_validator("text", "text2", "label", mode="before")
+    @classmethod
+    def _name(cls, column: Any) -> Any:
+        """Columns without names have numbers, which the command line does not quote."""
+        return str(column) if type(column) is int else column
 
     @model_validator(mode="after")
     def _consistent(self) -> "DatasetConfig":

@@ -68,7 +68,7 @@ def load(config: DatasetConfig, seed: int, label_order: Sequence[str] = ()) -> t
         problem=config.problem,
         labels=labels,
         pair=config.text2 is not None,
-        metrics=config.metrics,
+        metrics=config.metrics or kind.default_metrics(labels),
         positive=kind.positive(labels, config),
         max_length=config.max_length,
     )
@@ -85,12 +85,15 @@ def _read(config: DatasetConfig, split: str) -> pd.DataFrame:
         raise ConfigError(f"dataset file {path} is a folder; give a csv, tsv or parquet file (a folder: dataset.path)")
     if not path.is_file():
         raise ConfigError(f"dataset file {path} does not exist; give an existing csv, tsv or parquet file")
+    kind = problem(config.problem)
     # As GLUE writes a tsv: a quotation mark is a plain character.
     styles = {".csv": {}, ".tsv": {"sep": "\t", "quoting": csv.QUOTE_NONE}}
     suffix = path.suffix.lower()
-    if suffix not in (*styles, ".parquet"):
-        raise ConfigError(f"dataset file {path} ends in {path.suffix!r}; allowed are .csv, .tsv and .parquet")
+    if suffix not in (allowed := (*styles, ".parquet", *kind.formats)):
+        raise ConfigError(f"dataset file {path} ends in {path.suffix!r}; allowed are {', '.join(allowed)}")
     try:
+        if (own := kind.read(path, config)) is not None:
+            return own
         if suffix == ".parquet":
             return _unique(pd.read_parquet(path), path)
         # Read as they stand, since pandas takes the words "null", "NA" and "None" for missing values.
@@ -148,8 +151,11 @@ def _read_hub(config: DatasetConfig, split: str) -> pd.DataFrame:
             f"{f' dataset.subset={shlex.quote(config.subset)}' if config.subset else ''}, with the other words of this search"
         ) from error
     table = rows.to_pandas()
-    if isinstance(rows.features.get(config.label), datasets.ClassLabel) and (table[config.label] != -1).any():
+    feature = rows.features.get(config.label)
+    if isinstance(feature, datasets.ClassLabel) and (table[config.label] != -1).any():
         table[config.label] = table[config.label].where(table[config.label] != -1)  # -1 stands for a missing class here
+    if isinstance(classes := getattr(feature, "feature", None), datasets.ClassLabel):  # of a list
+        table[config.label] = [[classes.int2str(int(id)) for id in ids] for ids in table[config.label]]
     return table
 
 
@@ -166,7 +172,7 @@ def _clean(table: pd.DataFrame, config: DatasetConfig, split: str) -> tuple[pd.D
             table = table.query(config.where)
         except Exception as error:
             raise ConfigError(f"dataset.where={config.where!r} is not a query that these rows understand: {error}") from None
-    table = pd.DataFrame({name: table[column] for name, column in columns.items()}).reset_index(drop=True)
+    table = pd.DataFrame({name: table[column] for name, column in columns.items()})
     cleaned = problem(config.problem).clean(table, config, split)
     missing = len(table) - len(cleaned)
     if missing > MOST_EMPTY * len(table):

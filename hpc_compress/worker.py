@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from hpc_compress import door, identity, measure, profiling, studies
@@ -82,7 +82,7 @@ def restore(root: Path, task: Task) -> None:
     """
     job = Job(Store(root), lambda what, done, total: None)
     folder = job.deployed(task)
-    job.tokenizer()
+    job.tokenizer(task)
     outcome = job.store.outcome(identity.task_id(task))
     if outcome is None or outcome.measurement is None:
         return
@@ -315,7 +315,7 @@ class Job:
             seed=identity.derive(task.seed, "step", prefix),
             teacher=lambda: self._base_model(task),
             taught=lambda: self._taught(task),
-            tokenizer=self.tokenizer,
+            tokenizer=lambda: self.tokenizer(task),
             block_times=lambda: self._block_times(task),
             given=identity.master_key(task, prefix[:-1]),
             kept=self._keep_last,
@@ -387,16 +387,16 @@ class Job:
 
     def _examples(self, task: Task, split: str, folder: Path | None = None) -> Encoded:
         """A split as the base model's tokenizer sees it, or as that of a deployed model in `folder` if it has one."""
-        own = folder is not None and sorted(folder.glob("tokenizer*"))
+        own = sorted(folder.glob("tokenizer*")) if folder is not None else []
         vocabulary = identity.files_hash(own) if own else "base"  # most candidates with a trimmed one share it
+        kind = problem(task.dataset.problem)
 
         def read() -> Encoded:
             if own:
-                # Without trust the config's code is not asked for; a tokenizer needs none of it.
-                tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+                tokenizer = kind.tokenizer(own[0].parent)
             else:
-                tokenizer = self._keep(("tokenizer",), self.tokenizer)
-            return problem(task.dataset.problem).encode(tokenizer, self._rows(task, split), task.dataset)
+                tokenizer = self._keep(("tokenizer",), lambda: self.tokenizer(task))
+            return kind.encode(tokenizer, self._rows(task, split), task.dataset)
 
         return self._keep(("examples", task.dataset.fingerprint, split, str(task.limit), vocabulary), read)
 
@@ -406,9 +406,9 @@ class Job:
 
         return self._keep(("rows", task.dataset.fingerprint, split, str(task.limit)), read)
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self, task: Task) -> Any:
         """The base model's; saved in full as an artifact of its own, since an export can't ask the checkpoint's type."""
-        tokenizer = AutoTokenizer.from_pretrained(self.store.root / "base", trust_remote_code=False)
+        tokenizer = problem(task.dataset.problem).tokenizer(self.store.root / "base")
         if not self.store.artifact("tokenizer"):
             with self.store.new_artifact("tokenizer") as folder:
                 tokenizer.save_pretrained(folder)

@@ -54,9 +54,9 @@ class Encoded:
             self,
             input_ids=self.input_ids[tokens],
             token_type_ids=None if self.token_type_ids is None else self.token_type_ids[tokens],
-            offsets=_offsets(self.lengths[rows]),
+            offsets=offsets_of(self.lengths[rows]),
             labels=self.labels[labels],
-            label_offsets=None if self.label_offsets is None else _offsets(np.diff(self.label_offsets)[rows]),
+            label_offsets=None if self.label_offsets is None else offsets_of(np.diff(self.label_offsets)[rows]),
             label_tokens=None if self.label_tokens is None else self.label_tokens[labels],
         )
 
@@ -65,14 +65,14 @@ class Encoded:
         return rows if self.label_offsets is None else _places(self.label_offsets, rows)
 
 
-def _offsets(counts: np.ndarray) -> np.ndarray:
+def offsets_of(counts: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
 def _places(offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Positions of all items of these rows; row i has those from offsets[i] to offsets[i + 1]."""
     counts = np.diff(offsets)[rows]
-    return np.repeat(offsets[rows] - _offsets(counts)[:-1], counts) + np.arange(counts.sum())
+    return np.repeat(offsets[rows] - offsets_of(counts)[:-1], counts) + np.arange(counts.sum())
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def encode(tokenizer, text: Sequence[str], text2: Sequence[str] | None, labels: 
     return Encoded(
         input_ids=np.concatenate(tokens["input_ids"]).astype(np.int32),
         token_type_ids=None if types is None else np.concatenate(types).astype(np.int8),
-        offsets=_offsets(np.array([len(ids) for ids in tokens["input_ids"]])),
+        offsets=offsets_of(np.array([len(ids) for ids in tokens["input_ids"]])),
         labels=labels.astype(np.float32 if labels.dtype.kind == "f" else np.int64),
         pad_id=tokenizer.pad_token_id,
     )

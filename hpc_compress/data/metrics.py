@@ -107,6 +107,17 @@ def _resampled(*columns: np.ndarray) -> Iterator[tuple[list[np.ndarray], np.ndar
         yield kept, counts
 
 
+def entity_f1(tags: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> float:
+    """F1 of entities, all kinds together: a found one counts if its first and last word and its kind are right.
+
+    tags, found: of each word of each sentence, such as O, B-PER, I-PER. As conlleval of CoNLL-2000, an I- after anything but
+    its own kind begins an entity, so older files (IOB1) and careless models are read too; and so are E- and S- (IOBES).
+    """
+    from seqeval.metrics import f1_score  # takes a second to import
+
+    return float(f1_score(tags, found, zero_division=0))
+
+
 def noise(name: str, score: float, rows: int) -> float:
     """Two standard errors of a score that comes from so many rows: of a share, or of a correlation near 0."""
     return 2 / np.sqrt(rows) if name in ("matthews", *CORRELATIONS) else 2 * np.sqrt(score * (1 - score) / rows)

@@ -59,7 +59,9 @@ def export(model: PreTrainedModel, outputs: Sequence[str]) -> Any:
     inputs = {"input_ids": ids, "attention_mask": (torch.arange(8) < torch.tensor([[8], [5]])).long()}
     if getattr(model.config, "type_vocab_size", 0) > 1:
         inputs["token_type_ids"] = torch.zeros_like(ids)
+    axes = {0: "batch", 1: "sequence"}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
+        answer = model.eval()(**inputs)
         # torch recommends its new exporter, which needs onnxscript too; the version that is pinned has both. And it warns of
         # every branch in the code that it traces.
         warnings.simplefilter("ignore")
@@ -70,7 +72,9 @@ def export(model: PreTrainedModel, outputs: Sequence[str]) -> Any:
             dynamo=False,
             input_names=list(inputs),
             output_names=list(outputs),
-            dynamic_axes={**{name: {0: "batch"} for name in outputs}, **{name: {0: "batch", 1: "sequence"} for name in inputs}},
+            # Of one vector for each token, the answer has three dimensions.
+            dynamic_axes=dict.fromkeys(inputs, axes)
+            | {name: axes if answer[name].ndim == 3 else {0: "batch"} for name in outputs},
         )
         return onnx.load(f"{folder}/{PROGRAM}")
 

@@ -20,8 +20,14 @@ from hpc_compress.models import modeling_hpc_compress as modeling
 from hpc_compress.models import surgery, zeros
 from hpc_compress.types import Structure
 
-STOCK: tuple[type[modeling.HpcCompressStockModel], ...] = (modeling.HpcCompressForSequenceClassification,)
-PROGRAMS: tuple[type[modeling.HpcCompressOnnxModel], ...] = (modeling.HpcCompressOnnxForSequenceClassification,)
+STOCK: tuple[type[modeling.HpcCompressStockModel], ...] = (
+    modeling.HpcCompressForSequenceClassification,
+    modeling.HpcCompressForTokenClassification,
+)
+PROGRAMS: tuple[type[modeling.HpcCompressOnnxModel], ...] = (
+    modeling.HpcCompressOnnxForSequenceClassification,
+    modeling.HpcCompressOnnxForTokenClassification,
+)
 Kind = TypeVar("Kind", bound=type[modeling.HpcCompressStockModel] | type[modeling.HpcCompressOnnxModel])
 WEIGHTS = modeling.WEIGHTS
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS)

@@ -19,9 +19,15 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
-from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput, TokenClassifierOutput
 from transformers.utils import cached_file
 
 # On a CPU it warns of each int8 layer in each forward, and of kernels that nobody asked for.
@@ -37,7 +43,7 @@ class Family:
 
     encoder: str  # from the task model to the base encoder
     layers: str  # from there to the list of layers
-    reader: str  # from the task model to the linear by which the task head reads the encoder's output
+    reader: str  # from the task model to the linear by which the task head of a whole text reads the encoder's output
     attention: str  # from a layer to the module that computes attention
     attention_in: tuple[str, ...]  # from a layer to the linears whose rows are heads; the last rows are the values'
     attention_out: str  # from a layer to each linear
@@ -272,6 +278,12 @@ class HpcCompressForSequenceClassification(HpcCompressStockModel):
     auto_class = AutoModelForSequenceClassification
 
 
+class HpcCompressForTokenClassification(HpcCompressStockModel):
+    """One label for each token."""
+
+    auto_class = AutoModelForTokenClassification
+
+
 class HpcCompressOnnxModel(PreTrainedModel):
     """A program for ONNX Runtime, on CPUs: it can't be trained, cut or quantized any more.
 
@@ -335,6 +347,14 @@ class HpcCompressOnnxForSequenceClassification(HpcCompressOnnxModel):
 
     auto_class = AutoModelForSequenceClassification
     answer = SequenceClassifierOutput
+    outputs = ("logits",)
+
+
+class HpcCompressOnnxForTokenClassification(HpcCompressOnnxModel):
+    """One label for each token."""
+
+    auto_class = AutoModelForTokenClassification
+    answer = TokenClassifierOutput
     outputs = ("logits",)
 
 
@@ -539,6 +559,8 @@ def hidden_dims(model: PreTrainedModel, family: Family) -> dict[str, list[int]]:
     is no part of the stream, nor are the heads' own features.
     """
     small, large = _shapes(model, family, 1), _shapes(model, family, 2)
+    # A head on single tokens has no pooler and no layers of its own: it reads the stream itself.
+    reader = family.reader if family.reader in dict(model.named_modules()) else "classifier"
     stack, numbers = f"{family.encoder}.{family.layers}.", origins(model, family)
     rows = {f"{path}.{name}" for path in (*family.attention_in, *family.positions) for name in ("weight", "bias")}
     found = {}
@@ -550,9 +572,9 @@ def hidden_dims(model: PreTrainedModel, family: Family) -> dict[str, list[int]]:
         grows = [dim for dim, (one, two) in enumerate(zip(small[stock], large[stock], strict=True)) if one != two]
         if inner in rows:
             grows = [dim for dim in grows if dim != 0]
-        elif inner == f"{family.attention_out}.weight" or path == f"{family.reader}.weight":
+        elif inner == f"{family.attention_out}.weight" or path == f"{reader}.weight":
             grows = [0] if inner else [1]
-        elif path == f"{family.reader}.bias" or not path.startswith(f"{family.encoder}."):
+        elif path == f"{reader}.bias" or not path.startswith(f"{family.encoder}."):
             grows = []
         if grows:
             found[path] = grows

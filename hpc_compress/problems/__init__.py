@@ -4,10 +4,15 @@ from hpc_compress.config import ConfigError
 from hpc_compress.problems.base import Problem
 from hpc_compress.problems.classification import Classification
 from hpc_compress.problems.regression import Regression
+from hpc_compress.problems.token_classification import TokenClassification
 
 __all__ = ["PROBLEMS", "Problem", "problem"]
 
-PROBLEMS: dict[str, Problem] = {"classification": Classification(), "regression": Regression()}
+PROBLEMS: dict[str, Problem] = {
+    "classification": Classification(),
+    "regression": Regression(),
+    "token_classification": TokenClassification(),
+}
 
 
 def problem(name: str) -> Problem:

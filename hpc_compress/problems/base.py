@@ -33,16 +33,24 @@ class Problem(ABC):
     program_class: ClassVar[str]  # likewise: one that is a program for ONNX Runtime
     head: ClassVar[str]  # how names of a checkpoint's weights begin when it brings a task head
     pipeline_tag: ClassVar[str]  # of a model card on the hub
+    formats: ClassVar[tuple[str, ...]] = ()  # endings of files that `read` may know, besides those of tables
 
     # --- rows ---
 
     def check(self, config: DatasetConfig) -> None:
         """Raises: ConfigError for settings that this kind of problem can't have."""
-        if odd := [name for name in config.metrics if name not in self.metrics]:
+        if odd := [name for name in config.metrics or () if name not in self.metrics]:
             raise ConfigError(
-                f"dataset: metrics={list(config.metrics)} do not fit problem={config.problem}, which has no {odd[0]}; "
+                f"dataset: metrics={list(config.metrics or ())} do not fit problem={config.problem}, which has no {odd[0]}; "
                 f"use {', '.join(self.metrics)}"
             )
+
+    def read(self, path: Path, config: DatasetConfig) -> pd.DataFrame | None:
+        """The table in a file of a format that only this kind of problem has; None for a csv, tsv or parquet table.
+
+        Raises: ValueError for a file that is not as its format wants it; UnicodeError for one of another encoding.
+        """
+        return None
 
     @abstractmethod
     def columns(self, config: DatasetConfig) -> dict[str, str]:
@@ -63,6 +71,10 @@ class Problem(ABC):
     @abstractmethod
     def targets(self, label: pd.Series, labels: tuple[str, ...], config: DatasetConfig, split: str) -> pd.Series:
         """What the column of labels becomes in the run folder. Raises: ConfigError for a label that has no meaning."""
+
+    def default_metrics(self, labels: tuple[str, ...]) -> tuple[str, ...]:
+        """The metrics of a dataset that names none."""
+        return self.metrics[:1]
 
     def positive(self, labels: tuple[str, ...], config: DatasetConfig) -> str | None:
         """The class that f1 is computed for; None without f1. Raises: ConfigError."""
@@ -92,6 +104,13 @@ class Problem(ABC):
         """The best score on each metric of a model that always gives the same answer."""
 
     # --- tensors ---
+
+    def tokenizer(self, folder: Path) -> Any:
+        """The tokenizer that is saved in a folder, as `encode` needs it."""
+        from transformers import AutoTokenizer
+
+        # Without trust the code that a config may name is not asked for; a tokenizer needs none of it.
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
     @abstractmethod
     def encode(self, tokenizer: Any, rows: pd.DataFrame, dataset: Dataset) -> "Encoded":
