@@ -392,10 +392,8 @@ class Job:
         kind = problem(task.dataset.problem)
 
         def read() -> Encoded:
-            if own:
-                tokenizer = kind.tokenizer(own[0].parent)
-            else:
-                tokenizer = self._keep(("tokenizer",), lambda: self.tokenizer(task))
+            base = ("tokenizer",), lambda: self.tokenizer(task)
+            tokenizer = kind.tokenizer(own[0].parent) if own else self._keep(*base)
             return kind.encode(tokenizer, self._rows(task, split), task.dataset)
 
         return self._keep(("examples", task.dataset.fingerprint, split, str(task.limit), vocabulary), read)

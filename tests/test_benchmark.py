@@ -20,7 +20,7 @@ from hpc_compress.models.gates import gated
 from hpc_compress.operators import operator
 from hpc_compress.problems import PROBLEMS
 from hpc_compress.pruning import cutting
-from hpc_compress.types import Step
+from hpc_compress.types import Dataset, Step
 
 CLASSIFICATION = PROBLEMS["classification"]
 
@@ -201,7 +201,9 @@ def test_an_untrained_cut_adds_one_row(bench: Any, model: nn.Module, tmp_path: P
     base = run.folder(data, bench.BASE)
     base.mkdir(parents=True)
     artifact.save(model, base)
-    monkeypatch.setattr(bench.Bench, "read", lambda self, data, seed: bench.Rows(examples(24), examples(24), 2))
+    dataset = Dataset(name="x", fingerprint="0" * 16, problem="classification", labels=("0", "1"), metrics=("matthews",))
+    rows = bench.Rows(examples(24), examples(24), dataset, pd.DataFrame({"label": examples(24).labels}))
+    monkeypatch.setattr(bench.Bench, "read", lambda self, data, seed: rows)
     for method in untrained.METHODS:
         said = [untrained.added(run, data, method, 0.5, 0) for _ in range(2)]
         assert said[-1].endswith("there already")

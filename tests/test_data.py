@@ -271,7 +271,7 @@ ROWS = numbered()
 MISTAKES: dict[str, tuple[str, str | pd.DataFrame | None, dict[str, Any], list[str]]] = {
     # what: (file, its content, settings, words of the message)
     "no such file": ("absent.csv", None, {}, ["absent.csv", "does not exist", "csv, tsv or parquet"]),
-    "unknown suffix": ("rows.json", "{}", {}, [".json", ".csv, .tsv and .parquet"]),
+    "unknown suffix": ("rows.json", "{}", {}, [".json", ".csv, .tsv, .parquet"]),
     "empty file": ("rows.csv", "", {}, ["rows.csv"]),
     "no rows": ("rows.csv", "text,label\n", {}, ["empty"]),
     "ragged lines": ("rows.csv", "text,label\na,0\nb,c,1\n", {}, ["rows.csv", "line 3"]),

@@ -31,8 +31,8 @@ EXAMPLE = """from transformers import AutoModelForTokenClassification, AutoToken
 
 model = AutoModelForTokenClassification.from_pretrained({path!r}, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained({path!r})
-tag = pipeline("token-classification", model=model, tokenizer=tokenizer, aggregation_strategy="first", ignore_labels=[])
-words = tag(["Some", "words"], is_split_into_words=True)"""
+tag = pipeline("token-classification", model=model, tokenizer=tokenizer, aggregation_strategy="first")
+entities = tag("a text")  # of words: tag([["a", "text"]], is_split_into_words=True)"""
 
 
 class TokenClassification(ClassProblem):
@@ -237,9 +237,8 @@ def _windows(starts: np.ndarray, room: int) -> list[tuple[int, int, int, int]]:
         # Whole words before the first one that is answered here, as many as fit into the context.
         begin = int(starts[np.searchsorted(starts, starts[core] - context)]) if core else 0
         last = begin + room
-        if end <= last:
-            core_end = len(starts) - 1
-        else:
+        core_end = len(starts) - 1
+        if end > last:
             core_end = max(core + 1, int(np.searchsorted(starts, last - context, "right")) - 1)
         windows.append((begin, min(end, last), core, core_end))
         core = core_end
