@@ -48,7 +48,8 @@ GROUPS = sorted({option.partition("=")[0] for option in OPTIONS})
 MISSING = {
     "dataset=file": ["dataset.train=rows.csv"],
     "dataset=tokens": ["dataset.train=rows.conll"],
-    "model=custom": ["model.path=my_model"]}  # values that are ???
+    "model=custom": ["model.path=my_model"],
+}  # values that are ???
 INNER = {"space": "strategy=random space@strategy.space"}  # groups that stand below another one
 PARTS = ("strategy", "objective", "launcher", "cluster")  # of the composed config; objects and no plain data
 

@@ -16,12 +16,14 @@ import tokenizers
 import torch
 from elsewhere import outputs_elsewhere
 from searches import Setup, story
+from seqeval.metrics import f1_score
+from sklearn.metrics import accuracy_score
+from sklearn.metrics import f1_score as sklearn_f1
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, pipeline
 
 from hpc_compress import analysis, export, measure, splits
 from hpc_compress.config import ConfigError, DatasetConfig, validate
-from hpc_compress.data import metrics
 from hpc_compress.data.batches import Encoded, eval_batches, train_batches
 from hpc_compress.models import artifact, modeling_hpc_compress, surgery
 from hpc_compress.models.gates import counts, gated
@@ -217,7 +219,46 @@ def test_the_f1_of_entities_is_as_counted_by_hand(seed: int):
     both[0][0] = both[1][0] = ["B-PER", "I-LOC", "I-LOC", "O", "I-PER", "B-PER"]
     mine, found = [{(row, *one) for row, tags in enumerate(side) for one in entities(tags)} for side in both]
     wanted = 2 * len(mine & found) / (len(mine) + len(found))
-    assert metrics.entity_f1(*both) == pytest.approx(wanted)
+    assert f1_score(*both) == pytest.approx(wanted)
+    table, dataset, answers = as_rows(both, tags, ("entity_f1", "accuracy", "macro_f1"))
+    found = TOKENS.score(dataset, table, np.eye(len(tags))[answers])
+    true, said = ([tag for row in side for tag in row] for side in both)
+    assert found == {
+        "entity_f1": pytest.approx(wanted),
+        "accuracy": pytest.approx(accuracy_score(true, said)),
+        "macro_f1": pytest.approx(sklearn_f1(true, said, average="macro")),
+    }
+
+
+def as_rows(both: list[list[list[str]]], tags: list[str], names: tuple[str, ...]) -> tuple[pd.DataFrame, Dataset, np.ndarray]:
+    """A table of sentences' tags, and answers to them."""
+    true, said = ([[tags.index(tag) for tag in row] for row in side] for side in both)
+    common: dict[str, Any] = {"name": "x", "fingerprint": "0" * 16, "problem": "token_classification"}
+    return pd.DataFrame({"label": true}), Dataset(labels=tuple(tags), metrics=names, **common), np.concatenate(said)
+
+
+@pytest.mark.slow
+def test_standard_errors_are_those_of_samples_of_sentences():
+    rng = random.Random(0)
+    true = [rng.choices(BIO, k=rng.randint(3, 9)) for _ in range(150)]
+    one, other = ([[tag if rng.random() < share else "O" for tag in row] for row in true] for share in (0.8, 0.7))
+    table, dataset, first = as_rows([true, one], list(BIO), ("entity_f1", "accuracy", "macro_f1"))
+    second = as_rows([true, other], list(BIO), ("accuracy",))[2]
+    drawn: dict[str, list[float]] = {name: [] for name in (*dataset.metrics, "difference")}
+    ends = table["label"].map(len).cumsum().to_numpy()
+    places = [range(end - len(row), end) for end, row in zip(ends, table["label"], strict=True)]
+    for _ in range(300):
+        rows = rng.choices(range(150), k=150)
+        said = [first[[word for row in rows for word in places[row]]], second[[word for row in rows for word in places[row]]]]
+        scores = [TOKENS.score(dataset, table.iloc[rows], np.eye(5)[answers]) for answers in said]
+        for name in dataset.metrics:
+            drawn[name].append(scores[0][name])
+        drawn["difference"].append(scores[0]["entity_f1"] - scores[1]["entity_f1"])
+    found = TOKENS.standard_errors(dataset, table, first)
+    difference, error = TOKENS.difference(dataset, table, first, second)
+    assert difference == pytest.approx(f1_score(true, one) - f1_score(true, other))
+    for name, value in {**found, "difference": error}.items():
+        assert value == pytest.approx(np.std(drawn[name]), rel=0.2)
 
 
 def test_the_first_metric_follows_the_tags_and_a_constant_answer_is_known(tmp_path: Path):
@@ -227,7 +268,8 @@ def test_the_first_metric_follows_the_tags_and_a_constant_answer_is_known(tmp_pa
     labels = tables["report"]["label"].to_list()
     constants = [[[tag] * len(row) for row in labels] for tag in BIO]
     named = [[BIO[id] for id in row] for row in labels]
-    assert found.trivial["report"]["entity_f1"] == max(metrics.entity_f1(named, constant) for constant in constants)
+    best = max(f1_score(named, constant, zero_division=0) for constant in constants)
+    assert found.trivial["report"]["entity_f1"] == pytest.approx(best)
     assert found.trivial["report"]["accuracy"] == pytest.approx(
         np.bincount(np.concatenate(labels)).max() / sum(map(len, labels))
     )

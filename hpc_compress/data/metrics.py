@@ -107,15 +107,35 @@ def _resampled(*columns: np.ndarray) -> Iterator[tuple[list[np.ndarray], np.ndar
         yield kept, counts
 
 
-def entity_f1(tags: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> float:
-    """F1 of entities, all kinds together: a found one counts if its first and last word and its kind are right.
+# --- of groups of answers, such as the words of a sentence: only whole groups are independent ---
 
-    tags, found: of each word of each sentence, such as O, B-PER, I-PER. As conlleval of CoNLL-2000, an I- after anything but
-    its own kind begins an entity, so older files (IOB1) and careless models are read too; and so are E- and S- (IOBES).
+
+def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """Kind, first and last word of each entity of a sentence.
+
+    tags: of each word, such as O, B-PER, I-PER. As in conlleval of CoNLL-2000, an I- after anything but its own kind begins an
+    entity, so older files (IOB1) and careless models are read too; and so are E- and S- (IOBES).
     """
-    from seqeval.metrics import f1_score  # takes a second to import
+    from seqeval.metrics.sequence_labeling import get_entities  # takes a second to import
 
-    return float(f1_score(tags, found, zero_division=0))
+    return set(get_entities(list(tags)))
+
+
+def mean_f1(counts: np.ndarray) -> np.ndarray:
+    """F1 = 2 right / (true + found), mean over the kinds that occur; 0 if none does.
+
+    counts: (..., kinds, 3), of each kind how many are right, how many there are, and how many were found.
+    """
+    both = counts[..., 1] + counts[..., 2]
+    kinds = (both > 0).sum(-1)
+    return (2 * counts[..., 0] / np.maximum(both, 1)).sum(-1) / np.maximum(kinds, 1)
+
+
+def resampled_counts(counts: np.ndarray) -> np.ndarray:
+    """Sums over samples of as many groups, with replacement. counts: (groups, ...). Returns: (RESAMPLES, ...)."""
+    random, groups = np.random.default_rng(0), len(counts)
+    drawn = (np.bincount(random.integers(groups, size=groups), minlength=groups) for _ in range(RESAMPLES))
+    return np.stack([np.tensordot(often, counts, 1) for often in drawn])
 
 
 def noise(name: str, score: float, rows: int) -> float:

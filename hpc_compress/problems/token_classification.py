@@ -114,26 +114,31 @@ class TokenClassification(ClassProblem):
     def numbered(self, label: pd.Series, ids: dict[str, int]) -> pd.Series:
         return label.map(lambda tags: [ids[tag] for tag in tags])
 
-    # --- scores ---
+    # --- scores: standard errors are of samples of sentences, since words of one sentence are not independent ---
 
     def score(self, dataset: Dataset, rows: pd.DataFrame, outputs: np.ndarray) -> dict[str, float]:
-        ends = rows["label"].map(len).cumsum().to_numpy()[:-1]
-        flat, found = np.concatenate(rows["label"].to_list()), outputs.argmax(-1)
+        return self._scores(dataset, rows, self.answers(dataset, rows, outputs))
 
-        def named(ids: np.ndarray) -> list[list[str]]:
-            names = np.array(dataset.labels, dtype=object)
-            return [names[part].tolist() for part in np.split(ids, ends)]
+    def answers(self, dataset: Dataset, rows: pd.DataFrame, outputs: np.ndarray) -> np.ndarray:
+        return outputs.argmax(-1)
 
-        of_words = metrics.compute([name for name in dataset.metrics if name != "entity_f1"], flat, outputs)
-        return {
-            name: of_words[name] if name in of_words else metrics.entity_f1(named(flat), named(found))
-            for name in dataset.metrics
-        }
+    def standard_errors(self, dataset: Dataset, rows: pd.DataFrame, answers: np.ndarray) -> dict[str, float]:
+        drawn = {name: metrics.resampled_counts(_counts(name, dataset, rows, answers)) for name in dataset.metrics}
+        return {name: float(np.std(metrics.mean_f1(counts), ddof=1)) for name, counts in drawn.items()}
+
+    def difference(self, dataset: Dataset, rows: pd.DataFrame, one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+        counts = np.stack([_counts(dataset.metrics[0], dataset, rows, answers) for answers in (one, other)], axis=1)
+        first, second = metrics.mean_f1(counts.sum(0))
+        drawn = metrics.mean_f1(metrics.resampled_counts(counts))
+        return float(first - second), float(np.std(drawn[:, 0] - drawn[:, 1], ddof=1))
 
     def trivial(self, dataset: Dataset, rows: pd.DataFrame) -> dict[str, float]:
-        flat, one_hot = np.concatenate(rows["label"].to_list()), np.eye(len(dataset.labels), dtype=np.float32)
-        scores = [self.score(dataset, rows, np.tile(one_hot[answer], (len(flat), 1))) for answer in np.unique(flat)]
+        flat = np.concatenate(rows["label"].to_list())
+        scores = [self._scores(dataset, rows, np.full(len(flat), answer)) for answer in np.unique(flat)]
         return {name: max(score[name] for score in scores) for name in dataset.metrics}
+
+    def _scores(self, dataset: Dataset, rows: pd.DataFrame, answers: np.ndarray) -> dict[str, float]:
+        return {name: float(metrics.mean_f1(_counts(name, dataset, rows, answers).sum(0))) for name in dataset.metrics}
 
     # --- tensors ---
 
@@ -202,6 +207,29 @@ def _items(value: Any) -> list[Any]:
 def _name_entities(labels: tuple[str, ...]) -> bool:
     """Whether tags mark where the names of things begin and go on."""
     return all(map(ENTITY.fullmatch, labels)) and any(label != "O" for label in labels)
+
+
+def _counts(name: str, dataset: Dataset, rows: pd.DataFrame, answers: np.ndarray) -> np.ndarray:
+    """(sentences, kinds, 3) of which a metric is the mean F1: how many are right, how many there are, how many were found. An
+    accuracy is the F1 of words, of which there are as many as are found.
+
+    answers: (words,) class ids.
+    """
+    sizes, labels = rows["label"].map(len).to_numpy(), np.concatenate(rows["label"].to_list())
+    if name == "entity_f1":
+        names, ends = np.array(dataset.labels, dtype=object), np.cumsum(sizes)[:-1]
+        pairs = zip(*(map(metrics.entities, np.split(names[ids], ends)) for ids in (labels, answers)), strict=True)
+        return np.array([[[len(true & found), len(true), len(found)]] for true, found in pairs])
+    kinds = len(dataset.labels) if name == "macro_f1" else 1
+    rows_of = np.repeat(np.arange(len(rows)), sizes)
+    right = labels == answers
+
+    def counted(chosen: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        places = rows_of[chosen] * kinds + (ids[chosen] if kinds > 1 else 0)
+        return np.bincount(places, minlength=len(rows) * kinds).reshape(len(rows), kinds)
+
+    every = np.ones(len(labels), dtype=bool)
+    return np.stack([counted(right, labels), counted(every, labels), counted(every, answers)], axis=-1)
 
 
 def _pieces(tokenizer: Any, texts: list[list[str]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
