@@ -245,8 +245,6 @@ def test_every_command_explains_itself(tmp_path: Path):
     assert unknown.code != 0
     commands = "search, status, cancel, report, compare, export, benchmark, prefetch, doctor, profile"
     assert f"choose one of {commands}" in unknown.stderr
-        "choose one of search, status, cancel, report, compare, export, benchmark, prefetch, doctor, profile" in unknown.stderr
-    )
 
 
 def test_prefetch_fetches_and_says_what_is_next(

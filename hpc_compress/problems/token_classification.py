@@ -218,7 +218,8 @@ def _counts(name: str, dataset: Dataset, rows: pd.DataFrame, answers: np.ndarray
     sizes, labels = rows["label"].map(len).to_numpy(), np.concatenate(rows["label"].to_list())
     if name == "entity_f1":
         names, ends = np.array(dataset.labels, dtype=object), np.cumsum(sizes)[:-1]
-        pairs = zip(*(map(metrics.entities, np.split(names[ids], ends)) for ids in (labels, answers)), strict=True)
+        mine, others = ([metrics.entities(tags) for tags in np.split(names[ids], ends)] for ids in (labels, answers))
+        pairs = zip(mine, others, strict=True)
         return np.array([[[len(true & found), len(true), len(found)]] for true, found in pairs])
     kinds = len(dataset.labels) if name == "macro_f1" else 1
     rows_of = np.repeat(np.arange(len(rows)), sizes)
