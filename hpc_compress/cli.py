@@ -563,12 +563,20 @@ def _export(arguments: list[str]) -> None:
         help="run the operators and criteria outside this package that the run names, read the corpus files that it names, "
         "and export the files that these operators wrote; use it only for runs of people whom you trust",
     )
+    parser.add_argument(
+        "--to",
+        choices=["transformers", "onnx"],
+        default="transformers",
+        help="transformers: the model as it was measured; onnx: the same as a program for ONNX Runtime, for a candidate in "
+        "fp32, bf16, fp16 or onnx_int8. Both load with transformers",
+    )
     options = parser.parse_args(arguments)
     from hpc_compress import export
 
     if options.trust:
         find_own_modules()
-    print(export.export(options.run, options.folder, options.candidate, options.trust))
+    export.export(options.run, options.folder, options.candidate, options.trust, options.to, check=True)
+    print(f"{_short(options.folder)}: loaded again, and its answers are those of the model in the run folder")
 
 
 BENCHMARK = """examples:

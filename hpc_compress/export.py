@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hpc_compress import door, identity
 from hpc_compress.analysis import found, runs
@@ -19,7 +19,7 @@ from hpc_compress.operators import foreign
 from hpc_compress.problems import Problem, problem
 from hpc_compress.search.objective import speed_up
 from hpc_compress.store import Store
-from hpc_compress.types import Measurement, Task
+from hpc_compress.types import Measurement, SearchError, Task
 
 CODE = "modeling_hpc_compress.py"
 # As in CODE, which can't be imported without torch.
@@ -39,6 +39,7 @@ TOKENIZER = (
 )
 USED = ("artifacts", "base", "data", "teacher", "checkpoints", "block_times", "locks")  # folders of a run
 EXTRAS = "files_of_operators"  # in an export's config.json: what operators of a user's own wrote
+Form = Literal["transformers", "onnx"]
 LEAD_TO_CODE = (
     "auto_map",
     "custom_pipelines",
@@ -53,15 +54,19 @@ LEAD_TO_CODE = (
 log = logging.getLogger(__name__)
 
 
-def export(root: Path, target: Path, candidate: str | None = None, trust: bool = False) -> Path:
+def export(
+    root: Path, target: Path, candidate: str | None = None, trust: bool = False, to: Form = "transformers", check: bool = False
+) -> Path:
     """Export a candidate of a finished run, by default the one nearest to the targets if the run has any, else the fittest.
 
     The run folder is taken as a stranger's.
     trust: use what the run names that is no part of this program (operators, criteria, the file of a corpus), and ship the
     files that such operators wrote.
+    to: transformers, the model as it was measured; onnx, the same as a program for ONNX Runtime.
+    check: load what was written and compare its answers with those of the model in the run folder. This needs torch.
 
     Raises: ConfigError for an unknown candidate, a target that holds something else, or a run that needs trust;
-    DamageError for a run with damaged files.
+    DamageError for a run with damaged files; SearchError where the answers differ.
     """
     [run] = runs.open_runs([root])
     if candidate is None:
@@ -106,10 +111,36 @@ def export(root: Path, target: Path, candidate: str | None = None, trust: bool =
             (draft / "tokenizer_config.json").write_text(json.dumps(safe, indent=2) + "\n", encoding="utf-8")
         shutil.copyfile(_code(), draft / CODE)
         (draft / "README.md").write_text(card(run, named[0], target), encoding="utf-8")
+        if check or to == "onnx":
+            _deliver(draft, problem(run.plan.dataset.problem), extras, to, check)
         _swap(draft, place)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return target
+
+
+def _deliver(draft: Path, kind: Problem, extras: list[str], to: Form, check: bool) -> None:
+    """Turn a draft into the form that is wanted, and prove it.
+
+    Raises: ConfigError for a model that can't have this form, SearchError where the answers differ, DamageError where what lies
+    in the run folder is no model.
+    """
+    from hpc_compress import delivery
+
+    try:
+        wanted = delivery.answers(draft) if check else []
+        if to == "onnx":
+            delivery.as_program(draft)
+            config = _config(door.json_object(draft / "config.json"), kind, draft, extras)
+            (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if check:
+            delivery.check(draft, kind, wanted)
+    except (ConfigError, DamageError, SearchError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno:
+            raise  # of the disk
+        raise DamageError(f"the model can't be loaded: {door.one_line(str(error))}") from error
 
 
 def _swap(draft: Path, place: Path) -> None:

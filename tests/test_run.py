@@ -19,10 +19,12 @@ from typing import Any
 import light
 import pandas as pd
 import pytest
+import torch
 from searches import Setup, story
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hpc_compress
-from hpc_compress import analysis, cli, export, guard, identity
+from hpc_compress import analysis, cli, delivery, export, guard, identity
 from hpc_compress.analysis import found
 from hpc_compress.config import ConfigError
 from hpc_compress.launch import Ended, packed
@@ -390,6 +392,34 @@ def test_an_exported_model_answers_as_it_was_measured(finished: Path, tmp_path: 
     model, tokenizer = hpc_compress.load_model(target), AutoTokenizer.from_pretrained(target)
     answers = model(**tokenizer(rows["text"].tolist(), padding=True, return_tensors="pt")).logits.argmax(-1).numpy()
     assert (answers == rows["label"]).mean() == pytest.approx(run.report_of(run.result.best).measurement.metrics["accuracy"])
+
+
+def test_an_export_as_a_program_says_what_the_model_says(finished: Path, tmp_path: Path):
+    pytest.importorskip("onnxruntime")
+    table = hpc_compress.load_runs(finished)
+    whole = table[table["deploy"] == "fp32"]["candidate"].iloc[-1]
+    folder = export.export(finished, tmp_path / "program", whole, to="onnx")
+    assert (folder / "model.onnx").is_file()
+    assert not (folder / "model.safetensors").exists()
+    model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
+    plain = AutoModelForSequenceClassification.from_pretrained(
+        export.export(finished, tmp_path / "plain", whole), trust_remote_code=True
+    )
+    inputs = AutoTokenizer.from_pretrained(folder)(["a good film", "a dull plot"], return_tensors="pt")
+    torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits.detach(), atol=1e-5, rtol=1e-4)
+    small = table[table["deploy"].str.contains("nf4|int8")]["candidate"]
+    if len(small):
+        with pytest.raises(ConfigError, match="ONNX does not know; export a candidate in fp32"):
+            export.export(finished, tmp_path / "small", small.iloc[0], to="onnx")
+        assert not (tmp_path / "small").exists()
+
+
+def test_an_export_that_is_not_the_model_is_not_written(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    said = delivery.answers
+    monkeypatch.setattr(delivery, "answers", lambda folder: [answer + 0.01 for answer in said(folder)])
+    with pytest.raises(SearchError, match=r"answers differ by 0\.01"):
+        export.export(finished, tmp_path / "model", check=True)
+    assert not any(tmp_path.iterdir())
 
 
 def test_tasks_that_share_a_master_stay_together():

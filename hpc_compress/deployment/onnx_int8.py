@@ -41,6 +41,16 @@ def convert(
     return kind(config, _rounded(export(model, kind.outputs), set(linears))).eval()
 
 
+def program(model: PreTrainedModel) -> HpcCompressOnnxModel:
+    """All of an fp32 model in fp32. `model` can't be used afterwards.
+
+    Raises: ValueError for a model that does not fit into one file.
+    """
+    kind = artifact.kind_of(model, artifact.PROGRAMS)
+    config = artifact.describe(model, kind, {}, [surgery.all_parameters(model), surgery.encoder_parameters(model)])
+    return kind(config, export(model.cpu(), kind.outputs).SerializeToString()).eval()
+
+
 def export(model: PreTrainedModel, outputs: Sequence[str]) -> Any:
     """The model as an `onnx.ModelProto` for batches and sequences of any length.
 

@@ -1,0 +1,67 @@
+"""What an export does with a model besides copying it: writes it as a program for ONNX Runtime, and proves what was written."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from hpc_compress.config import ConfigError
+from hpc_compress.deployment import onnx_int8
+from hpc_compress.models import artifact
+from hpc_compress.models import modeling_hpc_compress as modeling
+from hpc_compress.problems import Problem
+from hpc_compress.types import SearchError
+
+SAME = 1e-4  # most that answers may differ by, over the largest of them: a program adds in another order
+
+
+def answers(folder: Path) -> list[torch.Tensor]:
+    """What the model of an export says to two texts of random tokens, of which one is padded."""
+    return _answers(artifact.load(folder))
+
+
+def as_program(folder: Path) -> None:
+    """Turn an export into one of a program: model.onnx takes the place of its weights, and config.json says so.
+
+    Raises: ConfigError for a model in a precision that no program can have.
+    """
+    model = artifact.load(folder)
+    if artifact.is_program(model):
+        return
+    schemes = sorted({scheme for module in model.modules() if (scheme := modeling.scheme_of(module))})
+    if schemes:
+        raise ConfigError(
+            f"this model is in {', '.join(schemes)}, which ONNX does not know; export a candidate in fp32, bf16, fp16 or "
+            "onnx_int8 (column `deploy` of candidates.csv), or leave --to=onnx out"
+        )
+    try:
+        onnx_int8.program(model.float()).save_pretrained(folder)
+    except ImportError as error:
+        raise ConfigError(f"--to=onnx needs the extra onnx ({error}); pip install 'hpc-compress[onnx]'") from error
+    (folder / artifact.WEIGHTS).unlink()
+
+
+def check(folder: Path, problem: Problem, wanted: Sequence[torch.Tensor]) -> None:
+    """Load an export as its users do, and compare its answers with what the model said before.
+
+    Raises: SearchError when they differ.
+    """
+    auto_class: Any = getattr(transformers, problem.auto_class)
+    got = _answers(auto_class.from_pretrained(folder, trust_remote_code=True))
+    scale = max(1.0, *(float(one.abs().max()) for one in wanted))
+    apart = max(float((one.float() - other.float()).abs().max()) for one, other in zip(wanted, got, strict=True)) / scale
+    if not apart <= SAME:
+        raise SearchError(f"the exported model's answers differ by {apart:.2g} from those before; nothing was written")
+
+
+@torch.inference_mode()
+def _answers(model: PreTrainedModel) -> list[torch.Tensor]:
+    config = model.config
+    stock = config.stock if isinstance(config.to_dict().get("stock"), dict) else config.to_dict()
+    ids = 5 + torch.arange(16).view(2, 8) % (int(stock["vocab_size"]) - 5)
+    mask = (torch.arange(8) < torch.tensor([[8], [5]])).long()
+    answer = model.eval()(input_ids=ids, attention_mask=mask)
+    return [value for value in answer.values() if isinstance(value, torch.Tensor)]
