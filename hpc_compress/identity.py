@@ -4,6 +4,7 @@ import hashlib
 import json
 import struct
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from pydantic import BaseModel
@@ -21,6 +22,8 @@ FIRST_NAMES = {"hidden_distance": "closeness"}
 
 
 def _plain(value: Any) -> Any:
+    if type(value) in (str, int, bool, NoneType):  # most values; a reader of a long run asks for millions
+        return value
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json")
     if isinstance(value, dict):
