@@ -209,6 +209,7 @@ def test_no_group_can_write_where_a_start_has_made_folders(ask: Ask, tmp_path: P
     assert not [path for path in (tmp_path / "results", *made) if path.stat().st_mode & 0o022]
 
 
+@pytest.mark.slow
 def test_the_settings_of_a_run_are_kept_and_a_refused_change_leaves_them(
     ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

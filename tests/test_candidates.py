@@ -101,6 +101,7 @@ def test_a_csv_and_a_parquet_file_hold_the_same_table(folder: Path, tmp_path: Pa
     assert hpc_compress.best(text)["candidate"] == hpc_compress.best(both)["candidate"]
 
 
+@pytest.mark.slow
 def test_tables_are_read_without_torch(folder: Path):
     script = f"import sys, hpc_compress as h; h.best(h.load_runs({str(folder)!r})); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)

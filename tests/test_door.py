@@ -59,7 +59,13 @@ READERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+LONG = ("report",)  # which draws
+
+
+@pytest.mark.parametrize(
+    "reader",
+    [pytest.param(reader, id=name, marks=[pytest.mark.slow] * (name in LONG)) for name, reader in READERS.items()],
+)
 def test_nothing_that_a_run_names_is_run(root: Path, reader: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch):
     (root.parent / "planted.py").write_text("open('ran', 'w').close()\ndef objective(*args): open('ran', 'w').close()\n")
     monkeypatch.chdir(root.parent)
@@ -344,8 +350,9 @@ def answered(root: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("run.json", "outcome")),  # they have many numbers
-        *("result.json", "driver.json", "generations/0001.json", "jobs/a/submission.json", "jobs/a/ends.json"),
+        # They have many numbers.
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("run.json", "outcome", "driver.json", "jobs/a/ends.json")),
+        *("result.json", "generations/0001.json", "jobs/a/submission.json"),
     ],
 )
 def test_a_number_of_any_size_is_answered(root: Path, name: str, monkeypatch: pytest.MonkeyPatch):
@@ -375,7 +382,8 @@ def test_a_split_without_the_scores_of_a_constant_answer_is_damage(root: Path):
         analysis.write_report([root], root / "out")
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.slow
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_change_of_a_record_is_answered(finished: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject):
     root = Path(shutil.copytree(finished, tmp_path_factory.mktemp("fuzz") / "run"))

@@ -92,6 +92,7 @@ def light_setup(tmp_path_factory: pytest.TempPathFactory, compose: Any) -> Setup
 # --- whole searches ---
 
 
+@pytest.mark.slow
 def test_a_search_on_pbs_in_a_folder_of_any_name_equals_one_in_a_process(light_setup: Setup, pbs: Path, tmp_path: Path):
     light_setup.run(tmp_path / "wanted", launcher=Debug(worker="light.run"))
     root = tmp_path / "a b'c\"d 日本 $(touch oops) `id` ; % \\"
