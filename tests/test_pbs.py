@@ -105,6 +105,7 @@ def test_a_search_on_pbs_in_a_folder_of_any_name_equals_one_in_a_process(light_s
     assert not Path("oops").exists()
 
 
+@pytest.mark.slow
 def test_a_driver_that_was_killed_finds_its_jobs_again(light_setup: Setup, pbs: Path, tmp_path: Path):
     light_setup.run(tmp_path / "wanted", launcher=Debug(worker="light.run"))
     root = tmp_path / "results/test"
@@ -131,7 +132,7 @@ def test_a_driver_that_was_killed_finds_its_jobs_again(light_setup: Setup, pbs: 
     assert len(sent) == len(set(sent)), "a task was sent twice"
 
 
-@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("kept", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_jobs_are_found_by_their_name_where_the_id_was_not_written_down(pbs: Path, tmp_path: Path, kept: bool):
     """While they are in the queue, and when they have ended. Without a history of jobs, their outcomes show it."""
     before = Run(tmp_path / "run")
@@ -160,12 +161,12 @@ def _letters(pbs: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("fault", "state", "mem_mb"),
     [
-        ("-27", "OUT_OF_MEMORY -27", 2048),
         ("265", "FAILED 265", 2048),  # by signal 9
-        ("-29", "TIMEOUT -29", 1024),
-        ("271", "TERMINATED 271", 1024),
-        ("3", "FAILED 3", 1024),
-        ("forget", "LOST ", 1024),
+        pytest.param("-27", "OUT_OF_MEMORY -27", 2048, marks=pytest.mark.slow),
+        pytest.param("-29", "TIMEOUT -29", 1024, marks=pytest.mark.slow),
+        pytest.param("271", "TERMINATED 271", 1024, marks=pytest.mark.slow),
+        pytest.param("3", "FAILED 3", 1024, marks=pytest.mark.slow),
+        pytest.param("forget", "LOST ", 1024, marks=pytest.mark.slow),
     ],
 )
 def test_a_job_that_dies_is_sent_again(pbs: Path, tmp_path: Path, fault: str, state: str, mem_mb: int):
@@ -179,6 +180,7 @@ def test_a_job_that_dies_is_sent_again(pbs: Path, tmp_path: Path, fault: str, st
     assert all(submission.exclude == () for submission in run.submissions), "qsub can't leave nodes out"
 
 
+@pytest.mark.slow
 def test_where_no_history_is_kept_a_dead_job_is_lost_after_a_while(pbs: Path, tmp_path: Path):
     (pbs / "faults").write_text("3")
     (pbs / "no_history").touch()
@@ -187,6 +189,7 @@ def test_where_no_history_is_kept_a_dead_job_is_lost_after_a_while(pbs: Path, tm
     assert len(run.said("lost, LOST")) == 1
 
 
+@pytest.mark.slow
 def test_a_job_that_the_server_gave_up_on_is_cancelled_and_sent_again(pbs: Path, tmp_path: Path):
     (pbs / "hold").touch()
     run = Run(tmp_path / "run")
