@@ -151,7 +151,7 @@ def test_every_page_has_what_we_expect_to_check():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..., Path]) -> Path:
-    """A folder that has what the documents call path/or/hub-name, reviews.csv, pairs.csv, and the examples."""
+    """A folder that has what the documents call path/or/hub-name, reviews.csv, pairs.csv, names.conll, and the examples."""
     folder = tmp_path_factory.mktemp("place")
     model = tiny_checkpoint("bert", layers=3, heads=4, hidden=128, ffn=64, head=False)
     shutil.copytree(model, folder / "path/or/hub-name")
@@ -162,6 +162,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..
     pd.DataFrame({"review": [" ".join(row) for row in said], "stars": stars}).to_csv(folder / "reviews.csv", index=False)
     pairs = pd.DataFrame({"one": [f"{a} {n}" for n, (a, _) in enumerate(said)], "other": [b for _, b in said]})
     pairs.assign(score=[star + words.random() for star in stars]).to_csv(folder / "pairs.csv", index=False)
+    lines = [[f"{word}\tN{len(word)}\t{'B-THING' if word in ('film', 'plot') else 'O'}\n" for word in row] for row in said]
+    (folder / "names.conll").write_text("\n".join(map("".join, lines)))
     return folder
 
 

@@ -5,7 +5,7 @@ References:
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -110,7 +110,7 @@ def _resampled(*columns: np.ndarray) -> Iterator[tuple[list[np.ndarray], np.ndar
 # --- of groups of answers, such as the words of a sentence: only whole groups are independent ---
 
 
-def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+def entities(tags: Iterable[str]) -> set[tuple[str, int, int]]:
     """Kind, first and last word of each entity of a sentence.
 
     tags: of each word, such as O, B-PER, I-PER. As in conlleval of CoNLL-2000, an I- after anything but its own kind begins an
