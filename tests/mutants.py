@@ -109,7 +109,7 @@ MUTANTS = (
     ),
     Mutant("training/losses.py", "return (apart * mask).sum() / mask.sum()", "return apart.mean()", "test_distillation.py"),
     Mutant(
-        "problems/classification.py",
+        "problems/classes.py",
         "F.log_softmax(teacher.float() / temperature",
         "F.log_softmax(teacher.float()",
         "test_distillation.py",

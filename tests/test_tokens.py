@@ -237,6 +237,13 @@ def as_rows(both: list[list[list[str]]], tags: list[str], names: tuple[str, ...]
     return pd.DataFrame({"label": true}), Dataset(labels=tuple(tags), metrics=names, **common), np.concatenate(said)
 
 
+@pytest.mark.parametrize("answers", [[0, 1], [0, 1, 5], [0, 1, -1], [0, 1, 0.5]])
+def test_answers_to_other_rows_are_refused(answers: list[float]):
+    table, dataset, _ = as_rows([[["O", "O"], ["O"]]] * 2, list(BIO), ("entity_f1",))
+    with pytest.raises(ValueError, match="do not fit 3 words"):
+        TOKENS.difference(dataset, table, np.array(answers), np.array([0, 1, 2]))
+
+
 @pytest.mark.slow
 def test_standard_errors_are_those_of_samples_of_sentences():
     rng = random.Random(0)

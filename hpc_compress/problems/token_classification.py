@@ -213,9 +213,13 @@ def _counts(name: str, dataset: Dataset, rows: pd.DataFrame, answers: np.ndarray
     """(sentences, kinds, 3) of which a metric is the mean F1: how many are right, how many there are, how many were found. An
     accuracy is the F1 of words, of which there are as many as are found.
 
-    answers: (words,) class ids.
+    answers: (words,) class ids. Raises: ValueError where they are no answers to these rows.
     """
     sizes, labels = rows["label"].map(len).to_numpy(), np.concatenate(rows["label"].to_list())
+    known = np.arange(len(dataset.labels))
+    if answers.shape != labels.shape or not np.isin(labels, known).all() or not np.isin(answers, known).all():
+        raise ValueError(f"{len(answers)} answers do not fit {len(labels)} words with {len(known)} classes")
+    answers = answers.astype(int)
     if name == "entity_f1":
         names, ends = np.array(dataset.labels, dtype=object), np.cumsum(sizes)[:-1]
         mine, others = ([metrics.entities(tags) for tags in np.split(names[ids], ends)] for ids in (labels, answers))
