@@ -665,7 +665,7 @@ def test_the_rows_of_the_demo_can_be_read(compose: Any):
         pytest.skip("the demo's data are not installed")
     dataset, tables, _ = splits.load(validate(DatasetConfig, compose("experiment=demo")["dataset"]), 0)
     assert dataset.labels == ("negative", "neutral", "positive")
-    assert {split: len(rows) for split, rows in tables.items()} == {"train": 2000, "search": 300, "report": 600}
+    assert {split: len(rows) for split, rows in tables.items()} == {"train": 2000, "search": 1000, "report": 1000}
 
 
 # --- standard errors ---
