@@ -276,6 +276,7 @@ def test_a_peak_is_the_models_own_bytes_and_those_of_one_pass(folder: Path, gpu:
     assert measure.peak_bytes(model, sample, CUDA, own_bytes) == peak
 
 
+@pytest.mark.slow
 def test_what_only_a_reference_cycle_holds_is_not_allocated(gpu: Memory):
     gc.collect()
     gc.disable()
@@ -290,6 +291,7 @@ def test_what_only_a_reference_cycle_holds_is_not_allocated(gpu: Memory):
         gc.enable()
 
 
+@pytest.mark.slow
 def test_a_table_of_block_times_holds_one_cut_model_at_a_time(folder: Path, gpu: Memory):
     model = load(folder).to(CUDA)
     batches = measure.timing_sample(examples(8), MeasurementProtocol(batch_size=8), CUDA)
