@@ -310,6 +310,7 @@ def test_a_table_of_block_times_holds_one_cut_model_at_a_time(folder: Path, gpu:
     )
 
 
+@pytest.mark.slow
 def test_a_device_is_profiled_in_its_best_precision_too(folder: Path, gpu: Memory):
     model, bf16 = load(folder).to(CUDA), Step(operator="quantize", params={"scheme": "bf16"})
     context = Context(train=examples(), problem=CLASSIFICATION, device=CUDA, seed=0, teacher=lambda: model)
@@ -427,6 +428,7 @@ def test_a_model_that_was_computed_again_is_measured_again(
     assert [record.levelname for record in caplog.records if "computed again" in record.message] == ["WARNING"] * bool(change)
 
 
+@pytest.mark.slow
 def test_a_model_of_a_gpu_can_be_computed_again_without_one(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     store, task = _run_folder(tmp_path / "run", folder)
     task = task.model_copy(update={"genome": Genome(), "base": task.base.model_copy(update={"preparation": ()})})
