@@ -304,6 +304,11 @@ def test_the_report_has_the_base_model_and_the_best(finished: Path, tmp_path: Pa
     assert table["method"].tolist()[0] == "base model"
     assert table.loc[table["method"] == "best", "candidate"].tolist() == [id for id in expected[1:] if id == result.best]
     assert {path.name for path in tmp_path.iterdir()} == set(analysis.FILES)
+    rows = len(pd.read_parquet(finished / "data/report.parquet"))
+    assert f"{result.best} against the base model: " in (said := analysis.verdicts([finished])[0])
+    assert f"(paired, {rows} report rows): " in said
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count('<figure class="drawing">') == len(hpc_compress.front(hpc_compress.load_runs(finished)))
     header = (tmp_path / "report.md").read_text().splitlines()[0]
     for column in ("dataset", "method", "metric", "parameters, M", "size, MB", "inference, ms", "speed-up"):
         assert column in header
