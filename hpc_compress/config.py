@@ -35,11 +35,62 @@ class ModelConfig(Record):
         "fit; auto: trained if it fits",
     )
     fine_tune: Params = Field(default={}, description="parameters of the step `fine_tune` that trains a new head")
+    pooling: Literal["auto", "mean", "cls", "pooler"] = Field(
+        default="auto",
+        description="how a sentence encoder makes one vector of its tokens; auto: as its folder of sentence-transformers says, "
+        "else mean",
+    )
+    normalize: bool | None = Field(
+        default=None, description="whether an exported sentence encoder gives vectors of length 1; null: as its folder says"
+    )
 
     @property
     def preparation(self) -> tuple[Step, ...]:
         """How a new head is trained."""
         return (Step(operator="fine_tune", params=self.fine_tune),)
+
+
+class SuiteTask(Record):
+    """One task on frozen embeddings, read from csv, tsv or parquet files."""
+
+    kind: Literal["sts", "pairs", "retrieval", "classification"] = Field(
+        description="sts: Spearman's correlation of cosine and label; pairs: average precision of those that belong together; "
+        "retrieval: how often the nearest text is the other one of the pair, both ways; classification: accuracy of a "
+        "logistic regression"
+    )
+    report: str = Field(min_length=1, description="file of the report split; without `train` one half is the search split")
+    train: str | None = Field(
+        default=None, description="file of the search split's rows, and of those that a classification is fit to"
+    )
+    text: str = Field(default="text", description="column of the text")
+    text2: str | None = Field(default=None, description="column of the second text; of all kinds but classification")
+    label: str | None = Field(default=None, description="column of the label; of all kinds but retrieval")
+    fit_text: str | None = Field(
+        default=None,
+        description="classification: column of the text of the rows that it is fit to, in another language perhaps",
+    )
+    positive: str | int = Field(default="1", description="pairs: the label of those that belong together")
+    rows: int = Field(default=1000, ge=2, description="rows of each split, at most")
+    fit_rows: int = Field(default=2000, ge=2, description="classification: rows that it is fit to, at most")
+
+    @model_validator(mode="after")
+    def _complete(self) -> "SuiteTask":
+        single = self.kind == "classification"
+        for name, wanted in (("text2", not single), ("label", self.kind != "retrieval")):
+            if (getattr(self, name) is not None) != wanted:
+                raise ValueError(
+                    f"kind={self.kind} {'needs' if wanted else 'has no'} {name}; {'set it' if wanted else 'leave it out'}"
+                )
+        if single and self.train is None:
+            raise ValueError("kind=classification needs train, the file of the rows that it is fit to")
+        return self
+
+
+class Suite(Record):
+    """Tasks whose mean score is the quality of a sentence encoder."""
+
+    folder: str = Field(default=".", min_length=1, description="where the files of the tasks are")
+    tasks: dict[str, SuiteTask] = Field(min_length=1)
 
 
 class DatasetConfig(Record):
@@ -54,8 +105,17 @@ class DatasetConfig(Record):
     text2: str | None = Field(default=None, description="column of the second text of a pair")
     label: str = Field(default="label", description="column of the label")
     problem: str = Field(
-        default="classification", description="what is predicted: classification, regression or token_classification"
+        default="classification",
+        description="what is predicted: classification, regression or token_classification; or nothing: embedding",
     )
+    parallel: str | None = Field(
+        default=None,
+        description="embedding: a file of lines; line n is the second text of line n of `train`, a file of lines too",
+    )
+    suite: Suite | None = Field(
+        default=None, description="embedding: tasks that quality is measured by; null: retrieval of the pairs that are held out"
+    )
+    losses: dict[str, float] = Field(default={}, description="embedding: weights of losses, and a temperature")
     metrics: tuple[str, ...] | None = Field(
         default=None, min_length=1, description="the first one is the quality of the search; null: the one that fits the labels"
     )

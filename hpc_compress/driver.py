@@ -23,7 +23,7 @@ from hpc_compress.dispatch import Dispatch, Progress
 from hpc_compress.launch import Launcher
 from hpc_compress.models import inspection, pretrained
 from hpc_compress.operators import Particular, operator
-from hpc_compress.problems import problem
+from hpc_compress.problems import problem, problem_of
 from hpc_compress.records import DeviceFront, Environment, Generation, Plan, Result
 from hpc_compress.search import elsewhere, front
 from hpc_compress.search.elsewhere import Elsewhere
@@ -132,6 +132,7 @@ def _ready(
         for step in (*plan.base.preparation, *rehearsal.steps, *rehearsal.deploys):
             if isinstance(chosen := operator(step), Particular):
                 chosen.check(settings.config.protocol.device, len(plan.shape.heads), plan.shape.widths)
+            problem_of(plan.dataset).check_step(step, plan.dataset)
         devices.require_precisions(plan.devices, plan.config.device, _profiling(rehearsal))
         with settings.launcher.open(store.root, progress.working, progress.say) as jobs:
             store.write("run.json", plan)  # after the last check: what is written can't be changed any more
@@ -195,7 +196,8 @@ def _plan(store: Store, settings: SearchSettings, progress: Progress) -> Plan:
     except ValueError as error:
         raise ConfigError(f"model.path={config.model.path!r}: {error}") from None
     fits = pretrained.head_fits(found, config.model, kind.head, kind.head_width(dataset.labels), dataset.name)
-    base = pretrained.adopt(found, config.model, store.root / "base", fits)
+    described = kind.described(found.folder, config.model)
+    base = pretrained.adopt(found, config.model, store.root / "base", fits, described)
     (store.root / "data").mkdir(exist_ok=True)
     for split, table in tables.items():
         table.to_parquet(store.root / "data" / f"{split}.parquet", index=False)

@@ -38,7 +38,7 @@ TOKENIZER = (
     "sentencepiece.bpe.model",
 )
 USED = ("artifacts", "base", "data", "teacher", "checkpoints", "block_times", "locks")  # folders of a run
-EXTRAS = "files_of_operators"  # in an export's config.json: what operators of a user's own wrote
+EXTRAS = "files_of_operators"  # in an export's config.json: what operators of a user's own wrote, and files of other libraries
 Form = Literal["transformers", "onnx"]
 LEAD_TO_CODE = (
     "auto_map",
@@ -104,7 +104,13 @@ def export(
         if not any((draft / name).is_file() for name in WEIGHTS):
             raise DamageError(f"{weights} has no weights; delete the folder, and they are computed again")
         found_config = door.json_object(door.inside(run.root, str(weights / "config.json")))
-        config = _config(found_config, problem(run.plan.dataset.problem), draft, extras)
+        kind = problem(run.plan.dataset.problem)
+        others = kind.exported(_config(found_config, kind, draft, extras), run.plan.dataset)
+        for name, content in others.items():
+            (draft / name).parent.mkdir(exist_ok=True)
+            (draft / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        extras = [*extras, *others]
+        config = _config(found_config, kind, draft, extras)
         (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if (draft / "tokenizer_config.json").is_file():
             safe = _without(door.json_object(draft / "tokenizer_config.json"))
@@ -112,7 +118,7 @@ def export(
         shutil.copyfile(_code(), draft / CODE)
         (draft / "README.md").write_text(card(run, named[0], target), encoding="utf-8")
         if check or to == "onnx":
-            _deliver(draft, problem(run.plan.dataset.problem), extras, to, check)
+            _deliver(draft, kind, extras, to, check)
         _swap(draft, place)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

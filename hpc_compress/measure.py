@@ -70,10 +70,13 @@ def outputs(problem: Problem, model: PreTrainedModel, examples: Encoded, batch_s
     Raises: FloatingPointError when one is not finite: no metric of such outputs means anything.
     """
     model.eval()
-    rows = np.empty((len(examples.labels), problem.width(model)), dtype=np.float32)
-    for batch in eval_batches(examples, batch_size):
-        found = problem.outputs(model(**batch.to(on).inputs), batch)
-        rows[batch.label_index.numpy()] = found.float().cpu().numpy()
+    found = [
+        (batch.label_index.numpy(), problem.outputs(model(**batch.to(on).inputs), batch).float().cpu().numpy())
+        for batch in eval_batches(examples, batch_size)
+    ]
+    places, values = (np.concatenate(each) for each in zip(*found, strict=True))
+    rows = np.empty_like(values)
+    rows[places] = values
     if not np.isfinite(rows).all():
         raise FloatingPointError(
             "the model's outputs are not finite; train it with a lower learning rate or deploy it in bf16, not fp16"

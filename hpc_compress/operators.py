@@ -70,5 +70,6 @@ def operator(step: Step) -> Any:
 def foreign(step: Step) -> list[str]:
     """What a step would use that is neither of this program nor of the run: code by its dotted path, a corpus by its path."""
     named = [step.operator, str(step.params.get("criterion", ""))]
-    corpus = str(step.params.get("corpus", "train"))
-    return [*(path for path in named if "." in path), *([corpus] if corpus != "train" else [])]
+    corpora = step.params.get("corpus", "train")
+    files = [str(corpus) for corpus in ([corpora] if isinstance(corpora, str) else corpora) if corpus != "train"]
+    return [*(path for path in named if "." in path), *files]

@@ -44,21 +44,26 @@ def load(config: DatasetConfig, seed: int, label_order: Sequence[str] = ()) -> t
     rng = np.random.default_rng(identity.derive(seed, "split"))
     order = rng.permutation(len(train))
     groups, total = None, len(order)
-    if validation is None or config.search_on == "held_out":
-        groups = overlap.Groups(train)
-    if validation is None:
-        assert groups is not None
-        order, held_out = _hold_out(groups, order, config.report_rows, "report")
-        report, total = train.iloc[held_out], total - len(held_out)
+    judged = kind.judged(train, config, seed, lambda part: _clean(_read(part, part.train), part, part.train)[0])
+    if judged is not None:
+        stays, search, report = judged
+        order = order[np.isin(order, stays)]
     else:
-        report = validation
-    if config.search_on == "validation":
-        # Shuffled, since max_search_rows may take a part of it, and such files are often sorted by label.
-        search = report.iloc[rng.permutation(len(report))]
-    else:
-        assert groups is not None
-        order, held_out = _hold_out(groups, order, config.search_rows, "search")
-        search, total = train.iloc[held_out], total - len(held_out)
+        if validation is None or config.search_on == "held_out":
+            groups = overlap.Groups(train)
+        if validation is None:
+            assert groups is not None
+            order, held_out = _hold_out(groups, order, config.report_rows, "report")
+            report, total = train.iloc[held_out], total - len(held_out)
+        else:
+            report = validation
+        if config.search_on == "validation":
+            # Shuffled, since max_search_rows may take a part of it, and such files are often sorted by label.
+            search = report.iloc[rng.permutation(len(report))]
+        else:
+            assert groups is not None
+            order, held_out = _hold_out(groups, order, config.search_rows, "search")
+            search, total = train.iloc[held_out], total - len(held_out)
     unused = total - len(order)
     tables = {"train": train.iloc[order[: config.max_train_rows]], "search": search[: config.max_search_rows], "report": report}
     tables = {split: _with_targets(table, labels, config, split) for split, table in tables.items()}
@@ -67,14 +72,16 @@ def load(config: DatasetConfig, seed: int, label_order: Sequence[str] = ()) -> t
         fingerprint=identity.content_hash({split: table.to_dict("list") for split, table in tables.items()}),
         problem=config.problem,
         labels=labels,
-        pair=config.text2 is not None,
+        pair="text2" in kind.columns(config),
         metrics=config.metrics or kind.default_metrics(labels),
         positive=kind.positive(labels, config),
         max_length=config.max_length,
+        losses=config.losses,
     )
     splits: tuple[Split, ...] = ("search", "report")
     trivial = {split: kind.trivial(dataset, tables[split]) for split in splits}
-    return dataset, tables, Rows(empty=empty, unused=unused, overlaps=overlap.between(tables), trivial=trivial)
+    overlaps = overlap.between({split: kind.tested(table) for split, table in tables.items()})
+    return dataset, tables, Rows(empty=empty, unused=unused, overlaps=overlaps, trivial=trivial)
 
 
 def _read(config: DatasetConfig, split: str) -> pd.DataFrame:
@@ -89,7 +96,7 @@ def _read(config: DatasetConfig, split: str) -> pd.DataFrame:
     # As GLUE writes a tsv: a quotation mark is a plain character.
     styles = {".csv": {}, ".tsv": {"sep": "\t", "quoting": csv.QUOTE_NONE}}
     suffix = path.suffix.lower()
-    if suffix not in (allowed := (*styles, ".parquet", *kind.formats)):
+    if suffix not in (allowed := (*styles, ".parquet", *kind.formats)) and not config.parallel:
         raise ConfigError(f"dataset file {path} ends in {path.suffix!r}; allowed are {', '.join(allowed)}")
     try:
         if (own := kind.read(path, config)) is not None:

@@ -117,11 +117,13 @@ class Dataset(Record):
     metrics: tuple[str, ...] = Field(min_length=1)  # the first one is the quality that the search sees
     positive: str | None = None  # the class that f1 is of; None: no f1 (the second class in runs of earlier versions)
     max_length: int = Field(default=128, ge=4)  # tokens; longer examples are cut
+    losses: dict[str, float] = {}  # of a problem that is composed of several: their weights
 
     @model_serializer(mode="wrap")
     def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # What has no effect is absent: the identity of a dataset without f1 is the one it had before there was `positive`.
-        return {name: value for name, value in serialize(self).items() if name != "positive" or value is not None}
+        none: dict[str, Any] = {"positive": None, "losses": {}}
+        return {name: value for name, value in serialize(self).items() if name not in none or value != none[name]}
 
 
 class Overlap(Record):

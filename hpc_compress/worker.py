@@ -25,7 +25,7 @@ from hpc_compress.data.batches import Encoded
 from hpc_compress.deployment import quantization
 from hpc_compress.models import artifact
 from hpc_compress.operators import operator
-from hpc_compress.problems import problem
+from hpc_compress.problems import problem_of
 from hpc_compress.problems.outputs import Teacher
 from hpc_compress.store import Store
 from hpc_compress.training import teaching
@@ -225,7 +225,7 @@ class Job:
     def quality(self, task: Task, model: PreTrainedModel, folder: Path, on: torch.device) -> "Quality":
         """Of the deployed model in `folder`, on the task's split."""
         examples = self._examples(task, task.split, folder)
-        kind = problem(task.dataset.problem)
+        kind = problem_of(task.dataset)
         outputs = measure.outputs(kind, model, examples, task.protocol.batch_size, on)
         rows = self._rows(task, task.split)
         answers = kind.answers(task.dataset, rows, outputs)
@@ -278,7 +278,7 @@ class Job:
         if not steps:
             seed = identity.derive(task.seed, "head")
             new_head = bool(task.base.preparation)
-            kind = problem(task.dataset.problem)
+            kind = problem_of(task.dataset)
             return kind.load_base(self.store.root / "base", task.dataset.labels, new_head, seed), 0
         for done in range(len(steps) - 1, 0, -1):
             if found := self.store.artifact(identity.master_key(task, steps[:done])):
@@ -309,7 +309,7 @@ class Job:
     def _context(self, task: Task, prefix: tuple[Step, ...], step: Step, checkpoint: Checkpoint | None = None) -> Context:
         return Context(
             train=self._examples(task, "train"),
-            problem=problem(task.dataset.problem),
+            problem=problem_of(task.dataset),
             device=self.device,
             # The prefix makes the seed, not the place in a job: a master that is computed again is the same.
             seed=identity.derive(task.seed, "step", prefix),
@@ -343,7 +343,7 @@ class Job:
         None where it would take too much of the disk; the teacher is then asked in every training.
         """
 
-        kind = problem(task.dataset.problem)
+        kind = problem_of(task.dataset)
 
         def find() -> teaching.TeacherOutputs | None:
             key, examples, teacher = identity.master_key(task, ()), self._examples(task, "train"), self._base_model(task)
@@ -389,7 +389,7 @@ class Job:
         """A split as the base model's tokenizer sees it, or as that of a deployed model in `folder` if it has one."""
         own = sorted(folder.glob("tokenizer*")) if folder is not None else []
         vocabulary = identity.files_hash(own) if own else "base"  # most candidates with a trimmed one share it
-        kind = problem(task.dataset.problem)
+        kind = problem_of(task.dataset)
 
         def read() -> Encoded:
             base = ("tokenizer",), lambda: self.tokenizer(task)
@@ -406,7 +406,7 @@ class Job:
 
     def tokenizer(self, task: Task) -> Any:
         """The base model's; saved in full as an artifact of its own, since an export can't ask the checkpoint's type."""
-        tokenizer = problem(task.dataset.problem).tokenizer(self.store.root / "base")
+        tokenizer = problem_of(task.dataset).tokenizer(self.store.root / "base")
         if not self.store.artifact("tokenizer"):
             with self.store.new_artifact("tokenizer") as folder:
                 tokenizer.save_pretrained(folder)

@@ -45,21 +45,32 @@ OPTIONS = sorted(
     f"{path.parent.relative_to(CONF)}={path.stem}" for path in CONF.glob("*/*.yaml") if path.parent.name != "local"
 )
 GROUPS = sorted({option.partition("=")[0] for option in OPTIONS})
-MISSING = {
+MISSING = {  # values that are ???
     "dataset=file": ["dataset.train=rows.csv"],
+    "dataset=pairs": ["dataset.train=rows.csv"],
+    "dataset=sentences": ["dataset.suite.folder=data", "dataset.train=rows.csv"],
     "dataset=tokens": ["dataset.train=rows.conll"],
+    "experiment=labse_en_ru": ["dataset.suite.folder=data", "dataset.train=en.txt", "dataset.parallel=ru.txt"],
     "model=custom": ["model.path=my_model"],
-}  # values that are ???
-INNER = {"space": "strategy=random space@strategy.space"}  # groups that stand below another one
+    "suite=encodechka_small": ["dataset.suite.folder=data", "dataset.train=rows.csv"],
+    "suite=english": ["dataset.suite.folder=data", "dataset.train=rows.csv"],
+}
+# groups that stand below another one
+INNER = {"space": "strategy=random space@strategy.space", "suite": "dataset=sentences suite@dataset.suite"}
 PARTS = ("strategy", "objective", "launcher", "cluster")  # of the composed config; objects and no plain data
 
 Compose = Callable[..., dict[str, Any]]
 
 
-def overrides(option: str) -> list[str]:
+def choice(option: str) -> list[str]:
     """What chooses an option on the command line."""
     group, _, name = option.partition("=")
-    return [*f"{INNER.get(group, group)}={name}".split(), *MISSING.get(option, [])]
+    return f"{INNER.get(group, group)}={name}".split()
+
+
+def overrides(option: str) -> list[str]:
+    """The same, and what the option asks for."""
+    return [*choice(option), *MISSING.get(option, [])]
 
 
 # --- conf/ ---
@@ -104,7 +115,7 @@ def fields_of(node: dict[str, Any]) -> set[str]:
 
 @pytest.mark.parametrize("option", MISSING)
 def test_what_a_user_must_give_is_asked_for_by_name(option: str, tmp_path: Path):
-    answer = ask(tmp_path, "search", option)
+    answer = ask(tmp_path, "search", *choice(option))
     assert answer.code == 2
     assert MISSING[option][0].partition("=")[0] in answer.stderr
     assert not list(tmp_path.rglob("run.json"))
@@ -113,7 +124,8 @@ def test_what_a_user_must_give_is_asked_for_by_name(option: str, tmp_path: Path)
 FIELDS = {
     # option: the class that it fills, and the fields that only code sets
     "model=custom": (ModelConfig, set()),
-    "dataset=file": (DatasetConfig, {"path", "subset"}),  # of a hub's dataset
+    "dataset=file": (DatasetConfig, {"path", "subset", "parallel", "suite", "losses"}),  # of a hub's dataset, and of embeddings
+    "dataset=sentences": (DatasetConfig, {"path", "subset", "positive", "validation", "search_on"}),
     "protocol=standard": (MeasurementProtocol, set()),
     "objective=product": (Product, set()),
     "strategy=genetic": (Genetic, {"shape", "score"}),

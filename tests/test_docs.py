@@ -164,7 +164,33 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..
     pairs.assign(score=[star + words.random() for star in stars]).to_csv(folder / "pairs.csv", index=False)
     lines = [[f"{word}\tN{len(word)}\t{'B-THING' if word in ('film', 'plot') else 'O'}\n" for word in row] for row in said]
     (folder / "names.conll").write_text("\n".join(map("".join, lines)))
+    write_texts(folder)
     return folder
+
+
+def write_texts(folder: Path) -> None:
+    """Files of lines, and in data/ every file that a suite names, small."""
+    words = random.Random(1)
+
+    def said() -> str:
+        return " ".join(words.choice(["good", "great", "bad", "dull", "film", "plot", "very", "was"]) for _ in range(6))
+
+    for name in ("sentences", "english", "russian"):
+        (folder / f"{name}.txt").write_text("".join(f"{said()}\n" for _ in range(60)))
+    tables: dict[str, dict[str, list[Any]]] = {}
+    for suite in (*(ROOT / "conf/suite").glob("*.yaml"), *(ROOT / "examples").rglob("suite/*.yaml")):
+        for task in yaml.safe_load(suite.read_text())["tasks"].values():
+            for file in filter(None, (task.get("train"), task["report"])):
+                columns = tables.setdefault(file, {})
+                columns |= {task[key]: [said() for _ in range(60)] for key in ("text", "text2", "fit_text") if key in task}
+                columns[task["label"]] = [number % 2 for number in range(60)]
+    for file, columns in tables.items():
+        path = folder / "data" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".parquet":
+            pd.DataFrame(columns).to_parquet(path)
+        else:
+            pd.DataFrame(columns).to_csv(path, index=False, sep="\t" if path.suffix == ".tsv" else ",")
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ class Encoded:
     # Both are None where each example has one label, which belongs to all of its text.
     label_offsets: np.ndarray | None = None  # (n + 1,) int64; example i has labels[label_offsets[i]:label_offsets[i + 1]]
     label_tokens: np.ndarray | None = None  # (n_labels,) int32, which token of its example a label belongs to
+    paired: bool = False  # examples 2i and 2i + 1 are a pair, which no batch parts
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -45,7 +46,8 @@ class Encoded:
 
     def part(self, begin: int, end: int) -> Encoded:
         """Examples begin to end, without the later ones if there are fewer."""
-        return self.choose(np.arange(len(self))[begin:end])
+        part = self.choose(np.arange(len(self))[begin:end])
+        return replace(part, paired=self.paired and begin % 2 == 0)
 
     def choose(self, rows: np.ndarray) -> Encoded:
         """The examples at these positions, in this order."""
@@ -58,6 +60,7 @@ class Encoded:
             labels=self.labels[labels],
             label_offsets=None if self.label_offsets is None else offsets_of(np.diff(self.label_offsets)[rows]),
             label_tokens=None if self.label_tokens is None else self.label_tokens[labels],
+            paired=False,
         )
 
     def labels_of(self, rows: np.ndarray) -> np.ndarray:
@@ -128,21 +131,38 @@ def encode(tokenizer, text: Sequence[str], text2: Sequence[str] | None, labels: 
 
 def train_batches(encoded: Encoded, batch_size: int, generator: np.random.Generator) -> Iterator[Batch]:
     """One epoch: every example once, in batches of similar length that come in random order."""
-    order = generator.permutation(len(encoded))
+    lengths, size = _lengths(encoded, batch_size)
+    order = generator.permutation(len(lengths))
     chunks = []
-    for start in range(0, len(order), POOL * batch_size):
-        pool = order[start : start + POOL * batch_size]
-        pool = pool[np.argsort(encoded.lengths[pool], kind="stable")]  # stable: equal lengths stay shuffled
-        chunks += [pool[at : at + batch_size] for at in range(0, len(pool), batch_size)]
+    for start in range(0, len(order), POOL * size):
+        pool = order[start : start + POOL * size]
+        pool = pool[np.argsort(lengths[pool], kind="stable")]  # stable: equal lengths stay shuffled
+        chunks += [pool[at : at + size] for at in range(0, len(pool), size)]
     for k in generator.permutation(len(chunks)):
-        yield _batch(encoded, chunks[k])
+        yield _batch(encoded, _examples(encoded, chunks[k]))
 
 
 def eval_batches(encoded: Encoded, batch_size: int) -> Iterator[Batch]:
     """Every example once, longest first, so that a batch too large for the memory fails at once."""
-    order = np.argsort(-encoded.lengths, kind="stable")
-    for start in range(0, len(order), batch_size):
-        yield _batch(encoded, order[start : start + batch_size])
+    lengths, size = _lengths(encoded, batch_size)
+    order = np.argsort(-lengths, kind="stable")
+    for start in range(0, len(order), size):
+        yield _batch(encoded, _examples(encoded, order[start : start + size]))
+
+
+def _lengths(encoded: Encoded, batch_size: int) -> tuple[np.ndarray, int]:
+    """Of what stays together, an example or a pair, the longest text; and how many of these a batch holds."""
+    if not encoded.paired:
+        return encoded.lengths, batch_size
+    return np.maximum.reduceat(encoded.lengths, np.arange(0, len(encoded), 2)), max(1, batch_size // 2)
+
+
+def _examples(encoded: Encoded, chosen: np.ndarray) -> np.ndarray:
+    """Positions of the examples, where pairs may have been chosen."""
+    if not encoded.paired:
+        return chosen
+    both = (2 * chosen[:, None] + np.arange(2)).ravel()
+    return both[both < len(encoded)]  # the first examples of a set may end within a pair
 
 
 def _batch(encoded: Encoded, index: np.ndarray) -> Batch:

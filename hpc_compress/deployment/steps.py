@@ -171,7 +171,9 @@ class TrimVocabulary(Record):
     Texts of the corpus come out as before. Other words fall back to smaller pieces, which is what quality is measured with.
     """
 
-    corpus: str = Field(default="train", min_length=1, description="train, or the full path of a text file, one text a line")
+    corpus: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        default="train", description="train, or the full path of a text file, one text a line, or several: [train, FILE, ...]"
+    )
     min_count: int = Field(default=1, ge=1, description="keep tokens that stand in the corpus so often at least")
     common: int = Field(
         default=0,
@@ -186,11 +188,12 @@ class TrimVocabulary(Record):
         from hpc_compress.config import resource
         from hpc_compress.data import vocabulary
 
-        if self.corpus == "train":
-            counts = np.bincount(context.train.input_ids)
-        else:
-            counts = vocabulary.count(tokenizer, resource(self.corpus))
-        counts = np.pad(counts, (0, max(0, self.common - len(counts))))
+        counts = np.zeros(self.common, dtype=np.int64)
+        for name in (self.corpus,) if isinstance(self.corpus, str) else self.corpus:
+            of_train = name == "train"
+            more = np.bincount(context.train.input_ids) if of_train else vocabulary.count(tokenizer, resource(name))
+            counts = np.pad(counts, (0, max(0, len(more) - len(counts))))
+            counts[: len(more)] += more
         counts[: self.common] = np.maximum(counts[: self.common], self.min_count)
         return vocabulary.used(tokenizer, counts, self.min_count)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -23,10 +22,12 @@ from hpc_compress.types import Structure
 STOCK: tuple[type[modeling.HpcCompressStockModel], ...] = (
     modeling.HpcCompressForSequenceClassification,
     modeling.HpcCompressForTokenClassification,
+    modeling.HpcCompressSentenceEncoder,
 )
 PROGRAMS: tuple[type[modeling.HpcCompressOnnxModel], ...] = (
     modeling.HpcCompressOnnxForSequenceClassification,
     modeling.HpcCompressOnnxForTokenClassification,
+    modeling.HpcCompressOnnxSentenceEncoder,
 )
 Kind = TypeVar("Kind", bound=type[modeling.HpcCompressStockModel] | type[modeling.HpcCompressOnnxModel])
 WEIGHTS = modeling.WEIGHTS
@@ -34,11 +35,11 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS)
 
 
 def load_base(
-    folder: Path, auto_class: str, configure: Callable[[PreTrainedConfig], None], new_head: bool, seed: int
+    folder: Path, stock: Any, configure: Callable[[PreTrainedConfig], None], new_head: bool, seed: int
 ) -> PreTrainedModel:
     """The base model as a stock model of transformers, with a task head. Layers that share weights get weights of their own.
 
-    auto_class: of transformers, that loads it. configure: writes into its config what the head is to be.
+    stock: the class, an Auto class or its own, that loads it. configure: writes into its config what the head is to be.
 
     A new head is drawn from `seed`, whatever the caller's generator state.
     """
@@ -48,7 +49,7 @@ def load_base(
     configure(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, report = getattr(transformers, auto_class).from_pretrained(
+        model, report = stock.from_pretrained(
             folder,
             config=config,
             output_loading_info=True,
@@ -91,7 +92,7 @@ def kind_of(model: PreTrainedModel, kinds: Sequence[Kind]) -> Kind:
     Raises: ValueError when there is none.
     """
     for kind in kinds:
-        if isinstance(model, kind.auto_class._model_mapping.get(type(model.config), ())):
+        if isinstance(model, kind.stock_class or kind.auto_class._model_mapping.get(type(model.config), ())):
             return kind
     able = ", ".join(kind.auto_class.__name__ for kind in kinds)
     raise ValueError(f"a {type(model).__name__} can't be saved in this form; give a stock model of {able}")

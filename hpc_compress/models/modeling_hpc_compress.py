@@ -21,13 +21,19 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.initialization import no_init_weights
-from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput, TokenClassifierOutput
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPooling,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
 from transformers.utils import cached_file
 
 # On a CPU it warns of each int8 layer in each forward, and of kernels that nobody asked for.
@@ -238,6 +244,79 @@ class HpcCompressConfig(PreTrainedConfig):
         return AutoConfig.for_model(**{key: value for key, value in self.stock.items() if "attn_implementation" not in key})
 
 
+POOLINGS = ("mean", "cls", "pooler")  # how a sentence encoder makes one vector of its tokens
+
+
+@dataclass
+class SentenceOutput(BaseModelOutputWithPooling):
+    """What a bare encoder returns, and (batch, dimensions) embeddings of the texts, before they are normalised."""
+
+    sentence_embedding: torch.Tensor | None = None
+
+
+class SentenceEncoder(PreTrainedModel):
+    """A bare stock encoder, at the place that it has in the task models of its family, and its pooling.
+
+    config: the encoder's; its `sentence_pooling` is one of `POOLINGS`. A pooler that the pooling does not use is left out.
+    """
+
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: PreTrainedConfig, encoder: PreTrainedModel | None = None) -> None:
+        """encoder: with its weights; None: a new one."""
+        encoder = AutoModel.from_config(config) if encoder is None else encoder
+        super().__init__(encoder.config)  # in which the encoder has chosen an attention that it knows
+        self.base_model_prefix = family_of(config.model_type).encoder
+        self.pooling = getattr(config, "sentence_pooling", "mean")
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"sentence_pooling={self.pooling!r} is not known; known: {', '.join(POOLINGS)}")
+        has_pooler = getattr(encoder, "pooler", None) is not None
+        if self.pooling == "pooler" and not has_pooler:
+            raise ValueError(f"{type(encoder).__name__} has no pooler; choose the pooling mean or cls")
+        if self.pooling != "pooler" and has_pooler:
+            encoder.pooler = None
+        setattr(self, self.base_model_prefix, encoder)
+
+    @property
+    def dimensions(self) -> int:
+        """Of an embedding."""
+        if self.pooling == "pooler":
+            return [module for module in self.base_model.pooler.modules() if isinstance(module, nn.Linear)][-1].out_features
+        return hidden_size(self, family_of(self.config.model_type))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base_model.get_input_embeddings()
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> SentenceOutput:
+        answer = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        states = answer.last_hidden_state
+        if self.pooling == "pooler":
+            pooled = answer.pooler_output
+        elif self.pooling == "cls":
+            pooled = states[:, 0]
+        else:
+            mask = torch.ones_like(states[..., :1]) if attention_mask is None else attention_mask[..., None].to(states.dtype)
+            pooled = (states * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
+        return SentenceOutput(
+            last_hidden_state=states,
+            pooler_output=getattr(answer, "pooler_output", None),
+            hidden_states=answer.hidden_states,
+            attentions=answer.attentions,
+            sentence_embedding=pooled,
+        )
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """As of a stock model, but for weights that the pooling does not use: nobody misses these."""
+        encoder, report = AutoModel.from_pretrained(path, *args, config=config, **{**kwargs, "output_loading_info": True})
+        model = cls(config, encoder)
+        if model.pooling != "pooler":
+            report["missing_keys"] = {key for key in report["missing_keys"] if not key.startswith("pooler.")}
+        return (model, report) if kwargs.get("output_loading_info") else model
+
+
 class HpcCompressStockModel(PreTrainedModel):
     """A stock model with irregular layers; `forward` takes and returns what the stock model does.
 
@@ -245,6 +324,7 @@ class HpcCompressStockModel(PreTrainedModel):
     """
 
     auto_class: ClassVar[Any]  # of transformers: makes the stock model, and loads the exported one
+    stock_class: ClassVar[Any] = None  # of stock models that the Auto class does not make
     config_class = HpcCompressConfig
     base_model_prefix = "model"
     _supports_sdpa = True
@@ -253,7 +333,7 @@ class HpcCompressStockModel(PreTrainedModel):
 
     def __init__(self, config: HpcCompressConfig) -> None:
         super().__init__(config)
-        self.model = skeleton(config, self.auto_class)
+        self.model = skeleton(config, self.stock_class or self.auto_class.from_config)
         self.post_init()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -284,6 +364,13 @@ class HpcCompressForTokenClassification(HpcCompressStockModel):
     auto_class = AutoModelForTokenClassification
 
 
+class HpcCompressSentenceEncoder(HpcCompressStockModel):
+    """A vector for each text: `sentence_embedding` of what `forward` returns."""
+
+    auto_class = AutoModel
+    stock_class = SentenceEncoder
+
+
 class HpcCompressOnnxModel(PreTrainedModel):
     """A program for ONNX Runtime, on CPUs: it can't be trained, cut or quantized any more.
 
@@ -292,6 +379,7 @@ class HpcCompressOnnxModel(PreTrainedModel):
     """
 
     auto_class: ClassVar[Any]  # as in HpcCompressStockModel
+    stock_class: ClassVar[Any] = None  # the same
     answer: ClassVar[Any]  # what `forward` returns; the program's outputs are fields of it
     outputs: ClassVar[tuple[str, ...]]  # names of these fields, in the order of the program's outputs
     config_class = HpcCompressConfig
@@ -358,6 +446,15 @@ class HpcCompressOnnxForTokenClassification(HpcCompressOnnxModel):
     outputs = ("logits",)
 
 
+class HpcCompressOnnxSentenceEncoder(HpcCompressOnnxModel):
+    """A vector for each text: `sentence_embedding` of what `forward` returns."""
+
+    auto_class = AutoModel
+    stock_class = SentenceEncoder
+    answer = SentenceOutput
+    outputs = ("last_hidden_state", "sentence_embedding")
+
+
 def _saved(path: Any, name: str, config: Any, options: dict[str, Any]) -> tuple[Any, Path, Any]:
     """Config, file and device of a model in a folder or on the hub; options are those of `from_pretrained`."""
     hub = {key: options[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in options}
@@ -370,10 +467,13 @@ def _saved(path: Any, name: str, config: Any, options: dict[str, Any]) -> tuple[
     return config, file, "cpu" if device in (None, "auto") else device
 
 
-def skeleton(config: HpcCompressConfig, auto_class: Any) -> PreTrainedModel:
-    """A stock model whose layers have the config's shape; its weights are not set yet."""
+def skeleton(config: HpcCompressConfig, stock: Callable[[PreTrainedConfig], PreTrainedModel]) -> PreTrainedModel:
+    """A stock model whose layers have the config's shape; its weights are not set yet.
+
+    stock: makes the whole model of a stock config.
+    """
     family = family_of(config.stock["model_type"])
-    model = unshared(auto_class.from_config(config.stock_config()))
+    model = unshared(stock(config.stock_config()))
     size = head_size(model, family)
     keep_layers(model, family, config.layers)
     for layer, heads, ffn in zip(layers_of(model, family), config.heads, config.ffn, strict=True):

@@ -1,9 +1,12 @@
 """Finds the base model and copies it into the run folder. Reads JSON and safetensors headers; knows no torch."""
 
+import json
 import shlex
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from hpc_compress import door, identity
@@ -77,7 +80,8 @@ def _from_hub(config: ModelConfig) -> tuple[Path, str | None]:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(config.path, revision=config.revision, allow_patterns=list(PATTERNS)))
+        wanted = [*PATTERNS, "modules.json", "*/config.json"]  # the last two say how a sentence encoder pools
+        folder = Path(snapshot_download(config.path, revision=config.revision, allow_patterns=wanted))
     except Exception as error:
         # huggingface_hub raises many kinds here, most of them when there is no network.
         raise ConfigError(
@@ -88,8 +92,12 @@ def _from_hub(config: ModelConfig) -> tuple[Path, str | None]:
     return folder, folder.name  # the snapshot's folder is named by its commit
 
 
-def adopt(found: Pretrained, config: ModelConfig, target: Path, head_fits: bool) -> Base:
+def adopt(
+    found: Pretrained, config: ModelConfig, target: Path, head_fits: bool, described: Mapping[str, Any] = MappingProxyType({})
+) -> Base:
     """Copy the model into the run folder and say what it is. If its head does not fit, training one becomes a step.
+
+    described: what is written into its config.json besides what stands there.
 
     Raises: ConfigError when model.head=trained and the head does not fit.
     """
@@ -98,6 +106,8 @@ def adopt(found: Pretrained, config: ModelConfig, target: Path, head_fits: bool)
     target.mkdir(parents=True)
     for path in found.files:
         shutil.copyfile(path, target / path.name)
+    if described:
+        (target / "config.json").write_text(json.dumps({**found.config, **described}, indent=2) + "\n", encoding="utf-8")
     return Base(
         name=found.name,
         revision=found.revision,
@@ -112,7 +122,7 @@ def head_fits(found: Pretrained, config: ModelConfig, prefix: str, outputs: int,
     Raises: ConfigError when it must, since model.head=trained.
     """
     has_head = found.has_head(prefix)
-    fits = has_head and len(found.labels) == outputs
+    fits = not prefix or (has_head and len(found.labels) == outputs)
     if config.head == "trained" and not fits:
         raise ConfigError(
             f"model.head=trained, but {found.name} has {len(found.labels) if has_head else 'no head, not'}"

@@ -2,15 +2,15 @@
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
 
-from hpc_compress.config import ConfigError, DatasetConfig
-from hpc_compress.types import Dataset
+from hpc_compress.config import ConfigError, DatasetConfig, ModelConfig
+from hpc_compress.types import Dataset, Step
 
 if TYPE_CHECKING:
     import torch
@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from hpc_compress.data.batches import Batch, Encoded
 
 
+OF_ONE_PROBLEM = ("parallel", "suite", "losses")  # settings of a dataset that only some problems know
+
+
 class Problem(ABC):
-    """One kind of problem. It has no state: what differs between datasets is in `Dataset`.
+    """One kind of problem. It has no state but what `of` reads from a `Dataset`, which holds all that differs between datasets.
 
     "outputs" are the numbers that a model gives for one label: logits of classes, or one number for a regression.
     "targets" are what they are compared with: class ids, or real numbers. An example has one label or, where tokens have
@@ -31,14 +34,22 @@ class Problem(ABC):
     auto_class: ClassVar[str]  # of transformers: loads the base model, and the exported one
     model_class: ClassVar[str]  # of modeling_hpc_compress: an exported model with safetensors weights
     program_class: ClassVar[str]  # likewise: one that is a program for ONNX Runtime
-    head: ClassVar[str]  # how names of a checkpoint's weights begin when it brings a task head
+    head: ClassVar[str]  # how names of a checkpoint's weights begin when it brings a task head; empty: no head is needed
     pipeline_tag: ClassVar[str]  # of a model card on the hub
     formats: ClassVar[tuple[str, ...]] = ()  # endings of files that `read` may know, besides those of tables
+    settings: ClassVar[tuple[str, ...]] = ()  # of `OF_ONE_PROBLEM`: those that it knows
+
+    def of(self, dataset: Dataset) -> "Problem":
+        """The problem with what this dataset says of it."""
+        return self
 
     # --- rows ---
 
     def check(self, config: DatasetConfig) -> None:
         """Raises: ConfigError for settings that this kind of problem can't have."""
+        others = [name for name in OF_ONE_PROBLEM if name not in self.settings and getattr(config, name)]
+        if others:
+            raise ConfigError(f"dataset.{others[0]} has no effect with problem={config.problem}; leave it out")
         if odd := [name for name in config.metrics or () if name not in self.metrics]:
             raise ConfigError(
                 f"dataset: metrics={list(config.metrics or ())} do not fit problem={config.problem}, which has no {odd[0]}; "
@@ -75,6 +86,20 @@ class Problem(ABC):
     def default_metrics(self, labels: tuple[str, ...]) -> tuple[str, ...]:
         """The metrics of a dataset that names none."""
         return self.metrics[:1]
+
+    def judged(
+        self, train: pd.DataFrame, config: DatasetConfig, seed: int, read: Callable[[DatasetConfig], pd.DataFrame]
+    ) -> tuple[np.ndarray, pd.DataFrame, pd.DataFrame] | None:
+        """Tables of the search and the report split that are no rows of the dataset's own, and the row numbers of train that
+        have nothing in common with them; None: rows of the dataset are held out.
+
+        read: the cleaned rows of a table, by its configuration. Raises: ConfigError.
+        """
+        return None
+
+    def tested(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """The rows of a table that a score is of."""
+        return rows
 
     def positive(self, labels: tuple[str, ...], config: DatasetConfig) -> str | None:
         """The class that f1 is computed for; None without f1. Raises: ConfigError."""
@@ -157,7 +182,28 @@ class Problem(ABC):
         from hpc_compress.models import artifact
 
         configure = functools.partial(self.configure, labels=labels)
-        return artifact.load_base(folder, self.auto_class, configure, new_head, seed)
+        return artifact.load_base(folder, self.stock_class(), configure, new_head, seed)
+
+    def stock_class(self) -> Any:
+        """The class that loads the base model."""
+        import transformers
+
+        return getattr(transformers, self.auto_class)
+
+    def described(self, folder: Path, config: ModelConfig) -> dict[str, Any]:
+        """What is written into the base model's config.json besides what stands there. folder: the checkpoint, as it was found.
+
+        Raises: ConfigError.
+        """
+        return {}
+
+    def check_step(self, step: Step, dataset: Dataset) -> None:
+        """Raises: ConfigError for a step that this dataset gives nothing to work with."""
+        return
+
+    def exported(self, config: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
+        """JSON files of an exported model, by their paths in it, that other libraries read. config: its config.json."""
+        return {}
 
     @abstractmethod
     def example(self, path: str, dataset: Dataset) -> str:

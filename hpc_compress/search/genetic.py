@@ -51,7 +51,9 @@ class Genetic(Record):
     vocabularies: dict[str, Choice] = Field(
         default={}, description="the same for the step that trims the vocabulary, which comes before the quantization"
     )
-    fine_tune: Params = Field(default={}, description="parameters of the training after a mutation")
+    fine_tune: Params | None = Field(
+        default={}, description="parameters of the training after a mutation; null: none, for crossovers that always follow"
+    )
     distill: Params = Field(default={}, description="parameters of the crossover")
     inherit: bool = Field(
         default=True,
@@ -86,7 +88,7 @@ class Genetic(Record):
     def steps(self) -> tuple[Step, ...]:
         """Every kind of step that this strategy may use."""
         steps = _steps(self.mutations) if self.mutation_probability > 0 else []
-        trained = [self._fine_tune()] if steps else []
+        trained = self._fine_tune() if steps else ()
         distilled = [self._distill()] if self.crossover_probability > 0 else []
         return (*steps, *trained, *distilled)
 
@@ -134,7 +136,7 @@ class Genetic(Record):
         if mutates:
             mutation = self._draw_mutation(rng, self.shape.after_all(steps))
             if mutation:
-                steps = (*steps, mutation, self._fine_tune())
+                steps = (*steps, mutation, *self._fine_tune())
             deploy = self._draw_deploy(rng, deploy)
         if crosses:
             steps = (*steps, self._distill())
@@ -174,8 +176,8 @@ class Genetic(Record):
         self._drawn[drawn] += 1
         return child.model_copy(update={"steps": (*parent.steps, first, *new[1:])})
 
-    def _fine_tune(self) -> Step:
-        return Step(operator="fine_tune", params=self.fine_tune)
+    def _fine_tune(self) -> tuple[Step, ...]:
+        return () if self.fine_tune is None else (Step(operator="fine_tune", params=self.fine_tune),)
 
     def _distill(self) -> Step:
         return Step(operator="distill", params=self.distill)

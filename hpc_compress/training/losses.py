@@ -146,7 +146,10 @@ def distillation_loss(
             total = total + weights.hidden * hidden_loss(states[-1], taught.hidden[-1], mask, weights.distance)
         if weights.layers:
             total = total + weights.layers * layers_loss(states, taught.hidden, mask, weights.distance, fixed)
-        response = problem.response_loss(learnt.outputs, taught.outputs, weights.response, weights.temperature)
+        outputs = learnt.outputs
+        if project is not None and outputs.shape[-1] != taught.outputs.shape[-1]:  # of embeddings
+            outputs = project(outputs)
+        response = problem.response_loss(outputs, taught.outputs, weights.response, weights.temperature)
         return total if response is None else total + response
 
     return loss

@@ -78,7 +78,8 @@ class Distill(Training):
         teacher = stored or teaching.live(problem, base, learns=self.online)
         companions = [base] if self.online else []
         project = None
-        if (self.hidden or self.layers) and surgery.hidden_size(model) != surgery.hidden_size(base):
+        narrower = problem.width(model) != problem.width(base)
+        if (self.hidden or self.layers or narrower) and surgery.hidden_size(model) != surgery.hidden_size(base):
             project = teaching.projection(problem, model.to(context.device), teacher, context.train, context.device)
             companions.append(project)
         fixed = surgery.origins(model) if self.layers and self.matching == "fixed" else None
