@@ -376,7 +376,17 @@ def _stock(args: argparse.Namespace, auto_class: str, outputs: int) -> PreTraine
 
 
 def _ready_made(args: argparse.Namespace, auto_class: str, outputs: int) -> PreTrainedModel:
-    """A BertModel from the initializers of an ONNX file; the names of its matrix products say whose weights they are."""
+    config, weights = ready_made(args)
+    config.num_labels = outputs
+    model = getattr(transformers, auto_class).from_config(config)
+    missing, unexpected = model.bert.load_state_dict(weights, strict=False)
+    if unexpected or not all(name.startswith("pooler.") for name in missing):
+        raise SystemExit(f"{args.small} does not fit a BERT: {unexpected[:3]} unexpected, {missing[:3]} missing")
+    return model
+
+
+def ready_made(args: argparse.Namespace) -> tuple[BertConfig, dict[str, torch.Tensor]]:
+    """A BertModel's weights from the initializers of an ONNX file; the names of its matrix products say whose they are."""
     import onnx
     from onnx.numpy_helper import to_array
 
@@ -389,13 +399,8 @@ def _ready_made(args: argparse.Namespace, auto_class: str, outputs: int) -> PreT
             path = node.name.partition("/auto_model/")[2].removesuffix("/MatMul").replace("/", ".")
             tensors[f"{path}.weight"] = arrays[node.input[1]].T
     depth = 1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("encoder.layer."))
-    config = BertConfig.from_pretrained(resource(args.model), num_hidden_layers=depth, num_labels=outputs)
-    model = getattr(transformers, auto_class).from_config(config)
-    weights = {name: torch.from_numpy(np.array(array)) for name, array in tensors.items()}
-    missing, unexpected = model.bert.load_state_dict(weights, strict=False)
-    if unexpected or not all(name.startswith("pooler.") for name in missing):
-        raise SystemExit(f"{args.small} does not fit a BERT: {unexpected[:3]} unexpected, {missing[:3]} missing")
-    return model
+    config = BertConfig.from_pretrained(resource(args.model), num_hidden_layers=depth)
+    return config, {name: torch.from_numpy(np.array(array)) for name, array in tensors.items()}
 
 
 # --- methods: (model, context, share) -> the model cut ---
@@ -441,6 +446,7 @@ class TorchPruning:
     round_to: int | None = 64  # FFN widths are multiples of this
     steps: int = 1  # more than 1: its iterative mode, with new gradients before each step
     repair: bool = False  # refit afterwards what is left, as `prune` does
+    loss: Callable[[Problem], losses.Loss] = losses.task_loss  # whose gradients they are
 
     def __call__(self, model: PreTrainedModel, context: Context, share: float) -> PreTrainedModel:
         self.prepare(model, context)
@@ -461,7 +467,7 @@ class TorchPruning:
             weight.grad = None if self.importance == "l2" else torch.zeros_like(weight)
         sentences, size = context.train.take(SENTENCES), 1 if self.importance == "hessian" else 32
         for batch in () if self.importance == "l2" else eval_batches(sentences, size):
-            loss = losses.task_loss(context.problem)(model, batch)
+            loss = self.loss(context.problem)(model, batch)
             for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
                 weight.grad += gradient if size > 1 else gradient.square() / len(sentences)
 
@@ -493,9 +499,10 @@ class TorchPruning:
         }[self.importance]()
         shares = (1 - (1 - ratio) * sum(counts(whole, unit)) / sum(counts(model, unit)) for unit in ("ffn", "heads"))
         neurons_gone, heads_gone = (max(0.0, share - 1e-9) for share in shares)
+        batch = context.batches(2)[0]
         pruner = tp.pruner.BasePruner(
             model,
-            context.batches(2)[0].inputs,
+            batch.inputs,
             importance,
             global_pruning=self.scope == "global",
             pruning_ratio=neurons_gone,
@@ -509,7 +516,7 @@ class TorchPruning:
             ignored_layers=[
                 module for module in model.modules() if isinstance(module, torch.nn.Linear) and module not in roots
             ],
-            output_transform=lambda output: output.logits.sum(),
+            output_transform=lambda output: context.problem.outputs(output, batch).sum(),
         )
         pruner.step()
         model.zero_grad()
