@@ -478,7 +478,8 @@ def tour(place: Path) -> pd.DataFrame:
     table = run_search(place, named("README.md", "hpc-compress", "search", "name=reviews"))
     for name in ("big", "demo_gpu"):
         shutil.copytree(place / "results/reviews", place / "results" / name)
-    shutil.copytree(place / "results/reviews", place / "results/which/genetic-0")
+    for name in ("which/genetic-0", "seeds/seed=0", "seeds/seed=1"):
+        shutil.copytree(place / "results/reviews", place / "results" / name)
     for name in ("model", "another_model", "exported"):
         shutil.copytree(place / "results/reviews/best", place / name)
     return table
