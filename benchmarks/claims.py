@@ -24,7 +24,7 @@ from scipy import stats
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
-DOCUMENTS = ("README.md", "docs/measurements.md", "results/compression.md", "results/compression_peers.md")
+DOCUMENTS = ("README.md", "docs/measurements.md", "results/compression.md", "results/compression_peers.md", "results/tokens.md")
 BEGIN, END = "<!-- claims: {name} -->", "<!-- /claims -->"
 OURS, BY_TIME, BASE = "ours, by parameters", "ours, by time", "base"
 LEVEL = 0.0005
@@ -280,6 +280,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "compression": lambda: sentences(read(RESULTS / "compression.csv")),
     "compression_peers": lambda: sentences(read(RESULTS / "compression_peers.csv")),
     "costs": lambda: costs(pd.read_csv(RESULTS / "costs.csv")),
+    "tokens": lambda: sentences(read(RESULTS / "tokens.csv")),
     "most cut": lambda: most_cut(read(RESULTS / "compression.csv")),
 }
 
