@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -445,10 +448,19 @@ def search(setup: Setup, tiny_checkpoint: Callable[..., Path], tmp_path: Path) -
     return run
 
 
-def loaded(folder: Path) -> Any:
-    from sentence_transformers import SentenceTransformer
-
-    return SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+ELSEWHERE = """
+import json, sys
+sys.modules["hpc_compress"] = None
+import torch
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, AutoTokenizer
+folder, texts = sys.argv[1], json.loads(sys.argv[2])
+found = SentenceTransformer(folder, trust_remote_code=True, device="cpu").encode(texts)
+tokens = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt", truncation=True)
+with torch.no_grad():
+    stock = AutoModel.from_pretrained(folder, trust_remote_code=True)(**tokens)
+print(json.dumps([found.tolist(), stock.sentence_embedding.tolist(), list(stock.last_hidden_state.shape[:2])]))
+"""
 
 
 @pytest.mark.slow
@@ -459,26 +471,23 @@ def test_an_export_is_what_sentence_transformers_loads(search: Any, tmp_path: Pa
     weights = {"int8": 0.0, "nf4": 0.0, "onnx_int8": 1.0 if scheme == "onnx_int8" else 0.0}
     chances = [f"strategy.quantizations.{name}.weight={weight}" for name, weight in weights.items()]
     root = search(tmp_path / "run", f"model.pooling={pooling}", "model.normalize=true", "protocol.device=cpu", *chances)
-    found = analysis.open_run(root).outcomes.items()
-    measured = [(id, outcome) for id, outcome in found if outcome.measurement and outcome.task.split == "search"]
-    schemes = {
-        id: {step.params.get("scheme") for step in outcome.task.genome.deploy}
-        for id, outcome in measured
-        if not outcome.task.repeat
-    }
-    wanted_schemes = {scheme} if scheme != "fp32" else set()
-    chosen = next(id for id, outcome in measured if outcome.task.genome.steps and wanted_schemes <= schemes.get(id, set()))
+    run = analysis.open_run(root)
+    genomes = {id: run.outcomes[id].task.genome for id in run.generations[-1].population}
+    schemes = {id: {step.params.get("scheme", "fp32") for step in genome.deploy} for id, genome in genomes.items()}
+    chosen = next(id for id, genome in genomes.items() if genome.steps and (scheme == "fp32" or scheme in schemes[id]))
     folder = export.export(root, tmp_path / "exported", chosen)
-    model = loaded(folder)
-    wanted = artifact.load(folder)
     said = texts(7, 5)
     tokens = AutoTokenizer.from_pretrained(folder)(said, padding=True, return_tensors="pt", truncation=True)
     with torch.no_grad():
-        ours = torch.nn.functional.normalize(wanted(**tokens).sentence_embedding, dim=-1)
-        stock = AutoModel.from_pretrained(folder, trust_remote_code=True)(**tokens)
-    np.testing.assert_allclose(model.encode(said), ours.numpy(), atol=1e-5)
-    torch.testing.assert_close(torch.nn.functional.normalize(stock.sentence_embedding, dim=-1), ours, atol=1e-5, rtol=0)
-    assert stock.last_hidden_state.shape[:2] == tokens["input_ids"].shape
+        wanted = artifact.load(folder)(**tokens).sentence_embedding
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", ELSEWHERE, str(folder), json.dumps(said)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    theirs, stock, shape = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[[")))
+    np.testing.assert_allclose(theirs, torch.nn.functional.normalize(wanted, dim=-1).numpy(), atol=1e-5)
+    np.testing.assert_allclose(stock, wanted.numpy(), atol=1e-5)
+    assert shape == list(tokens["input_ids"].shape)
     export.export(root, tmp_path / "exported", chosen)  # over the earlier one
     assert "SentenceTransformer" in (folder / "README.md").read_text()
 

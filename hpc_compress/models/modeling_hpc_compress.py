@@ -405,7 +405,11 @@ class HpcCompressOnnxModel(PreTrainedModel):
         return type(self), (self.config, self.program)
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, token_type_ids: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        return_dict: bool | None = None,
     ) -> Any:
         if not input_ids.is_cpu:
             raise RuntimeError(f"onnx_int8 runs on a CPU only, and the inputs are on {input_ids.device}; move them to the CPU")
@@ -416,7 +420,8 @@ class HpcCompressOnnxModel(PreTrainedModel):
         }
         feeds = {item.name: given[item.name].long().numpy() for item in self.session.get_inputs()}
         arrays = self.session.run(list(self.outputs), feeds)
-        return self.answer(**{name: torch.from_numpy(array) for name, array in zip(self.outputs, arrays, strict=True)})
+        answer = self.answer(**{name: torch.from_numpy(array) for name, array in zip(self.outputs, arrays, strict=True)})
+        return answer.to_tuple() if return_dict is False else answer
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         self.config.save_pretrained(save_directory, **kwargs)
