@@ -456,7 +456,8 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
 folder, texts = sys.argv[1], json.loads(sys.argv[2])
 found = SentenceTransformer(folder, trust_remote_code=True, device="cpu").encode(texts)
-tokens = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(texts, padding=True, return_tensors="pt", truncation=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+tokens = tokenizer(texts, padding=True, return_tensors="pt", truncation=True)
 with torch.no_grad():
     stock = AutoModel.from_pretrained(folder, trust_remote_code=True)(**tokens)
 print(json.dumps([found.tolist(), stock.sentence_embedding.tolist(), list(stock.last_hidden_state.shape[:2])]))
