@@ -4,7 +4,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -68,11 +68,13 @@ def test_no_parameter_says_what_code_to_run():
 
 
 def test_what_a_step_takes_from_elsewhere_is_named():
-    texts = {name for kind in OPERATORS.values() for name, field in kind.model_fields.items() if field.annotation is str}
+    fields = [item for kind in OPERATORS.values() for item in kind.model_fields.items()]
+    texts = {name for name, field in fields if field.annotation is str or str in get_args(field.annotation)}
     assert texts == {"criterion", "corpus"}, "let `foreign` know of a new parameter that names a file or code"
     assert foreign(Step(operator="my.own")) == ["my.own"]
     assert foreign(Step(operator="prune", params={"share": 0.5, "criterion": "my.scores"})) == ["my.scores"]
     assert foreign(Step(operator="trim_vocabulary", params={"corpus": "words.txt"})) == ["words.txt"]
+    assert foreign(Step(operator="trim_vocabulary", params={"corpus": ("train", "a.txt", "b.txt")})) == ["a.txt", "b.txt"]
     assert [path for step in STEPS.values() for path in foreign(step)] == []
 
 

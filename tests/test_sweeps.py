@@ -11,8 +11,6 @@ from hpc_compress import analysis
 from hpc_compress.analysis import sweeps
 from hpc_compress.launch.local import Debug
 
-EXPERIMENTS = Path(__file__).parents[1] / "conf/experiment"
-
 
 @pytest.fixture(scope="module")
 def runs(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
@@ -96,9 +94,3 @@ def test_runs_that_differ_in_one_setting_are_drawn_over_generations(setup: Setup
     axes = sweeps.drawn(found).axes[0]
     assert axes.get_xlabel() == "generation"
     assert "population=3" in axes.get_legend_handles_labels()[1]
-
-
-@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_experiment_composes(path: Path, compose: Any):
-    words = ["model.path=x"] if "custom" in path.read_text() else []
-    assert compose(f"experiment={path.stem}", *words)["name"] == path.stem
