@@ -80,11 +80,14 @@ def block(name: str, content: str) -> str:
 
 
 def demo(report: pd.DataFrame) -> str:
-    """The report of the demo as the README shows it."""
+    """The report of the demo as the README shows it: what was measured on the report split, the model for the targets first."""
+    order = ["base model", "target", "best", "next best"]
+    report = report[(report["split"] == "report") & report["method"].isin(order)]
+    report = report.sort_values("method", key=lambda methods: methods.map(order.index), kind="stable")
     rows = [
         (
             row["method"] if row["method"] == "base model" else f"{row['method']}: {_described(row['genome'])}",
-            f"{row['quality']:.3f}",
+            f"{row['quality']:.3f} ± {row['quality_error']:.3f}",
             f"{row['encoder_m']:.2f}",
             f"{row['mb']:.1f}",
             f"{row['latency_ms']:.0f}",
