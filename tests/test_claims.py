@@ -135,15 +135,21 @@ def test_a_document_that_says_something_else_is_rewritten(claims: Any):
 def test_the_table_of_the_demo_has_its_report_in_words(claims: Any):
     report = pd.DataFrame(
         [
-            ("base model", "accuracy", 0.9, 10.65, 90.87, 393.8, 1.0, "base"),
-            ("best", "accuracy", 0.8583, 5.92, 10.66, 62.9, 6.447, "prune_0.25 > fine_tune > prune_0.25 > fine_tune > distill"),
+            ("base model", "accuracy", 0.9, 0.01, 10.65, 90.87, 393.8, 1.0, "base"),
+            ("best", "accuracy", 0.8583, 0.0123, 5.92, 10.66, 62.9, 6.447, "prune_0.25 > fine_tune > prune_0.25 > distill"),
+            ("target", "accuracy", 0.891, 0.0111, 7.5, 11, 100, 3.5, "carve > quantize_nf4"),
         ],
-        columns=["method", "metric", "quality", "encoder_m", "mb", "latency_ms", "speed_up", "genome"],
+        columns=["method", "metric", "quality", "quality_error", "encoder_m", "mb", "latency_ms", "speed_up", "genome"],
     )
+    front = report.iloc[:1].assign(method="front", quality=0.8)  # what was measured on the search split is left out
+    report = pd.concat([report.assign(split="report"), front.assign(split="search")])
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in claims.demo(report).splitlines()]
     assert rows[0] == ["", "accuracy", "encoder, M", "size, MB", "inference, ms", "speed-up"]
-    assert rows[2] == ["base model", "0.900", "10.65", "90.9", "394", ""]
-    assert rows[3] == ["best: cut by a quarter twice, distilled", "0.858", "5.92", "10.7", "63", "6.45x"]
+    assert rows[2:] == [
+        ["base model", "0.900 ± 0.010", "10.65", "90.9", "394", ""],
+        ["target: cut, 4 bits (nf4)", "0.891 ± 0.011", "7.50", "11.0", "100", "3.50x"],
+        ["best: cut by a quarter twice, distilled", "0.858 ± 0.012", "5.92", "10.7", "63", "6.45x"],
+    ]
 
 
 def test_steps_of_evolve_have_words(claims: Any):

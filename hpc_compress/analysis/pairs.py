@@ -42,7 +42,7 @@ class Difference:
     def verdict(self) -> str:
         if self.real is None:
             return "how sure this is, is not known"
-        return "no real difference" if not self.real else "really better" if self.value > 0 else "really worse"
+        return "may be chance" if not self.real else "really better" if self.value > 0 else "really worse"
 
 
 class Pairs:
