@@ -240,8 +240,9 @@ MiniLM-L6 as a sentence encoder (all-MiniLM-L6-v2, mean pooling) on the suite `e
 distillation on {args.sentences} sentences of the train files, as many of each task, without labels (batch {how["batch_size"]},
 learning rate {how["learning_rate"]:g}): cosine to the base model's embedding and to its last hidden states. The score is the
 mean of four tasks on the report split: {tasks}.
-{over} `before` is the score before the distillation. Ours and Torch-Pruning cut in {ROUNDS} rounds, each with new scores. The
-ready-made model has 3 layers and was trained by others on paraphrases. Latency is the median pass over {PROTOCOL.sentences}
+{over} `before` is the score before the distillation.
+Ours and Torch-Pruning cut in {ROUNDS} rounds, each with new scores. The ready-made model has 3 layers and was trained by others
+on paraphrases. Latency is the median pass over {PROTOCOL.sentences}
 texts, all models taking turns, in fp32 on {measure.device_name(CPU)}. The base model takes {base["latency_ms"]:.0f} ms.
 
 The rounds and the learning rate were chosen by the scores of ours at 50 % on the report split, among a few settings of which
@@ -255,8 +256,8 @@ the peers were given the best one. So the figures lean in favour of ours.
 
 
 def plot(table: pd.DataFrame, path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(5.5, 4.2))
-    axes.axhline(table.loc[table["method"] == BASE, "mean_score"].iloc[0], color="0.7", linewidth=1, zorder=0)
+    figure, axes = plt.subplots(figsize=(5.5, 4.6), layout="constrained")
+    axes.axhline(table.loc[table["method"] == BASE, "mean_score"].iloc[0], color="0.7", label=BASE, zorder=0)
     for index, method in enumerate((OURS, TAYLOR, LAYERS, READY_MADE)):
         points: Any = table[table["method"] == method].groupby("share")[["speed_up", "mean_score"]].mean()
         axes.plot(
@@ -266,8 +267,7 @@ def plot(table: pd.DataFrame, path: Path) -> None:
     axes.set_xlabel("speed-up over the base model")
     axes.set_ylabel("mean score")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.tight_layout()
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)
 
 
