@@ -202,7 +202,7 @@ def _command(folder: Path, arguments: tuple[str, ...]) -> None:
 MISTAKES = {
     # what is typed: (exit code, words of the answer)
     "seeed=1": (2, ["seeed is not a known key", "generations", "dataset", "launcher", "did you mean seed?"]),
-    "strategy.populaton=3": (2, ["strategy.populaton", "crossover_probability", "did you mean strategy.population?"]),
+    "strategy.populaton=3": (2, ["strategy.populaton", "profile_seconds", "did you mean strategy.population?"]),
     "dataset=sst2 dataset.trian=x": (2, ["dataset.trian", "search_on", "did you mean dataset.train?"]),
     "launcher=slurm cluster.gpus=1": (2, ["cluster.gpus", "gpus_per_node"]),
     "-m seed=0,1 sead=1": (2, ["sead is not a known key", "did you mean seed?"]),
