@@ -112,6 +112,15 @@ def _word(step: str) -> str:
     return STEPS[step]
 
 
+def encoders(table: pd.DataFrame) -> str:
+    """Mean score of cut sentence encoders as a share of the base model's, by method and cut."""
+    cut = table[table["share"] > 0]
+    kept = cut.groupby(["method", "share"])["kept"].mean().unstack("share").sort_values(cut["share"].min(), ascending=False)
+    shown = kept.map(lambda value: "" if pd.isna(value) else f"{100 * value:.1f} %")
+    shown.columns = pd.Index([f"{100 * share:.0f} % of the encoder removed" for share in kept.columns])
+    return shown.rename_axis("").reset_index().to_markdown(index=False, disable_numparse=True)
+
+
 def most_cut(table: pd.DataFrame, share: float = 0.8) -> str:
     """Quality before and after the epoch of distillation, and speed-up, where most of the encoder is removed."""
     means = table.groupby(["dataset", "method", "share"])[["before", "quality", "speed_up"]].mean()
@@ -284,6 +293,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "compression_peers": lambda: sentences(read(RESULTS / "compression_peers.csv")),
     "costs": lambda: costs(pd.read_csv(RESULTS / "costs.csv")),
     "tokens": lambda: sentences(read(RESULTS / "tokens.csv")),
+    "embeddings": lambda: encoders(pd.read_csv(RESULTS / "embeddings.csv")),
     "most cut": lambda: most_cut(read(RESULTS / "compression.csv")),
 }
 

@@ -5,6 +5,7 @@ It reads the run folder, as every reader does. The search knows nothing of it, a
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -78,7 +79,7 @@ class Tracking:
         told = self._told
         for point in analysis.points(run):
             if point["generation"] > self._told:
-                numbers = {name: float(value) for name, value in point.items() if name != "generation" and value == value}
+                numbers = {name: float(value) for name, value in point.items() if name != "generation" and math.isfinite(value)}
                 self._board.point(numbers, int(point["generation"]))
                 told = int(point["generation"])
         if told > self._told:
