@@ -47,7 +47,7 @@ from searches import Silent
 from simulated import SimulatedSlurm, nothing_to_load
 
 from hpc_compress import cli, config, defaults, driver
-from hpc_compress.analysis import Reader, load_runs, status_of
+from hpc_compress.analysis import Watch, load_runs
 from hpc_compress.dispatch import Dispatch
 from hpc_compress.launch.slurm import Cluster, Commands, Slurm
 from hpc_compress.records import Generation, Plan
@@ -311,14 +311,14 @@ def reading(args: argparse.Namespace) -> list[str]:
         store, late = _long_run(folder, args.read_tasks, generation_size=250)
         load = [_cpu_seconds(lambda: load_runs(folder))[1] for _ in range(2)]
         (folder / "seen.json").unlink()
-        reader = Reader(folder)
-        _, first_look = _cpu_seconds(lambda: status_of(reader.read()))
+        watch = Watch(folder)
+        _, first_look = _cpu_seconds(watch.look)
         start, looks, seconds = time.monotonic(), 0, 0.0
         while time.monotonic() - start < args.follow_seconds:
             time.sleep(2)
             if late:
                 store.settle(light.answer(late.pop()))
-            seconds += _cpu_seconds(lambda: status_of(reader.read()))[1]
+            seconds += _cpu_seconds(watch.look)[1]
             looks += 1
         elapsed = time.monotonic() - start
         record_bytes = (folder / "generations" / "0001.json").stat().st_size

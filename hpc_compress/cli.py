@@ -25,7 +25,7 @@ from hpc_compress.store import private_umask, write_atomically
 from hpc_compress.types import SearchError
 
 if TYPE_CHECKING:
-    from hpc_compress.analysis import Reader
+    from hpc_compress.analysis import Watch
     from hpc_compress.driver import SearchSettings
     from hpc_compress.tracking import Tracking
 
@@ -401,7 +401,7 @@ class Console:
         )
         self._row = self._bar.add_task("", total=None, visible=False)
         self._live = Live(self._bar, console=terminal, transient=True, auto_refresh=False) if terminal.is_terminal else None
-        self._reader: Reader | None = None
+        self._watch: Watch | None = None
         self._looked = 0.0  # when the run folder was read, by the monotonic clock
         self._streams: list[tuple[logging.StreamHandler, Any]] = []
         if self._live is not None:
@@ -440,9 +440,9 @@ class Console:
 
             from hpc_compress import analysis
 
-            self._reader = self._reader or analysis.Reader(self.root)
+            self._watch = self._watch or analysis.Watch(self.root)
             with contextlib.suppress(ConfigError, DamageError, OSError):  # not begun yet, or its filesystem is away
-                text = Text(analysis.status_of(self._reader.read()), no_wrap=True, overflow="ellipsis")
+                text = Text(self._watch.look()[1], no_wrap=True, overflow="ellipsis")
                 self._live.update(Group("", text, self._bar))
             self._looked = time.monotonic()
         self._live.refresh()
@@ -468,10 +468,10 @@ def _status(arguments: list[str]) -> None:
     from rich.text import Text
 
     with contextlib.suppress(KeyboardInterrupt), Live(auto_refresh=False) as live:
-        reader = analysis.Reader(options.run)
+        watch = analysis.Watch(options.run)
         while True:
-            run = reader.read()
-            live.update(Text(analysis.status_of(run)), refresh=True)
+            run, text = watch.look()
+            live.update(Text(text), refresh=True)
             if run.result is not None:
                 return
             time.sleep(2)

@@ -5,13 +5,14 @@ from hpc_compress.analysis.compare import points, write_comparison
 from hpc_compress.analysis.figures import plot
 from hpc_compress.analysis.report import FILES, as_text, on_targets, report, verdicts, write_report
 from hpc_compress.analysis.runs import Reader, Run, find_runs, open_run
-from hpc_compress.analysis.status import gpu_hours, status, status_of
+from hpc_compress.analysis.status import Watch, gpu_hours, status, status_of
 from hpc_compress.analysis.sweeps import write_sweep
 
 __all__ = [
     "FILES",
     "Reader",
     "Run",
+    "Watch",
     "as_text",
     "find_runs",
     "gpu_hours",

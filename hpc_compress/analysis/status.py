@@ -9,12 +9,13 @@ from statistics import median
 
 from hpc_compress import door
 from hpc_compress.analysis import found
-from hpc_compress.analysis.runs import Run, open_run
+from hpc_compress.analysis.runs import Reader, Run, open_run
 from hpc_compress.process import Process
 from hpc_compress.records import HEARTBEAT_SECONDS
 from hpc_compress.summary import describe, figures
 
 FRONT = 6  # models of the front that are named
+Line = tuple[str, str]  # what it is about, and what is said
 
 
 def status(root: Path) -> str:
@@ -22,7 +23,34 @@ def status(root: Path) -> str:
     return status_of(open_run(root))
 
 
-def status_of(run: Run) -> str:
+class Watch:
+    """A run that is looked at again and again. What its front is, is found out anew after each generation only."""
+
+    def __init__(self, root: Path) -> None:
+        self._reader = Reader(root)
+        self._generations, self._front = -1, list[Line]()
+
+    def look(self) -> tuple[Run, str]:
+        """The run, and where it stands. Raises: as `Reader.read`."""
+        run = self._reader.read()
+        if len(run.generations) != self._generations or run.result is not None:
+            self._generations, self._front = len(run.generations), _front(run)
+        return run, status_of(run, self._front)
+
+
+def _front(run: Run) -> list[Line]:
+    front = [run.seen[task_id] for task_id in found.front_of(run)]
+    lines = []
+    for index, model in enumerate(front[:FRONT]):
+        assert model.measurement is not None
+        lines.append(("" if index else "front", f"{figures(model.measurement)}: {model.genome}"))
+    if len(front) > FRONT:
+        lines.append(("", f"and {len(front) - FRONT} more, of lower quality"))
+    return lines + [("device", line) for line in found.fronts(run)]
+
+
+def status_of(run: Run, front: list[Line] | None = None) -> str:
+    """front: the lines on its front, where they are known."""
     lines = [
         ("run", str(run.root)),
         ("compresses", f"{run.plan.base.name} on {run.plan.dataset.name}"),
@@ -41,13 +69,7 @@ def status_of(run: Run) -> str:
     best = run.seen.get(run.best) if run.best else None
     if best and best.measurement:
         lines.append(("best so far", f"{best.genome}: {figures(best.measurement)}"))
-    front = [run.seen[task_id] for task_id in found.front_of(run)]
-    for index, model in enumerate(front[:FRONT]):
-        assert model.measurement is not None
-        lines.append(("" if index else "front", f"{figures(model.measurement)}: {model.genome}"))
-    if len(front) > FRONT:
-        lines.append(("", f"and {len(front) - FRONT} more, of lower quality"))
-    lines += [("device", line) for line in found.fronts(run)]
+    lines += _front(run) if front is None else front
     if hours := gpu_hours(run):
         lines.append(("GPU time", f"{hours:.2f} hours"))
     lines += [("damaged", line) for line in run.damage_lines()]
