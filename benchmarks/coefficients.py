@@ -15,8 +15,10 @@ import pandas as pd
 
 import hpc_compress
 from hpc_compress.analysis.figures import COLORS, MARKERS
+from hpc_compress.analysis.sweeps import spread
 
 WEIGHTS = (0, 1, 5)  # of speed (b) and of memory (c); quality has a = 5
+FORMS = {"report_quality": ".3f", "speed_up": ".2f", "megabytes": ".1f"}
 SHOWN = {"report_quality": "quality", "speed_up": "speed-up", "megabytes": "size, MB"}
 
 
@@ -48,7 +50,7 @@ def chosen(candidates: pd.DataFrame) -> pd.DataFrame:
 def text(best: pd.DataFrame) -> str:
     seeds = best["config.seed"].nunique()
     rows = [
-        {"b (speed)": b, "c (memory)": c, **{title: _spread(group[name], name) for name, title in SHOWN.items()}}
+        {"b (speed)": b, "c (memory)": c, **{title: spread(group[name], FORMS[name]) for name, title in SHOWN.items()}}
         for (b, c), group in best.groupby(["b", "c"])
     ]
     speed, memory = (best[(best["b"] == b) & (best["c"] == c)].set_index("config.seed") for b, c in ((5, 0), (0, 5)))
@@ -70,20 +72,15 @@ the smaller one in {smaller} of {seeds}.
 """
 
 
-def _spread(values: pd.Series, name: str) -> str:
-    form = {"report_quality": ".3f", "speed_up": ".2f", "megabytes": ".1f"}[name]
-    middle, low, high = (f"{value:{form}}" for value in (values.median(), values.min(), values.max()))
-    return middle if low == high else f"{middle} ({low} to {high})"
-
-
 def picture(best: pd.DataFrame) -> bytes:
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, len(SHOWN), figsize=(12, 4), layout="constrained")
     for axes, (name, title) in zip(panels, SHOWN.items(), strict=True):
         for index, c in enumerate(WEIGHTS):
-            spread = best[best["c"] == c].groupby("b")[name]
-            middle, ends = spread.median(), [spread.median() - spread.min(), spread.max() - spread.median()]
+            of_seeds = best[best["c"] == c].groupby("b")[name]
+            middle = of_seeds.median()
+            ends = [middle - of_seeds.min(), of_seeds.max() - middle]
             at = [place + 0.06 * (index - 1) for place in range(len(WEIGHTS))]
             style = {"color": COLORS[index], "marker": MARKERS[index], "markersize": 5}
             axes.errorbar(at, middle, yerr=ends, capsize=2, label=f"c = {c} (memory)", **style)

@@ -597,19 +597,30 @@ turns, in fp32 on {measure.device_name(CPU)}. `heads` and `FFN` are what the fir
     print(text)
 
 
+def cells(share: float, method: str, runs: pd.DataFrame) -> dict[str, str]:
+    """The first cells of a row: the runs of one method with one cut, one run a seed."""
+    return {
+        "cut": f"{share:.0%}" if share else "",
+        "method": method,
+        "encoder, M": f"{runs['encoder_parameters'].mean() / 1e6:.2f}",
+        "MB": f"{runs['bytes'].mean() / 1e6:.1f}",
+        "before": "" if runs["before"].isna().all() else f"{runs['before'].mean():.3f}",
+    }
+
+
+def mean(values: pd.Series) -> str:
+    """Of several seeds with the standard deviation."""
+    return f"{values.mean():.3f}" + (f" ± {values.std():.3f}" if len(values) > 1 else "")
+
+
 def _section(name: str, group: pd.DataFrame) -> str:
     rows = []
     for (share, method), runs in group.groupby(["share", "method"], sort=True):
-        spread = f" ± {runs['quality'].std():.3f}" if len(runs) > 1 else ""
         shape = runs.iloc[0]
         rows.append(
             {
-                "cut": f"{share:.0%}" if share else "",
-                "method": method,
-                "encoder, M": f"{runs['encoder_parameters'].mean() / 1e6:.2f}",
-                "MB": f"{runs['bytes'].mean() / 1e6:.1f}",
-                "before": "" if runs["before"].isna().all() else f"{runs['before'].mean():.3f}",
-                "after": f"{runs['quality'].mean():.3f}{spread}",
+                **cells(share, method, runs),
+                "after": mean(runs["quality"]),
                 "ms": f"{runs['latency_ms'].mean():.0f}",
                 "speed-up": f"{runs['speed_up'].mean():.2f}x",
                 "heads": " ".join(map(str, shape["heads"])),

@@ -217,15 +217,10 @@ def report(args: argparse.Namespace, table: pd.DataFrame) -> None:
     names = list(LIMITS)
     rows = []
     for (share, method), runs in table.groupby(["share", "method"], sort=True):
-        spread = f" ± {runs['mean_score'].std():.3f}" if len(runs) > 1 else ""
         rows.append(
             {
-                "cut": f"{share:.0%}" if share else "",
-                "method": method,
-                "encoder, M": f"{runs['encoder_parameters'].mean() / 1e6:.2f}",
-                "MB": f"{runs['bytes'].mean() / 1e6:.1f}",
-                "before": "" if runs["before"].isna().all() else f"{runs['before'].mean():.3f}",
-                "mean score": f"{runs['mean_score'].mean():.3f}{spread}",
+                **compression.cells(share, method, runs),
+                "mean score": compression.mean(runs["mean_score"]),
                 "of the base's": f"{runs['kept'].mean():.1%}",
                 **{name: f"{runs[name].mean():.3f}" for name in names},
                 "speed-up": f"{runs['speed_up'].mean():.2f}x",

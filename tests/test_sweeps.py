@@ -49,8 +49,8 @@ def test_the_table_has_a_row_for_each_setting_and_one_for_the_base_model(found: 
 
 
 def test_a_spread_is_the_median_with_its_ends():
-    assert sweeps._spread(pd.Series([3.0, 1.0, 2.0]), ".1f") == "2.0 (1.0 to 3.0)"
-    assert sweeps._spread(pd.Series([3.0, 3.0]), ".1f") == "3.0"
+    assert sweeps.spread(pd.Series([3.0, 1.0, 2.0]), ".1f") == "2.0 (1.0 to 3.0)"
+    assert sweeps.spread(pd.Series([3.0, 3.0]), ".1f") == "3.0"
 
 
 @pytest.mark.parametrize(

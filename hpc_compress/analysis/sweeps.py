@@ -100,7 +100,7 @@ def as_text(found: Sweep) -> str:
         .groupby([*keys, "method"], sort=False, dropna=False)
     ):
         named = dict(zip([*keys, "method"], map(_said, values), strict=True))
-        figures = {title: _spread(group[name], form) for name, (title, form) in FIGURES.items()}
+        figures = {title: spread(group[name], form) for name, (title, form) in FIGURES.items()}
         rows.append({**named, "runs": len(group), "metric": group["metric"].iloc[0], **figures})
     table = pd.DataFrame(rows).astype(str).map(door.markdown_cell).to_markdown(index=False, disable_numparse=True)
     notes = ["Each figure is the median of the runs, with the smallest and the largest one."]
@@ -159,9 +159,9 @@ def _panel(axes: Any, table: pd.DataFrame, x: str, name: str, lines: Sequence[st
     groups = list(table.groupby(lines, sort=True, dropna=False)) if lines else [((), table)]
     for index, (value, group) in enumerate(groups):
         label = ", ".join(f"{key}={_said(one)}" for key, one in zip(lines, value, strict=True)) or BEST
-        spread = group.groupby(x)[name]
-        middle = spread.median()
-        ends = np.abs(np.stack([spread.min() - middle, spread.max() - middle]))
+        of_seeds = group.groupby(x)[name]
+        middle = of_seeds.median()
+        ends = np.abs(np.stack([of_seeds.min() - middle, of_seeds.max() - middle]))
         aside = 0.0 if x == "generation" else 0.06 * (index - (len(groups) - 1) / 2)
         style = {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 5}
         at, joined = [places[one] + aside for one in middle.index], "-" if number else "none"
@@ -227,6 +227,7 @@ def _said(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _spread(values: "pd.Series[float]", form: str) -> str:
+def spread(values: "pd.Series[float]", form: str) -> str:
+    """The median, with the smallest and the largest where they differ."""
     middle, low, high = (f"{value:{form}}" for value in (values.median(), values.min(), values.max()))
     return middle if low == high else f"{middle} ({low} to {high})"
