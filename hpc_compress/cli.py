@@ -358,22 +358,14 @@ def _search_path(folders: list[Path]) -> list[str]:
 
 
 def _answer(root: Path, analysis: Any, export: Any) -> None:
-    """What was found, where it lies, what to do next."""
-    from hpc_compress.problems import problem
-
+    """What was found and what it loses, where it lies, what to do next."""
     best = _short(export.export(root, root / "best", trust=True))
-    table = analysis.write_report([root], root)
-    dataset = analysis.open_run(root).plan.dataset
-    targets = analysis.on_targets([root])
-    print(f"\n{analysis.as_text(table)}")
-    for line in (*targets, *analysis.verdicts([root])):
-        print(f"\n{line}")
-    what = "model for the targets" if targets else "best model"
-    print(f"\n{what}: {best}\n\n{problem(dataset.problem).example(best, dataset)}")
-    print(
-        "\nnext: hpc-compress search generations=... goes on with this run; README.md shows how to use your own model and data"
-    )
-    print(f"open in a browser: {_short(root)}/report.html")
+    runs = analysis.open_runs([root])
+    analysis.write_report(runs, root)
+    for line in ("", *analysis.to_deploy(runs), *analysis.verdicts(runs)[:1]):
+        print(line)
+    print(f"model: {best}; to look at all that was found, open in a browser: {_short(root)}/{analysis.FILES[0]}")
+    print(f"\nnext: hpc-compress benchmark {shlex.quote(_short(root / 'base'))} {shlex.quote(best)}")
 
 
 def _short(path: Path) -> str:
@@ -533,14 +525,14 @@ def _report(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     from hpc_compress import analysis
 
-    roots = analysis.find_runs(options.runs)
+    runs = analysis.open_runs(analysis.find_runs(options.runs))
     out = options.out or (options.runs[0] if len(options.runs) == 1 else Path("results"))
-    print(analysis.as_text(analysis.write_report(roots, out)))
-    for line in (*analysis.on_targets(roots), *analysis.verdicts(roots)):
+    print(analysis.as_text(analysis.write_report(runs, out)))
+    for line in (*analysis.on_targets(runs), *analysis.verdicts(runs)):
         print(f"\n{line}")
     files = [*analysis.FILES[1:]]
-    if len(roots) > 1:
-        print(f"\n{analysis.write_sweep(roots, out)}")
+    if len(runs) > 1:
+        print(f"\n{analysis.write_sweep(runs, out)}")
         files += ["sweep.md", "sweep.csv", "sweep.png", "sweep.pdf"]
     print(f"\nwritten to {_short(out)}: {', '.join(files)}\nopen in a browser: {_short(out)}/{analysis.FILES[0]}")
 
@@ -565,10 +557,11 @@ def _export(arguments: list[str]) -> None:
     )
     parser.add_argument(
         "--to",
-        choices=["transformers", "onnx"],
+        choices=["transformers", "onnx", "sentence-transformers"],
         default="transformers",
         help="transformers: the model as it was measured; onnx: the same as a program for ONNX Runtime, for a candidate in "
-        "fp32, bf16, fp16 or onnx_int8. Both load with transformers",
+        "fp32, bf16, fp16 or onnx_int8; sentence-transformers: a sentence encoder, proven to load with that library too. All "
+        "load with transformers",
     )
     options = parser.parse_args(arguments)
     from hpc_compress import export

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from transformers import PreTrainedModel
 
@@ -16,6 +17,7 @@ from hpc_compress.problems import Problem
 from hpc_compress.types import SearchError
 
 SAME = 1e-4  # most that answers may differ by, over the largest of them: a program adds in another order
+TEXTS = ["a text", "a second and longer text, with numbers such as 42"]
 
 
 def answers(folder: Path) -> list[torch.Tensor]:
@@ -55,6 +57,26 @@ def check(folder: Path, problem: Problem, wanted: Sequence[torch.Tensor]) -> Non
     apart = max(float((one.float() - other.float()).abs().max()) for one, other in zip(wanted, got, strict=True)) / scale
     if not apart <= SAME:
         raise SearchError(f"the exported model's answers differ by {apart:.2g} from those before; nothing was written")
+
+
+@torch.inference_mode()
+def check_sentences(folder: Path) -> None:
+    """Load an export by sentence-transformers, and compare its embeddings of texts with those of the model itself.
+
+    Raises: ConfigError where the library is not installed, SearchError when the embeddings differ.
+    """
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise ConfigError(
+            f"--to=sentence-transformers loads what it wrote ({error}); pip install sentence-transformers"
+        ) from error
+    theirs = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu").encode(TEXTS, convert_to_tensor=True)
+    inputs = transformers.AutoTokenizer.from_pretrained(folder)(TEXTS, padding=True, return_tensors="pt")
+    ours = artifact.load(folder)(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).sentence_embedding
+    apart = float((F.normalize(theirs.float(), dim=-1) - F.normalize(ours.float(), dim=-1)).abs().max())
+    if not apart <= SAME:
+        raise SearchError(f"sentence-transformers gives embeddings that differ by {apart:.2g}; nothing was written")
 
 
 @torch.inference_mode()

@@ -39,7 +39,7 @@ TOKENIZER = (
 )
 USED = ("artifacts", "base", "data", "teacher", "checkpoints", "block_times", "locks")  # folders of a run
 EXTRAS = "files_of_operators"  # in an export's config.json: what operators of a user's own wrote, and files of other libraries
-Form = Literal["transformers", "onnx"]
+Form = Literal["transformers", "onnx", "sentence-transformers"]
 LEAD_TO_CODE = (
     "auto_map",
     "custom_pipelines",
@@ -62,7 +62,8 @@ def export(
     The run folder is taken as a stranger's.
     trust: use what the run names that is no part of this program (operators, criteria, the file of a corpus), and ship the
     files that such operators wrote.
-    to: transformers, the model as it was measured; onnx, the same as a program for ONNX Runtime.
+    to: transformers, the model as it was measured; onnx, the same as a program for ONNX Runtime; sentence-transformers, what
+    transformers gives for a sentence encoder, also loaded by that library if `check` is set.
     check: load what was written and compare its answers with those of the model in the run folder. This needs torch.
 
     Raises: ConfigError for an unknown candidate, a target that holds something else, or a run that needs trust;
@@ -105,6 +106,11 @@ def export(
             raise DamageError(f"{weights} has no weights; delete the folder, and they are computed again")
         found_config = door.json_object(door.inside(run.root, str(weights / "config.json")))
         kind = problem(run.plan.dataset.problem)
+        if to == "sentence-transformers" and kind.pipeline_tag != "sentence-similarity":
+            raise ConfigError(
+                f"--to=sentence-transformers is for models that embed sentences, and this one is for {kind.pipeline_tag}; "
+                "use --to=transformers"
+            )
         others = kind.exported(_config(found_config, kind, draft, extras), run.plan.dataset)
         for name, content in others.items():
             (draft / name).parent.mkdir(exist_ok=True)
@@ -141,6 +147,8 @@ def _deliver(draft: Path, kind: Problem, extras: list[str], to: Form, check: boo
             (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if check:
             delivery.check(draft, kind, wanted)
+            if to == "sentence-transformers":
+                delivery.check_sentences(draft)
     except (ConfigError, DamageError, SearchError):
         raise
     except Exception as error:

@@ -21,15 +21,18 @@ def canonical(value: Any) -> str:
 FIRST_NAMES = {"hidden_distance": "closeness"}
 
 
+PLAIN = {str, int, bool, NoneType}  # most values; a reader of a long run meets millions, so they cost no call
+
+
 def _plain(value: Any) -> Any:
-    if type(value) in (str, int, bool, NoneType):  # most values; a reader of a long run asks for millions
-        return value
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json")
     if isinstance(value, dict):
-        return {FIRST_NAMES.get(str(key), str(key)): _plain(item) for key, item in value.items()}
+        return {
+            FIRST_NAMES.get(str(key), str(key)): item if type(item) in PLAIN else _plain(item) for key, item in value.items()
+        }
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [item if type(item) in PLAIN else _plain(item) for item in value]
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value

@@ -93,7 +93,7 @@ def test_a_failure_has_its_reason_and_stage(table: pd.DataFrame):
 
 def test_a_csv_and_a_parquet_file_hold_the_same_table(folder: Path, tmp_path: Path):
     both = hpc_compress.load_runs(folder)
-    analysis.write_report(analysis.find_runs(folder), tmp_path)
+    analysis.write_report(analysis.open_runs(analysis.find_runs(folder)), tmp_path)
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "candidates.parquet"), both, check_dtype=False)
     text = pd.read_csv(tmp_path / "candidates.csv")
     assert text.columns.tolist() == both.columns.tolist()

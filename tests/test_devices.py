@@ -140,7 +140,7 @@ def test_a_search_for_another_device_says_what_was_predicted(given: Any, tmp_pat
     assert set(measured["device"]) == {"another"}
     assert list(table.loc[table["on_front"], "candidate"].sort_values()) == sorted(result.front)
 
-    analysis.write_report([root], tmp_path / "report")
+    analysis.write_report(analysis.open_runs([root]), tmp_path / "report")
     text, rows = (tmp_path / "report/report.md").read_text(), pd.read_csv(tmp_path / "report/report.csv")
     assert "Times are predicted for another; qualities and bytes are measured." in text
     fronts = rows[rows["split"] == "search"]
@@ -152,7 +152,7 @@ def test_a_search_for_another_device_says_what_was_predicted(given: Any, tmp_pat
     status = analysis.status(root)
     assert "models on another (times predicted)" in status
     assert (f"models on {names[1]} (times measured)" in status) == (count == 2)
-    assert "x speed (predicted)" in analysis.on_targets([root])[0]
+    assert "x speed (predicted)" in analysis.on_targets(analysis.open_runs([root]))[0]
     assert "on another (predicted)" in (export.export(root, tmp_path / "model") / "README.md").read_text()
     if count == 1:  # nobody asks what is predicted a second time
         assert not any(outcome.task.repeat for outcome in analysis.open_run(root).outcomes.values())

@@ -51,7 +51,7 @@ def change(path: Path, **values: Any) -> None:
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
-    "report": lambda root: analysis.write_report([root], root.parent / "out"),
+    "report": lambda root: analysis.write_report(analysis.open_runs([root]), root.parent / "out"),
     "load_runs": hpc_compress.load_runs,
     "compare": lambda root: analysis.write_comparison([root], root.parent / "out"),
     "status": analysis.status,
@@ -170,7 +170,7 @@ def test_a_damaged_file_is_named_and_the_rest_is_shown(
             with pytest.raises(ConfigError, match="come to its end"):
                 reader(root)
     else:
-        assert len(analysis.report([root])) > 0
+        assert len(analysis.report(analysis.open_runs([root]))) > 0
         caplog.clear()
         assert (READERS["export"](root) / "README.md").is_file()
     assert name in caplog.text
@@ -267,11 +267,11 @@ def test_an_outcome_of_another_task_is_named(root: Path):
 
 def test_a_result_that_names_nobody(root: Path, caplog: pytest.LogCaptureFixture):
     change(root / "result.json", best="nobody", reported=["nobody", "../../etc"], generations=10**12)
-    assert analysis.report([root])["method"].tolist() == ["base model"]
+    assert analysis.report(analysis.open_runs([root]))["method"].tolist() == ["base model"]
     assert "2 candidates have no usable outcome, such as tasks/nobody" in caplog.text
     change(root / "result.json", base="nobody")
     with pytest.raises(ConfigError, match="no candidate could be measured"):
-        analysis.report([root])
+        analysis.report(analysis.open_runs([root]))
 
 
 def test_a_run_without_its_base_model_is_shown(root: Path):
@@ -379,7 +379,7 @@ def test_a_split_without_the_scores_of_a_constant_answer_is_damage(root: Path):
     rows = json.loads((root / "run.json").read_text())["rows"]
     change(root / "run.json", rows={**rows, "trivial": {}})
     with pytest.raises(door.DamageError, match=r"run\.json .* trivial has no scores for the report split"):
-        analysis.write_report([root], root / "out")
+        analysis.write_report(analysis.open_runs([root]), root / "out")
 
 
 @pytest.mark.slow
@@ -414,7 +414,7 @@ def test_any_change_of_a_record_is_answered(finished: Path, tmp_path_factory: py
 def test_no_text_of_a_stranger_runs_in_a_spreadsheet_or_a_terminal(root: Path):
     dataset = json.loads((root / "run.json").read_text())["dataset"]
     change(root / "run.json", dataset={**dataset, "name": "=HYPERLINK(1)|\x1b[2J\nnext $\\frac{$"})
-    table = analysis.write_report([root], root / "out")
+    table = analysis.write_report(analysis.open_runs([root]), root / "out")
     for name in ("report.csv", "candidates.csv"):
         text = (root / "out" / name).read_text()
         assert "'=HYPERLINK(1)" in text
@@ -429,7 +429,7 @@ def test_no_text_of_a_stranger_runs_in_a_spreadsheet_or_a_terminal(root: Path):
 def test_a_report_never_writes_through_a_link(root: Path, tmp_path: Path):
     (tmp_path / "mine.txt").write_text("precious")
     (root / "report.md").symlink_to(tmp_path / "mine.txt")
-    analysis.write_report([root], root)
+    analysis.write_report(analysis.open_runs([root]), root)
     assert (tmp_path / "mine.txt").read_text() == "precious"
 
 
@@ -443,7 +443,7 @@ def test_a_report_that_can_not_be_written_says_so(root: Path, monkeypatch: pytes
     monkeypatch.setattr(runs, "SEEN_FROM", 1)
     assert len(hpc_compress.load_runs(root)) > 0  # from a folder that can only be read
     with pytest.raises(ConfigError, match="choose a folder with --out"):
-        analysis.write_report([root], root)
+        analysis.write_report(analysis.open_runs([root]), root)
 
 
 # --- reading again ---

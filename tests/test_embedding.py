@@ -489,7 +489,7 @@ def test_an_export_is_what_sentence_transformers_loads(search: Any, tmp_path: Pa
     np.testing.assert_allclose(theirs, torch.nn.functional.normalize(wanted, dim=-1).numpy(), atol=1e-5)
     np.testing.assert_allclose(stock, wanted.numpy(), atol=1e-5)
     assert shape == list(tokens["input_ids"].shape)
-    export.export(root, tmp_path / "exported", chosen)  # over the earlier one
+    export.export(root, tmp_path / "exported", chosen, to="sentence-transformers", check=True)  # over the earlier one
     assert "SentenceTransformer" in (folder / "README.md").read_text()
 
 

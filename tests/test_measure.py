@@ -174,7 +174,7 @@ def test_the_best_precision_of_a_gpu_that_only_emulates_bf16_is_fp16(real_bf16: 
 
 def test_a_report_tells_of_models_that_are_bound_by_the_start_of_kernels(setup: Setup, tmp_path: Path):
     setup.run(tmp_path, "generations=0")
-    table = analysis.report([tmp_path])
+    table = analysis.report(analysis.open_runs([tmp_path]))
     assert "start of kernels" not in analysis.as_text(table)
     assert "1 of these 1 models keep the CPU busy for over 90%" in analysis.as_text(table.assign(enqueue_share=0.95))
 

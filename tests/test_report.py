@@ -32,7 +32,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def written(roots: list[Path], out: Path) -> Path:
-    analysis.write_report(roots, out)
+    analysis.write_report(analysis.open_runs(roots), out)
     return out / "report.html"
 
 

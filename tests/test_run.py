@@ -297,7 +297,7 @@ def test_load_runs_has_a_row_for_each_candidate(finished: Path):
 
 
 def test_the_report_has_the_base_model_and_the_best(finished: Path, tmp_path: Path):
-    table = analysis.write_report([finished], tmp_path)
+    table = analysis.write_report(analysis.open_runs([finished]), tmp_path)
     result = analysis.open_run(finished).result
     expected = [result.base, *(candidate for candidate in result.reported if candidate != result.base)]
     assert table["candidate"].tolist() == expected
@@ -305,7 +305,7 @@ def test_the_report_has_the_base_model_and_the_best(finished: Path, tmp_path: Pa
     assert table.loc[table["method"] == "best", "candidate"].tolist() == [id for id in expected[1:] if id == result.best]
     assert {path.name for path in tmp_path.iterdir()} == set(analysis.FILES)
     rows = len(pd.read_parquet(finished / "data/report.parquet"))
-    assert f"{result.best} against the base model: " in (said := analysis.verdicts([finished])[0])
+    assert f"{result.best} against the base model: " in (said := analysis.verdicts(analysis.open_runs([finished]))[0])
     assert f"(paired, {rows} report rows): " in said
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count('<figure class="drawing">') == len(hpc_compress.front(hpc_compress.load_runs(finished)))
@@ -402,6 +402,9 @@ def test_an_export_as_a_program_says_what_the_model_says(finished: Path, tmp_pat
     pytest.importorskip("onnxruntime")
     table = hpc_compress.load_runs(finished)
     whole = table[table["deploy"] == "fp32"]["candidate"].iloc[-1]
+    with pytest.raises(ConfigError, match="is for models that embed sentences, and this one is for text-classification"):
+        export.export(finished, tmp_path / "program", whole, to="sentence-transformers")
+    assert not list(tmp_path.iterdir())
     folder = export.export(finished, tmp_path / "program", whole, to="onnx")
     assert (folder / "model.onnx").is_file()
     assert not (folder / "model.safetensors").exists()

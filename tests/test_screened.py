@@ -148,7 +148,7 @@ def targets(setup: Setup, root: Path, *limits: str) -> Path:
 
 
 def test_the_report_has_a_table_of_the_front(finished: Path, tmp_path: Path):
-    table, run = analysis.write_report([finished], tmp_path), analysis.open_run(finished)
+    table, run = analysis.write_report(analysis.open_runs([finished]), tmp_path), analysis.open_run(finished)
     text = (tmp_path / "report.md").read_text()
     rows = text.partition("## Front")[2].splitlines()
     assert [id for id in run.result.front if any(id in row for row in rows)] == list(run.result.front)
@@ -163,7 +163,7 @@ def test_the_report_has_a_table_of_the_front(finished: Path, tmp_path: Path):
 
 def test_the_whole_front_is_reported_where_that_is_wanted(setup: Setup, tmp_path: Path):
     root = targets(setup, tmp_path / "run", "report_front=true", "report_candidates=1")
-    table, run = analysis.report([root]), analysis.open_run(root)
+    table, run = analysis.report(analysis.open_runs([root])), analysis.open_run(root)
     assert set(table["candidate"]) == {run.base_id, run.result.best, *run.result.front}
     methods = table.set_index("candidate")["method"]
     assert methods[run.result.best] == "best"
@@ -177,10 +177,10 @@ def test_a_model_within_the_targets_is_named_reported_and_exported(setup: Setup,
     measured = hpc_compress.load_runs(root).query("speed_up >= 1 and model_bytes <= 900_000")
     assert nearest.candidate == measured.loc[measured["quality"].idxmax(), "candidate"]
     assert nearest.candidate in run.result.reported
-    [line] = analysis.on_targets([root])
+    [line] = analysis.on_targets(analysis.open_runs([root]))
     assert line.startswith(f"within the targets (at least 1x speed, at most 0.9 MB): candidate {nearest.candidate}: accuracy")
     assert "on the report split" in line
-    analysis.write_report([root], tmp_path)
+    analysis.write_report(analysis.open_runs([root]), tmp_path)
     assert line[1:] in (tmp_path / "report.md").read_text()
 
 
@@ -188,7 +188,7 @@ def test_targets_that_no_model_keeps_to_are_said_to_be_missed(setup: Setup, tmp_
     root = targets(setup, tmp_path / "run", "target.quality=0.01", "target.speed_up=50", "target.megabytes=0.001")
     nearest = found.nearest(analysis.open_run(root))
     assert not nearest.within
-    [line] = analysis.on_targets([root])
+    [line] = analysis.on_targets(analysis.open_runs([root]))
     assert line.startswith(
         "no model keeps to all targets (at least 1 % of the base model's quality, at least 50x speed, at most"
     )
@@ -196,7 +196,7 @@ def test_targets_that_no_model_keeps_to_are_said_to_be_missed(setup: Setup, tmp_
 
 
 def test_a_run_without_targets_says_nothing_of_them(finished: Path):
-    assert analysis.on_targets([finished]) == []
+    assert analysis.on_targets(analysis.open_runs([finished])) == []
     assert found.nearest(analysis.open_run(finished)) is None
 
 

@@ -264,7 +264,7 @@ def test_a_search_from_a_base_model_that_has_learnt_nothing_ends_unless_it_is_fo
     progress = Silent()
     assert setup.run(root, *words, "force=true", launcher=launcher, progress=progress) is not None
     assert any(line.startswith("warning: the base model is no better") for line in progress.lines)
-    analysis.write_report([root], root)
+    analysis.write_report(analysis.open_runs([root]), root)
     assert "- warning: the base model is no better" in (root / "report.md").read_text()
 
 
@@ -275,7 +275,7 @@ def test_the_overlap_is_in_the_log_the_run_the_report_and_the_card(setup: Setup,
     assert run.plan.rows is not None
     lines = run.plan.rows.lines()
     assert set(lines) <= set(progress.lines)
-    analysis.write_report([root], tmp_path / "out")
+    analysis.write_report(analysis.open_runs([root]), tmp_path / "out")
     report, card = (tmp_path / "out" / "report.md").read_text(), export.card(run, run.base_id, tmp_path)
     assert all(line in report and line in card for line in lines)
 

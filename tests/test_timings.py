@@ -128,7 +128,7 @@ def test_the_worker_times_the_base_model_in_16_bits_too(setup: Setup, tmp_path: 
     assert measurement.base_best_precision == "bf16"
     assert measurement.base_best_latency_ms
     assert len(measurement.base_best_latency_ms) == len(measurement.latency_ms)
-    text = analysis.as_text(analysis.report([tmp_path]))
+    text = analysis.as_text(analysis.report(analysis.open_runs([tmp_path])))
     assert "speed-up over 16-bit base" in text
     assert "Noise of a speed-up: " in text
     (row,) = (line for line in text.splitlines() if "base model" in line and line.startswith("|"))

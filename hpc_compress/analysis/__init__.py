@@ -3,8 +3,8 @@
 from hpc_compress.analysis.candidates import load_runs, settings_of
 from hpc_compress.analysis.compare import points, write_comparison
 from hpc_compress.analysis.figures import plot
-from hpc_compress.analysis.report import FILES, as_text, on_targets, report, verdicts, write_report
-from hpc_compress.analysis.runs import Reader, Run, find_runs, open_run
+from hpc_compress.analysis.report import FILES, as_text, on_targets, report, to_deploy, verdicts, write_report
+from hpc_compress.analysis.runs import Reader, Run, find_runs, open_run, open_runs
 from hpc_compress.analysis.status import Watch, gpu_hours, status, status_of
 from hpc_compress.analysis.sweeps import write_sweep
 
@@ -19,12 +19,14 @@ __all__ = [
     "load_runs",
     "on_targets",
     "open_run",
+    "open_runs",
     "plot",
     "points",
     "report",
     "settings_of",
     "status",
     "status_of",
+    "to_deploy",
     "verdicts",
     "write_comparison",
     "write_report",

@@ -70,18 +70,22 @@ class Choice:
     candidate: str
     next: str | None
     why: str
+    text: str  # why, which model it is, and its figures
 
 
 def chosen(run: Run) -> Choice | None:
     """The model nearest to the run's targets, or the fittest one of a run without targets; None where there is none, or no
     measured base model to compare it with."""
     if (best := nearest(run)) is not None:
-        return Choice(best.candidate, _second_nearest(run, best.candidate), best.text)
-    if run.base is None or run.best is None or run.best not in run.seen:
+        return Choice(best.candidate, _second_nearest(run, best.candidate), best.text, best.text)
+    fittest = run.seen[run.best].measurement if run.best in run.seen else None
+    if run.base is None or run.best is None or fittest is None:
         return None
     ranked = (*(run.result.reported if run.result else ()), *(run.generations[-1].population if run.generations else ()))
     others = [id for id in dict.fromkeys(ranked) if id not in (run.best, run.base_id) and id in run.seen]
-    return Choice(run.best, next(iter(others), None), "the fittest candidate, by the objective of the search")
+    why = "the fittest candidate, by the objective of the search"
+    named = f"candidate {run.best}: {', '.join(_figures(fittest, run.base, Target()))}{_reported(run, run.best)}"
+    return Choice(run.best, next(iter(others), None), why, f"{why}: {named}")
 
 
 def _second_nearest(run: Run, best: str) -> str | None:

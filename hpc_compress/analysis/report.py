@@ -13,7 +13,7 @@ from hpc_compress.analysis import compare, figures, found
 from hpc_compress.analysis.candidates import csv_of, table_of
 from hpc_compress.analysis.page import page
 from hpc_compress.analysis.pairs import Pairs
-from hpc_compress.analysis.runs import Run, open_run, open_runs
+from hpc_compress.analysis.runs import Run
 from hpc_compress.config import ConfigError
 from hpc_compress.search.objective import noise, quality_of, speed_up
 from hpc_compress.store import write_atomically
@@ -56,7 +56,7 @@ FILES = (
 )
 
 
-def report(roots: Sequence[Path]) -> pd.DataFrame:
+def report(runs: Sequence[Run]) -> pd.DataFrame:
     """The base model and the reported candidates of each run, measured on the report split.
 
     Columns: run, candidate, genome, quality_error (the standard error) and those of REPORT_COLUMNS. method: base model; best,
@@ -64,10 +64,6 @@ def report(roots: Sequence[Path]) -> pd.DataFrame:
 
     Raises: ConfigError for a run that has not come to its end.
     """
-    return _report(open_runs(roots))
-
-
-def _report(runs: Sequence[Run]) -> pd.DataFrame:
     rows = []
     for run in runs:
         if run.result is None:
@@ -156,17 +152,19 @@ def _front_text(runs: Sequence[Run], fronts: pd.DataFrame) -> list[str]:
     return ["", "## Front", "", f"Models that no other one beats in all of {' or '.join(names)}:", "", table]
 
 
-def on_targets(roots: Sequence[Path]) -> list[str]:
-    """For each run with targets, a line on the model that comes nearest to them.
-
-    Raises: DamageError for a run that can't be read.
-    """
-    return _on_targets([open_run(root) for root in roots])
+def on_targets(runs: Sequence[Run]) -> list[str]:
+    """For each run with targets, a line on the model that comes nearest to them."""
+    return _of_runs(runs, [nearest.text if (nearest := found.nearest(run)) else None for run in runs])
 
 
-def _on_targets(runs: Sequence[Run]) -> list[str]:
-    named = [(run.root.name, nearest.text) for run in runs if (nearest := found.nearest(run))]
-    return [door.one_line(f"{name}: {text}" if len(runs) > 1 else text, most=1000) for name, text in named]
+def to_deploy(runs: Sequence[Run]) -> list[str]:
+    """For each run, a line on the model to deploy: the one nearest to the targets, or the fittest of a run without targets."""
+    return _of_runs(runs, [choice.text if (choice := found.chosen(run)) else None for run in runs])
+
+
+def _of_runs(runs: Sequence[Run], said: Sequence[str | None]) -> list[str]:
+    names = [f"{run.root.name}: " if len(runs) > 1 else "" for run in runs]
+    return [door.one_line(f"{name}{text}", most=1000) for name, text in zip(names, said, strict=True) if text is not None]
 
 
 def as_text(table: pd.DataFrame) -> str:
@@ -197,15 +195,8 @@ def _with_errors(table: pd.DataFrame, name: str) -> Any:
     return [None if math.isnan(value) else with_error(value, error) for value, error in pairs]
 
 
-def verdicts(roots: Sequence[Path]) -> list[str]:
-    """For each run, whether the model to deploy is really worse than the base model, and really better than the next one.
-
-    Raises: DamageError for a run that can't be read.
-    """
-    return _verdicts([open_run(root) for root in roots])
-
-
-def _verdicts(runs: Sequence[Run]) -> list[str]:
+def verdicts(runs: Sequence[Run]) -> list[str]:
+    """For each run, whether the model to deploy is really worse than the base model, and really better than the next one."""
     lines = []
     for run in runs:
         choice, pairs = found.chosen(run), Pairs(run)
@@ -221,7 +212,7 @@ def _verdicts(runs: Sequence[Run]) -> list[str]:
     return lines
 
 
-def write_report(roots: Sequence[Path], folder: Path) -> pd.DataFrame:
+def write_report(runs: Sequence[Run], folder: Path) -> pd.DataFrame:
     """Write `FILES` into a folder; returns the report.
 
     report.html is the page, with all that is below; report.md and report.csv hold the reported models and the front (the column
@@ -229,11 +220,10 @@ def write_report(roots: Sequence[Path], folder: Path) -> pd.DataFrame:
 
     Raises: ConfigError for a run that has not come to its end, or a folder that can't be written to.
     """
-    runs = open_runs(roots)
-    table, candidates, fronts = _report(runs), table_of(runs), _fronts(runs)
+    table, candidates, fronts = report(runs), table_of(runs), _fronts(runs)
     curves = pd.concat([compare.curve(run) for run in runs], ignore_index=True)
-    targets = [line for said in _on_targets(runs) for line in ("", f"{said[0].upper()}{said[1:]}.")]
-    compared = [line for said in _verdicts(runs) for line in ("", f"{said}.")]
+    targets = [line for said in on_targets(runs) for line in ("", f"{said[0].upper()}{said[1:]}.")]
+    compared = [line for said in verdicts(runs) for line in ("", f"{said}.")]
     text = "\n".join([as_text(table), *targets, *compared, *_front_text(runs, fronts), *_on_the_data(runs)])
     both = pd.concat([table.assign(split="report"), fronts.assign(split="search")], ignore_index=True)
     pictures = {"candidates": figures.of_candidates(candidates), "progress": figures.of_progress(curves)}

@@ -16,7 +16,7 @@ from hpc_compress.analysis.candidates import csv_of, settings_of
 from hpc_compress.analysis.compare import class_of
 from hpc_compress.analysis.figures import COLORS, MARKERS, plain, saved
 from hpc_compress.analysis.report import report_row
-from hpc_compress.analysis.runs import Run, open_runs
+from hpc_compress.analysis.runs import Run
 from hpc_compress.records import FREE
 from hpc_compress.store import write_atomically
 
@@ -73,12 +73,9 @@ def sweep(runs: Sequence[Run]) -> Sweep:
     return Sweep(tuple(named.values()), pd.DataFrame(models), pd.DataFrame(generations))
 
 
-def write_sweep(roots: Sequence[Path], folder: Path) -> str:
-    """Write sweep.md, sweep.csv, and sweep.png and sweep.pdf into a folder; returns the text of sweep.md.
-
-    Raises: ConfigError for folders that are no runs.
-    """
-    found = sweep(open_runs(roots))
+def write_sweep(runs: Sequence[Run], folder: Path) -> str:
+    """Write sweep.md, sweep.csv, and sweep.png and sweep.pdf into a folder; returns the text of sweep.md."""
+    found = sweep(runs)
     text = as_text(found)
     write_atomically(folder / "sweep.md", f"{text}\n")
     write_atomically(folder / "sweep.csv", csv_of(found.models))
