@@ -240,8 +240,8 @@ def report(args: argparse.Namespace, table: pd.DataFrame) -> None:
     text = f"""# Compressed sentence encoders: mean score, size and latency
 
 MiniLM-L6 as a sentence encoder (all-MiniLM-L6-v2, mean pooling) on the suite `english`. Every model then gets one epoch of
-distillation on {args.sentences} sentences of the train files, as many of each task, without labels (batch {BATCH}, learning rate
-{args.rate:g}): cosine to the base model's embedding and to its last hidden states. The score is the mean of four tasks on the
+distillation on {args.sentences} sentences of the train files, as many of each task, without labels (batch {BATCH}, learning
+rate {args.rate:g}): cosine to the base model's embedding and to its last hidden states. The score is the mean of four tasks on the
 {args.split} split: {tasks}.
 {over} `before` is the score before the distillation.
 Ours and Torch-Pruning cut in {args.rounds} rounds, each with new scores. The ready-made model has 3 layers and was trained by

@@ -100,8 +100,8 @@ MUTANTS = (
     Mutant("search/allocation.py", "at -= steps[result[-1]]", "at -= 0", "test_pruning.py"),
     Mutant(
         "pruning/criteria.py",
-        "(problem.differentiated(outputs) * signs.to(outputs.device))",
-        "(problem.differentiated(outputs))",
+        "(differentiated * signs.to(outputs.device))",
+        "differentiated",
         "test_pruning.py",
     ),
     Mutant(

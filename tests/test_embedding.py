@@ -323,6 +323,22 @@ def test_the_loss_to_the_teacher_is_that_of_its_formula():
     assert EMBEDDING.response_loss(teacher @ rotation, teacher, None, 1.0) == pytest.approx(0, abs=1e-6)
 
 
+def test_a_text_is_differentiated_through_its_cosines_with_the_others():
+    torch.manual_seed(0)
+    outputs = torch.randn(4, 5, requires_grad=True)
+    found = EMBEDDING.differentiated(outputs)
+    for at in range(4):
+        cosines = torch.nn.functional.cosine_similarity(outputs[at], outputs.detach(), dim=-1)
+        torch.testing.assert_close(found[at], cosines)
+        rows = [
+            torch.autograd.grad(each[other], outputs, retain_graph=True)[0]
+            for each in (found[at], cosines)
+            for other in range(4)
+        ]
+        for one, other in zip(rows[:4], rows[4:], strict=True):
+            torch.testing.assert_close(one, other)
+
+
 def test_scores_of_units_see_the_direction_alone(tiny_checkpoint: Callable[..., Path], tmp_path: Path, tokenizer: Any):
     """A criterion on a model whose embeddings are ten times as long."""
     model = encoder(tiny_checkpoint("bert", head=False), tmp_path / "base")

@@ -208,10 +208,11 @@ class Embedding(Problem):
         return (1.0 if weight is None else weight) * total
 
     def differentiated(self, outputs: "torch.Tensor") -> "torch.Tensor":
-        """The direction: nothing else of an embedding is compared."""
+        """The cosines with the texts of the batch: an embedding is only ever compared with others."""
         import torch.nn.functional as F
 
-        return F.normalize(outputs.float(), dim=-1)
+        directions = F.normalize(outputs.float(), dim=-1)
+        return directions @ directions.detach().T
 
     # --- models ---
 

@@ -54,8 +54,9 @@ def gauss_newton(problem: Problem, model: PreTrainedModel, batches: Iterable[Bat
     generator = torch.Generator().manual_seed(0)
 
     def projected(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        signs = 2 * torch.randint(2, outputs.shape, generator=generator) - 1
-        return (problem.differentiated(outputs) * signs.to(outputs.device)).sum(1).mean()
+        differentiated = problem.differentiated(outputs)
+        signs = 2 * torch.randint(2, differentiated.shape, generator=generator) - 1
+        return (differentiated * signs.to(outputs.device)).sum(1).mean()
 
     return _of_gradients(problem, model, batches, units, torch.square, projected)
 
