@@ -1,7 +1,12 @@
 """A tiny search as the tests run it, and all that one decides. For the files that run whole searches."""
 
 import dataclasses
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +44,47 @@ class Setup:
         run = config.validate(config.RunConfig, values)
         settings = driver.SearchSettings(run, parts["strategy"], parts["objective"], launcher or Debug(), parts["retries"])
         return driver.search(settings, root, progress or Silent())
+
+
+def through_kills(setup: Setup, folder: Path, *more: str) -> Path:
+    """Run it by the command line and kill -9 the driver, or one of its workers, at random moments again and again, until it
+    comes to its end; returns the run folder. No finished work is repeated."""
+    root = folder / "results" / "test"
+    command = [sys.executable, "-m", "hpc_compress.cli", "search", *setup.overrides, *more, "retries=9"]
+    chance = random.Random(0)
+    known: dict[Path, tuple[int, bytes]] = {}
+    kills = 0
+    for attempt in range(7):
+        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        enough = len(known) + chance.randrange(3)  # outcomes; no time, since machines differ
+        while process.poll() is None and len(list(root.glob("tasks/*/outcome.json"))) < enough:
+            time.sleep(0.02)
+        try:
+            output, _ = process.communicate(timeout=chance.uniform(0, 2) if attempt < 6 else 300)
+        except subprocess.TimeoutExpired:
+            workers = _workers(root)
+            victim = chance.choice(workers) if workers and chance.random() < 0.5 else process.pid
+            os.kill(victim, signal.SIGKILL)
+            kills += 1
+            if victim != process.pid:
+                time.sleep(chance.uniform(0, 8))
+                process.kill()
+            output, _ = process.communicate()
+        for path, before in known.items():
+            assert (path.stat().st_mtime_ns, path.read_bytes()) == before, "finished work was repeated"
+        whole = [path for path in root.glob("tasks/*/outcome.json") if Store(root).outcome(path.parent.name)]
+        known = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in whole}
+        if process.returncode == 0:
+            break
+    assert process.returncode == 0, output
+    assert kills >= 2
+    return root
+
+
+def _workers(root: Path) -> list[int]:
+    """Processes of local jobs of this run, found as any user would find them."""
+    found = subprocess.run(["pgrep", "-f", f"submitit.*{root}"], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in found.stdout.split()]
 
 
 def tiny(folder: Path, model: Path) -> list[str]:

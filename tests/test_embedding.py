@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from searches import Setup, Silent, story
+from searches import Setup, story, through_kills
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoModel, AutoTokenizer
 
@@ -443,25 +443,19 @@ def test_a_narrower_students_embedding_is_projected_as_its_states_are(
 
 
 @pytest.fixture
-def search(setup: Setup, tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., Any]:
-    """A function that runs a small search on parallel lines; returns the run folder."""
+def lines(setup: Setup, tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Setup:
+    """The tiny search on parallel lines."""
     (tmp_path / "one").write_text("\n".join(texts(120)) + "\n")
     (tmp_path / "other").write_text("\n".join(texts(120, 1)) + "\n")
     common = [word for word in setup.overrides if word.split("=")[0] not in ("dataset", "dataset.train", "dataset.name")]
-
-    def run(root: Path, *more: str, progress: Any = None) -> Path:
-        base = tiny_checkpoint("bert", layers=3, heads=4, hidden=128, ffn=64, head=False)
-        lines = [
-            "dataset=pairs",
-            "dataset.text2=null",
-            f"dataset.train={tmp_path / 'one'}",
-            f"dataset.parallel={tmp_path / 'other'}",
-        ]
-        names = ["dataset.name=lines", f"model.path={base}", "force=true"]
-        Setup([*common, *lines, *names], setup.compose).run(root, *more, progress=progress)
-        return root
-
-    return run
+    base = tiny_checkpoint("bert", layers=3, heads=4, hidden=128, ffn=64, head=False)
+    data = [
+        "dataset=pairs",
+        "dataset.text2=null",
+        f"dataset.train={tmp_path / 'one'}",
+        f"dataset.parallel={tmp_path / 'other'}",
+    ]
+    return Setup([*common, *data, "dataset.name=lines", f"model.path={base}", "force=true"], setup.compose)
 
 
 ELSEWHERE = """
@@ -483,11 +477,12 @@ print(json.dumps([found.tolist(), stock.sentence_embedding.tolist(), list(stock.
 @pytest.mark.slow
 @pytest.mark.parametrize("pooling", ["mean", "cls", "pooler"])
 @pytest.mark.parametrize("scheme", ["fp32", "onnx_int8"])
-def test_an_export_is_what_sentence_transformers_loads(search: Any, tmp_path: Path, pooling: str, scheme: str):
+def test_an_export_is_what_sentence_transformers_loads(lines: Setup, tmp_path: Path, pooling: str, scheme: str):
     pytest.importorskip("sentence_transformers")
     weights = {"int8": 0.0, "nf4": 0.0, "onnx_int8": 1.0 if scheme == "onnx_int8" else 0.0}
     chances = [f"strategy.quantizations.{name}.weight={weight}" for name, weight in weights.items()]
-    root = search(tmp_path / "run", f"model.pooling={pooling}", "model.normalize=true", "protocol.device=cpu", *chances)
+    root = tmp_path / "run"
+    lines.run(root, f"model.pooling={pooling}", "model.normalize=true", "protocol.device=cpu", *chances)
     run = analysis.open_run(root)
     genomes = {id: run.outcomes[id].task.genome for id in run.generations[-1].population}
     schemes = {id: {step.params.get("scheme", "fp32") for step in genome.deploy} for id, genome in genomes.items()}
@@ -510,21 +505,10 @@ def test_an_export_is_what_sentence_transformers_loads(search: Any, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_search_that_is_cut_short_goes_on_to_the_same_end(search: Any, tmp_path: Path):
-    class StoppedError(Exception):
-        pass
-
-    class Stops(Silent):
-        def say(self, text: str) -> None:
-            super().say(text)
-            if text.startswith("generation 2"):
-                raise StoppedError
-
+def test_a_killed_search_goes_on_as_if_nothing_had_happened(lines: Setup, tmp_path: Path):
     words = ["model.pooling=cls", "strategy.fine_tune=null", "strategy.crossover_probability=1"]
-    whole = search(tmp_path / "whole", *words)
-    with pytest.raises(StoppedError):
-        search(tmp_path / "parts", *words, progress=Stops())
-    assert story(search(tmp_path / "parts", *words)) == story(whole)
+    lines.run(tmp_path / "whole", *words)
+    assert story(through_kills(lines, tmp_path, *words)) == story(tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -3,13 +3,10 @@
 import json
 import logging
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +17,7 @@ import light
 import pandas as pd
 import pytest
 import torch
-from searches import Setup, story
+from searches import Setup, story, through_kills
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hpc_compress
@@ -472,44 +469,9 @@ def test_a_search_draws_on_the_whole_tool_box(setup: Setup, tmp_path: Path, stra
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["debug", "local"])
 def test_a_search_survives_kill_9_at_any_moment(setup: Setup, finished: Path, tmp_path: Path, launcher: str):
-    """Kill the driver, or one of its workers, at random moments again and again: same result, nothing computed twice."""
-    root = tmp_path / "results" / "test"
-    command = [sys.executable, "-m", "hpc_compress.cli", "search", *setup.overrides, f"launcher={launcher}", "retries=9"]
-    command += ["launcher.threads=1"] if launcher == "local" else []  # as here; other numbers of threads round differently
-    chance = random.Random(0)
-    known: dict[Path, tuple[int, bytes]] = {}
-    kills = 0
-    for attempt in range(7):
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        enough = len(known) + chance.randrange(3)  # outcomes; no time, since machines differ
-        while process.poll() is None and len(list(root.glob("tasks/*/outcome.json"))) < enough:
-            time.sleep(0.02)
-        try:
-            output, _ = process.communicate(timeout=chance.uniform(0, 2) if attempt < 6 else 300)
-        except subprocess.TimeoutExpired:
-            workers = _workers(root)
-            victim = chance.choice(workers) if workers and chance.random() < 0.5 else process.pid
-            os.kill(victim, signal.SIGKILL)
-            kills += 1
-            if victim != process.pid:
-                time.sleep(chance.uniform(0, 8))
-                process.kill()
-            output, _ = process.communicate()
-        for path, before in known.items():
-            assert (path.stat().st_mtime_ns, path.read_bytes()) == before, "finished work was repeated"
-        whole = [path for path in root.glob("tasks/*/outcome.json") if Store(root).outcome(path.parent.name)]
-        known = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in whole}
-        if process.returncode == 0:
-            break
-    assert process.returncode == 0, output
-    assert kills >= 2
-    assert story(root) == story(finished)
-
-
-def _workers(root: Path) -> list[int]:
-    """Processes of local jobs of this run, found as any user would find them."""
-    found = subprocess.run(["pgrep", "-f", f"submitit.*{root}"], capture_output=True, text=True, check=False)
-    return [int(pid) for pid in found.stdout.split()]
+    """The same result, and nothing computed twice."""
+    threads = ["launcher.threads=1"] if launcher == "local" else []  # as here; other numbers of threads round differently
+    assert story(through_kills(setup, tmp_path, f"launcher={launcher}", *threads)) == story(finished)
 
 
 def test_outcomes_are_json_that_any_tool_can_read(finished: Path):

@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import test_vocabulary as kinds_of_tokenizers
 import tokenizers
 import torch
 from elsewhere import outputs_elsewhere
-from searches import Setup, story
+from searches import Setup, story, through_kills
 from seqeval.metrics import f1_score
 from sklearn.metrics import accuracy_score
 from sklearn.metrics import f1_score as sklearn_f1
@@ -535,16 +534,7 @@ def test_a_search_learns_the_tags_and_its_export_is_what_was_measured(finished: 
 
 @pytest.mark.slow
 def test_a_killed_search_goes_on_as_if_nothing_had_happened(words: Setup, finished: Path, tmp_path: Path):
-    root = tmp_path / "run"
-    shutil.copytree(finished, root)
-    (root / "result.json").unlink()
-    (root / "generations" / "0002.json").unlink()
-    second = analysis.open_run(finished).generations[1]
-    for id in second.population[:2]:
-        (root / "tasks" / id / "outcome.json").unlink()
-    shutil.rmtree(root / "teacher")
-    words.run(root)
-    assert story(root) == story(finished)
+    assert story(through_kills(words, tmp_path)) == story(finished)
 
 
 @pytest.mark.slow
