@@ -149,7 +149,10 @@ def _read_hub(config: DatasetConfig, split: str) -> pd.DataFrame:
     import datasets
 
     try:
-        rows = datasets.load_dataset(config.path, config.subset, split=split)
+        if Path(str(config.path), "dataset_dict.json").is_file():  # as DatasetDict.save_to_disk writes it
+            rows = datasets.load_from_disk(str(config.path))[split]
+        else:
+            rows = datasets.load_dataset(config.path, config.subset, split=split)
     except Exception as error:
         # `datasets` raises many kinds here, most of them when there is no network.
         raise ConfigError(

@@ -432,6 +432,22 @@ def test_every_glue_dataset_of_conf_loads(glue: Path, compose: Callable[..., dic
     assert tables["report"]["label"].tolist() == pytest.approx(wanted)
 
 
+def test_a_folder_that_datasets_has_saved_is_read(glue: Path, tmp_path: Path, compose: Callable[..., dict[str, Any]]):
+    import datasets
+
+    parts = {split: str(next((glue / "sst2").glob(f"{split}-*"))) for split in ("train", "validation")}
+    saved = datasets.DatasetDict({split: datasets.Dataset.from_parquet(path) for split, path in parts.items()})
+    saved.save_to_disk(tmp_path / "saved")
+    loaded = [
+        splits.load(validate(DatasetConfig, compose("dataset=sst2", f"dataset.path={path}")["dataset"], "dataset"), seed=0)
+        for path in (glue, tmp_path / "saved")
+    ]
+    assert loaded[0][0] == loaded[1][0]
+    values = compose("dataset=sst2", f"dataset.path={tmp_path / 'saved'}", "dataset.validation=dev")["dataset"]
+    with pytest.raises(ConfigError, match="split 'dev' of dataset .*saved .*could not be loaded"):
+        splits.load(validate(DatasetConfig, values, "dataset"), seed=0)
+
+
 def test_the_published_practice_searches_on_the_validation_split(glue: Path, compose: Callable[..., dict[str, Any]]):
     values = compose("experiment=published", f"dataset.path={glue}")["dataset"]
     _, tables, _ = splits.load(validate(DatasetConfig, values, "dataset"), seed=0)

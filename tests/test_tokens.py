@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hpc_compress import analysis, export, measure, splits
 from hpc_compress.config import ConfigError, DatasetConfig, validate
+from hpc_compress.data import metrics
 from hpc_compress.data.batches import Encoded, eval_batches, train_batches
 from hpc_compress.models import artifact, modeling_hpc_compress, surgery
 from hpc_compress.models.gates import counts, gated
@@ -227,6 +228,13 @@ def test_the_f1_of_entities_is_as_counted_by_hand(seed: int):
         "accuracy": pytest.approx(accuracy_score(true, said)),
         "macro_f1": pytest.approx(sklearn_f1(true, said, average="macro")),
     }
+
+
+def test_bilou_names_the_same_entities_as_iobes():
+    iobes = ["B-PER", "I-PER", "E-PER", "O", "S-LOC", "S-LOC", "B-LOC", "E-LOC"]
+    bilou = [tag.replace("E-", "L-").replace("S-", "U-") for tag in iobes]
+    assert metrics.entities(bilou) == metrics.entities(iobes) == {("PER", 0, 2), ("LOC", 4, 4), ("LOC", 5, 5), ("LOC", 6, 7)}
+    assert TOKENS.default_metrics(tuple(bilou)) == ("entity_f1", "accuracy")
 
 
 def as_rows(both: list[list[list[str]]], tags: list[str], names: tuple[str, ...]) -> tuple[pd.DataFrame, Dataset, np.ndarray]:

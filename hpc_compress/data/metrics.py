@@ -110,15 +110,18 @@ def _resampled(*columns: np.ndarray) -> Iterator[tuple[list[np.ndarray], np.ndar
 # --- of groups of answers, such as the words of a sentence: only whole groups are independent ---
 
 
+BILOU = {"L-": "E-", "U-": "S-"}  # other letters for IOBES
+
+
 def entities(tags: Iterable[str]) -> set[tuple[str, int, int]]:
     """Kind, first and last word of each entity of a sentence.
 
     tags: of each word, such as O, B-PER, I-PER. As in conlleval of CoNLL-2000, an I- after anything but its own kind begins an
-    entity, so older files (IOB1) and careless models are read too; and so are E- and S- (IOBES).
+    entity, so older files (IOB1) and careless models are read too; and so are E- and S- (IOBES), or L- and U- (BILOU).
     """
     from seqeval.metrics.sequence_labeling import get_entities  # takes a second to import
 
-    return set(get_entities(list(tags)))
+    return set(get_entities([BILOU.get(tag[:2], tag[:2]) + tag[2:] for tag in tags]))
 
 
 def mean_f1(counts: np.ndarray) -> np.ndarray:

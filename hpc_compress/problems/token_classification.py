@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from hpc_compress.data.batches import Batch, Encoded
 
-ENTITY = re.compile(r"O|[BIES]-.+", re.DOTALL)  # tags of BIO (IOB1, IOB2) and of IOBES
+ENTITY = re.compile(r"O|[BIESLU]-.+", re.DOTALL)  # tags of BIO (IOB1, IOB2), of IOBES and of BILOU
 EXAMPLE = """from transformers import AutoModelForTokenClassification, AutoTokenizer, pipeline
 
 model = AutoModelForTokenClassification.from_pretrained({path!r}, trust_remote_code=True)
