@@ -270,6 +270,26 @@ def allocated_bytes(on: torch.device) -> int:
     return torch.cuda.memory_allocated(on)
 
 
+def joules(on: torch.device) -> float | None:
+    """The energy that a GPU has taken since its driver was loaded, for all its processes; None where nothing tells it: on a
+    CPU, without nvidia-ml-py, on GPUs older than Volta, and on a part of a GPU (MIG)."""
+    if on.type != "cuda":
+        return None
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # not installed, or there is no driver for it
+        return None
+    try:
+        gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(on).uuid}")
+        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu)) / 1000
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
 @torch.inference_mode()
 def peak_bytes(model: PreTrainedModel, sample: list[Batch], on: torch.device, own_bytes: int) -> int | None:
     """Bytes that the model needs on the device: its own, and what one pass over the sample takes at most; None on a CPU.

@@ -387,6 +387,8 @@ class Outcome(Record):
     finding: Finding | None = Field(default=None, exclude_if=lambda finding: finding is None)  # the answer to the task's study
     host: str = ""
     seconds: dict[str, float] = {}  # wall-clock of each stage
+    # Of the GPU, meanwhile, for all its processes; None where nothing tells it. Left out of the JSON then.
+    joules: float | None = Field(default=None, ge=0, allow_inf_nan=False, exclude_if=lambda joules: joules is None)
 
     @model_validator(mode="after")
     def _one_of_them(self) -> "Outcome":

@@ -135,7 +135,7 @@ class Job:
                     raise SpentError(f"{task.genome} left the GPU of {platform.node()} unusable for this process: {message}")
 
     def _attempt(self, task: Task) -> Outcome:
-        stages = Stages()
+        stages, before = Stages(), measure.joules(self.device)
         measurement, finding, failure = None, None, None
         try:
             if task.study is None:
@@ -163,6 +163,7 @@ class Job:
             failure=failure,
             host=platform.node(),
             seconds=stages.rounded(),
+            joules=None if before is None or (after := measure.joules(self.device)) is None else max(0.0, after - before),
         )
 
     def _find(self, task: Task, study: Study) -> Finding:

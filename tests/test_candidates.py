@@ -91,6 +91,12 @@ def test_a_failure_has_its_reason_and_stage(table: pd.DataFrame):
     assert math.isnan(row["quality"])
 
 
+def test_energy_is_told_where_the_device_tells_it(folder: Path):
+    energy = hpc_compress.load_runs(folder / "made-0").set_index("candidate")["device_joules"]
+    assert energy.notna().sum() == 12  # the base model and the one that failed told none
+    assert set(energy.dropna()) == {900.0}
+
+
 def test_a_csv_and_a_parquet_file_hold_the_same_table(folder: Path, tmp_path: Path):
     both = hpc_compress.load_runs(folder)
     analysis.write_report(analysis.open_runs(analysis.find_runs(folder)), tmp_path)

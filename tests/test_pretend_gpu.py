@@ -3,8 +3,10 @@
 import copy
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -366,6 +368,61 @@ def test_the_worker_does_a_task_on_a_gpu(cost: str, scheme: str, precision: str,
     assert measured.peak_bytes is not None
     assert measured.model_bytes < measured.peak_bytes < WORKSPACE_BYTES
     assert sum(1 for _ in (store.root / "teacher").iterdir()) == 1
+
+
+class Counter:
+    """The library of the driver, with a counter of millijoules."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, *readings: Any) -> None:
+        self.readings, self.asked, self.opened = iter(readings), "", 0
+
+    def nvmlInit(self) -> None:  # noqa: N802, its name
+        self.opened += 1
+
+    def nvmlShutdown(self) -> None:  # noqa: N802
+        self.opened -= 1
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
+        self.asked = uuid
+        return "handle"
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:  # noqa: N802
+        reading = next(self.readings)
+        if isinstance(reading, Exception):
+            raise reading
+        return reading
+
+
+def test_the_energy_of_a_gpu_is_what_its_counter_says(monkeypatch: pytest.MonkeyPatch):
+    counter = Counter(2500, Counter.NVMLError("not supported"))
+    monkeypatch.setitem(sys.modules, "pynvml", counter)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda on: SimpleNamespace(uuid="1-2"))
+    assert measure.joules(CUDA) == 2.5
+    assert counter.asked == "GPU-1-2"
+    assert measure.joules(CUDA) is None
+    assert counter.opened == 0
+    monkeypatch.setattr(counter, "nvmlInit", lambda: (_ for _ in ()).throw(Counter.NVMLError("no driver")))
+    assert measure.joules(CUDA) is None
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed
+    assert measure.joules(CUDA) is None
+    assert measure.joules(CPU) is None
+
+
+@pytest.mark.parametrize(
+    ("readings", "wanted"), [((10.0, 35.0), 25.0), ((None,), None), ((10.0, None), None), ((9.0, 1.0), 0.0)]
+)
+def test_an_outcome_holds_the_energy_of_its_task(
+    readings: tuple[float | None, ...], wanted: float | None, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    store, task_id = _failing(tmp_path, folder, monkeypatch, ValueError("no"))
+    told = iter(readings)
+    monkeypatch.setattr(measure, "joules", lambda on: next(told))
+    list(worker.run(str(store.root), [task_id]))
+    assert store.outcome(task_id).joules == wanted
+    assert ("joules" in (store.root / "tasks" / task_id / "outcome.json").read_text()) == (wanted is not None)
 
 
 def _failing(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> tuple[Any, str]:

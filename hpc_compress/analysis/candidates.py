@@ -73,6 +73,7 @@ COLUMNS = {  # name: (dtype, what it is)
     "base_peak_bytes": ("Int64", "of the base model"),
     "enqueue_share": ("float64", "part of a pass until the CPU has sent all work to the GPU"),
     "device_seconds": ("float64", "time of its tasks on the search split, summed over jobs"),
+    "device_joules": ("float64", "energy of the GPU in that time, of all its processes; missing where nothing told it"),
     "device": ("str", "as the device calls itself"),
 }
 
@@ -147,6 +148,9 @@ def _candidates(run: Run) -> pd.DataFrame:
                 "on_front": candidate in front,
                 "fitness": fitness.get(candidate, math.nan),
                 "device_seconds": sum(seen.seconds for seen in about),
+                "device_joules": sum(known)
+                if (known := [seen.joules for seen in about if seen.joules is not None])
+                else math.nan,
                 **of_base,
                 **_figures(seen.measurement),
                 **_report_figures(run, seen.report_id),

@@ -365,10 +365,13 @@ class _Shown:
         total, gpu = sum(parts.values()), gpu_hours(run)
         rows = [(name, f"{seconds / 3600:.3f}", f"{seconds / max(total, 1e-9):.0%}") for name, seconds in parts.most_common()]
         rows.append(("in all", f"{total / 3600:.3f}", "100%"))
-        size = _folder_mb(run.root)
+        size, known = _folder_mb(run.root), [seen.joules for seen in run.seen.values() if seen.joules is not None]
         lines = [
             f"{len(self.table)} candidates, {len(self.measured)} measured, in {len(run.generations)} generations",
             f"GPU hours: {gpu:.2f}" if gpu else "no GPU was used",
+            f"energy of the GPUs: {sum(known) / 3.6e6:.3f} kWh, told for {len(known)} of {len(run.seen)} tasks"
+            if known
+            else None,
             f"disk: {size:.0f} MB in {self.place}" if size is not None else None,
             f"ended: {run.result.stopped}" if run.result else "not ended",
         ]

@@ -48,6 +48,7 @@ class Seen(Record):
     measurement: Measurement | None
     failure: Failure | None  # without its traceback
     seconds: float
+    joules: float | None = Field(default=None, exclude_if=lambda joules: joules is None)
 
     @classmethod
     def of(cls, outcome: Outcome, stamp: Stamp) -> "Seen":
@@ -70,6 +71,7 @@ class Seen(Record):
             measurement=outcome.measurement,
             failure=failure,
             seconds=sum(outcome.seconds.values()),
+            joules=outcome.joules,
         )
 
 
