@@ -44,6 +44,10 @@ def test_runs_are_given_as_a_path_a_folder_of_a_sweep_or_a_pattern(folder: Path,
     both = hpc_compress.load_runs(folder)
     assert both["run"].unique().tolist() == ["made-0", "made-1"]
     assert hpc_compress.load_runs(str(folder / "made-*")).equals(both)
+    (folder / "made-table.csv").touch()
+    assert hpc_compress.load_runs(str(folder / "made-*")).equals(both)
+    with pytest.raises(ConfigError, match=r"no run in .*made-\*\.csv"):
+        hpc_compress.load_runs(str(folder / "made-*.csv"))
     assert hpc_compress.load_runs([folder / "made-0", folder / "made-1"]).equals(both)
     monkeypatch.chdir(folder)
     assert hpc_compress.load_runs("made-[1]")["run"].unique().tolist() == ["made-1"]

@@ -1,6 +1,7 @@
 """Reads run folders, as data from a stranger: damaged files are named and the rest is read. Imports nothing that they name."""
 
 import glob
+import itertools
 import logging
 import os
 import re
@@ -445,21 +446,22 @@ def open_runs(roots: Iterable[Path]) -> list[Run]:
 
 
 def find_runs(paths: Path | str | Iterable[Path | str]) -> list[Path]:
-    """Run folders at or below the paths, each of which may be a pattern such as `results/sst2-*`.
+    """Run folders at or below the paths, each of which may be a pattern such as `results/sst2-*`. What else a pattern matches,
+    such as tables beside the runs, is passed over.
 
-    Raises: ConfigError for a path that holds none.
+    Raises: ConfigError for a path or a pattern that holds none.
     """
     found: dict[Path, None] = {}
     given = [paths] if isinstance(paths, (str, Path)) else paths
-    for path in (Path(name) for pattern in given for name in _matching(str(pattern))):
+    for pattern in map(str, given):
         here = []
-        for folder, folders, files in os.walk(path):
+        for folder, folders, files in itertools.chain.from_iterable(map(os.walk, _matching(pattern))):
             folders.sort()
             if "run.json" in (*files, *folders):
                 here.append(Path(folder))
                 folders.clear()  # a run holds no other runs
         if not here:
-            raise ConfigError(f"no run in {path}: a run folder holds a run.json; `hpc-compress search` makes one in results/")
+            raise ConfigError(f"no run in {pattern}: a run folder holds a run.json; `hpc-compress search` makes one in results/")
         found.update(dict.fromkeys(here))
     return list(found)
 
