@@ -461,7 +461,9 @@ def find_runs(paths: Path | str | Iterable[Path | str]) -> list[Path]:
                 here.append(Path(folder))
                 folders.clear()  # a run holds no other runs
         if not here:
-            raise ConfigError(f"no run in {pattern}: a run folder holds a run.json; `hpc-compress search` makes one in results/")
+            raise ConfigError(
+                f"no run in {pattern}: a run folder holds a run.json; `hpc-compress search` makes one in results/"
+            )
         found.update(dict.fromkeys(here))
     return list(found)
 
