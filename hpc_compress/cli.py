@@ -36,7 +36,7 @@ Find the best compressed BERT-like model for the device that it will run on. RUN
   search [KEY=VALUE ...]    start a search, or resume it                                    hpc-compress search --help
   status RUN [--follow]     show the state of a run                                         hpc-compress status --help
   cancel RUN                end the jobs and the driver of a run, and no others             hpc-compress cancel --help
-  report RUN [RUN ...]      write tables and a picture of what was found                    hpc-compress report --help
+  report RUN [RUN ...]      write a page, tables and figures of what was found              hpc-compress report --help
   compare KEY=VALUE ...     search by several strategies at equal cost, and compare them    hpc-compress compare --help
   export RUN FOLDER         write a model with tokenizer and card that loads anywhere       hpc-compress export --help
   benchmark FOLDER ...      time exported models and their base model on this machine       hpc-compress benchmark --help

@@ -464,12 +464,13 @@ class _Search:
     def _time_the_fittest(
         self, strategy: Strategy, population: tuple[Candidate, ...], base: Candidate
     ) -> tuple[tuple[Candidate, ...], tuple[str, ...]]:
-        """Time those who will be reported until each has all of its timings: the youngest were timed only once.
+        """Time the fittest, and the one nearest to the targets, until each has all of its timings: the youngest were timed only
+        once, and the one that is recommended must not owe its place to a lucky timing.
 
         Returns: the population in its new order, and the tasks that timed it.
         """
         what, timed = "timings of the fittest", []
-        while repeats := self._repeats(population[: self.config.report_candidates], base):
+        while repeats := self._repeats((*population[: self.config.report_candidates], *self._nearest(base)), base):
             task_ids = self.dispatch.send(list(repeats.values()), what, again=True)
             self.dispatch.wait(task_ids)
             population = self._select(what, strategy, population, (), dict(zip(task_ids, repeats, strict=True)), base)
@@ -484,7 +485,7 @@ class _Search:
         if None not in self.views:
             return {}  # what is predicted does not vary
         busy, repeats = {base.id, *self.timing.values()}, {}
-        for candidate in population:
+        for candidate in {candidate.id: candidate for candidate in population}.values():
             if candidate.id not in busy and self.repeats[candidate.id] + 1 < self.config.timings:
                 self.repeats[candidate.id] += 1
                 task = self._task(candidate.genome)

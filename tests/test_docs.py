@@ -39,7 +39,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *s
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 NOT_OURS = {"pre-commit"}  # packages that a document advises, and that pyproject.toml does not pin
-PROGRAMS = ("hpc-compress", "make", "sbatch", "python", "pip", "pytest", "nvidia-smi", "pre-commit")
+PROGRAMS = ("hpc-compress", "make", "sbatch", "export", "python", "pip", "pytest", "nvidia-smi", "pre-commit")
 
 
 # --- finding ---
@@ -219,6 +219,9 @@ class Checks:
         assert program in PROGRAMS, f"{program}: tests/test_docs.py does not know how to check this command"
         getattr(self, program.replace("-", "_"))(rest)
 
+    def export(self, words: list[str]) -> None:
+        assert [word.partition("=")[0] for word in words] == ["HF_HOME"]
+
     def hpc_compress(self, words: list[str]) -> None:
         command, *rest = words
         assert f"  {command} " in cli.USAGE, f"{command} is not a command"
@@ -266,7 +269,7 @@ class Checks:
         """The script runs, and what it gives to hpc-compress is a valid search."""
         options = list(itertools.takewhile(lambda word: word.startswith("-"), words))
         script, *rest = words[len(options) :]
-        assert {option.partition("=")[0] for option in options} <= {"--gres", "--cpus-per-task", "--mem"}
+        assert {option.partition("=")[0] for option in options} <= {"--gres", "--cpus-per-task", "--mem", "--partition", "--account"}
         given = self.printing("hpc-compress")
         subprocess.run(["bash", ROOT / script, *rest], check=True, capture_output=True)
         command, *arguments = given.read_text().splitlines()
