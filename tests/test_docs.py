@@ -269,7 +269,13 @@ class Checks:
         """The script runs, and what it gives to hpc-compress is a valid search."""
         options = list(itertools.takewhile(lambda word: word.startswith("-"), words))
         script, *rest = words[len(options) :]
-        assert {option.partition("=")[0] for option in options} <= {"--gres", "--cpus-per-task", "--mem", "--partition", "--account"}
+        assert {option.partition("=")[0] for option in options} <= {
+            "--gres",
+            "--cpus-per-task",
+            "--mem",
+            "--partition",
+            "--account",
+        }
         given = self.printing("hpc-compress")
         subprocess.run(["bash", ROOT / script, *rest], check=True, capture_output=True)
         command, *arguments = given.read_text().splitlines()
