@@ -33,6 +33,7 @@ class Timed(NamedTuple):
     tokens: np.ndarray  # ids of ordinary tokens
     pad_id: int
     longest: int  # tokens a text
+    own_bytes: int  # that the allocator gave out when it was loaded; 0 on a CPU
 
 
 def run(
@@ -50,6 +51,8 @@ def run(
     Raises: ConfigError for folders, sizes or a device that can't be timed; DamageError for a damaged folder.
     """
     _require_sizes(batch_sizes, lengths)
+    if not seconds > 0:
+        raise ConfigError(f"--seconds {seconds:g}: give more than 0")
     try:
         on = measure.device(device)
     except RuntimeError as error:
@@ -62,7 +65,11 @@ def run(
     rows: list[dict[str, Any]] = []
     for size, length in itertools.product(sorted(set(batch_sizes)), sorted(set(lengths))):
         samples = [(each.model, [_batch(each, size, length).to(on)]) for each in models]
-        times = measure.latencies_ms(samples, how, on)
+        try:
+            times = measure.latencies_ms(samples, how, on)
+        except RuntimeError as error:  # too little memory, or a precision that this device lacks
+            said = door.one_line(str(error))
+            raise ConfigError(f"batches of {size} texts can't be timed: {said}; try smaller ones, or --device=cpu") from error
         for each, (model, sample), passes in zip(models, samples, times, strict=True):
             rows.append(
                 {
@@ -77,7 +84,7 @@ def run(
                     "speed_up": 1 / median(measure.ratios(passes, times[0])),
                     "model_bytes": _bytes(each.folder),
                     "parameters": artifact.parameters(model)[0] if artifact.is_program(model) else model.num_parameters(),
-                    "peak_bytes": measure.peak_bytes(model, sample, on, measure.allocated_bytes(on)),
+                    "peak_bytes": measure.peak_bytes(model, sample, on, each.own_bytes),
                 }
             )
     return pd.DataFrame(rows).assign(device=measure.device_name(on))
@@ -167,6 +174,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _timed(folder: Path, name: str, config: dict[str, Any], auto_class: Any, on: torch.device) -> Timed:
+    before = measure.allocated_bytes(on)
     try:
         if config.get("model_type") == artifact.modeling.HpcCompressConfig.model_type:
             model = artifact.load(folder, on)
@@ -186,7 +194,8 @@ def _timed(folder: Path, name: str, config: dict[str, Any], auto_class: Any, on:
     ordinary = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
     stock = config.get("stock") if isinstance(config.get("stock"), dict) else config
     positions = int((stock or {}).get("max_position_embeddings") or 10**9)
-    return Timed(name, folder, model.eval(), ordinary, tokenizer.pad_token_id, min(tokenizer.model_max_length, positions))
+    longest, own_bytes = min(tokenizer.model_max_length, positions), measure.allocated_bytes(on) - before
+    return Timed(name, folder, model.eval(), ordinary, tokenizer.pad_token_id, longest, own_bytes)
 
 
 def _batch(each: Timed, size: int, length: int) -> Batch:

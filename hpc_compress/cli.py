@@ -365,7 +365,9 @@ def _answer(root: Path, analysis: Any, export: Any) -> None:
     for line in ("", *analysis.to_deploy(runs), *analysis.verdicts(runs)[:1]):
         print(line)
     print(f"model: {best}; to look at all that was found, open in a browser: {_short(root)}/{analysis.FILES[0]}")
-    print(f"\nnext: hpc-compress benchmark {shlex.quote(_short(root / 'base'))} {shlex.quote(best)}")
+    words = ["hpc-compress", "benchmark", _short(root / "base"), best]
+    words += ["--device=cpu"] if runs[0].plan.config.protocol.device == "cpu" else []
+    print(f"\nnext: {shlex.join(words)}")
 
 
 def _short(path: Path) -> str:
@@ -526,7 +528,8 @@ def _report(arguments: list[str]) -> None:
     from hpc_compress import analysis
 
     runs = analysis.open_runs(analysis.find_runs(options.runs))
-    out = options.out or (options.runs[0] if len(options.runs) == 1 else Path("results"))
+    # A pattern in quotes is no folder.
+    out = options.out or (options.runs[0] if len(options.runs) == 1 and options.runs[0].is_dir() else Path("results"))
     print(analysis.as_text(analysis.write_report(runs, out)))
     for line in (*analysis.on_targets(runs), *analysis.verdicts(runs)):
         print(f"\n{line}")
@@ -654,7 +657,8 @@ def _compare(arguments: list[str]) -> None:
             f"{settings[0]} and {folders[0]}: give run folders that are there, or settings for new runs, not both"
         )
     if folders:
-        out = options.out or (folders[0] if len(folders) == 1 and not (folders[0] / "run.json").exists() else Path("results"))
+        alone = len(folders) == 1 and folders[0].is_dir() and not (folders[0] / "run.json").exists()
+        out = options.out or (folders[0] if alone else Path("results"))
         print(analysis.write_comparison(analysis.find_runs(folders), out, values.get("reference")))
         print(f"written to {_short(out)}: compare.md, compare.csv, compare.png")
         return

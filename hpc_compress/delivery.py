@@ -25,25 +25,28 @@ def answers(folder: Path) -> list[torch.Tensor]:
     return _answers(artifact.load(folder))
 
 
-def as_program(folder: Path) -> None:
+def as_program(folder: Path) -> list[torch.Tensor]:
     """Turn an export into one of a program: model.onnx takes the place of its weights, and config.json says so.
 
+    Returns: as `answers`, in fp32, as a program computes.
     Raises: ConfigError for a model in a precision that no program can have.
     """
     model = artifact.load(folder)
     if artifact.is_program(model):
-        return
+        return _answers(model)
     schemes = sorted({scheme for module in model.modules() if (scheme := modeling.scheme_of(module))})
     if schemes:
         raise ConfigError(
             f"this model is in {', '.join(schemes)}, which ONNX does not know; export a candidate in fp32, bf16, fp16 or "
             "onnx_int8 (column `deploy` of candidates.csv), or leave --to=onnx out"
         )
+    said = _answers(model.float())
     try:
-        onnx_int8.program(model.float()).save_pretrained(folder)
+        onnx_int8.program(model).save_pretrained(folder)
     except ImportError as error:
         raise ConfigError(f"--to=onnx needs the extra onnx ({error}); pip install 'hpc-compress[onnx]'") from error
     (folder / artifact.WEIGHTS).unlink()
+    return said
 
 
 def check(folder: Path, problem: Problem, wanted: Sequence[torch.Tensor]) -> None:
@@ -71,8 +74,10 @@ def check_sentences(folder: Path) -> None:
         raise ConfigError(
             f"--to=sentence-transformers loads what it wrote ({error}); pip install sentence-transformers"
         ) from error
-    theirs = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu").encode(TEXTS, convert_to_tensor=True)
-    inputs = transformers.AutoTokenizer.from_pretrained(folder)(TEXTS, padding=True, return_tensors="pt")
+    library = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+    theirs = library.encode(TEXTS, convert_to_tensor=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(TEXTS, padding=True, truncation=True, max_length=library.max_seq_length, return_tensors="pt")
     ours = artifact.load(folder)(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).sentence_embedding
     apart = float((F.normalize(theirs.float(), dim=-1) - F.normalize(ours.float(), dim=-1)).abs().max())
     if not apart <= SAME:
@@ -86,4 +91,5 @@ def _answers(model: PreTrainedModel) -> list[torch.Tensor]:
     ids = 5 + torch.arange(16).view(2, 8) % (int(stock["vocab_size"]) - 5)
     mask = (torch.arange(8) < torch.tensor([[8], [5]])).long()
     answer = model.eval()(input_ids=ids, attention_mask=mask)
-    return [value for value in answer.values() if isinstance(value, torch.Tensor)]
+    # A program has no pooler's output beside the embedding.
+    return [value for name, value in answer.items() if name != "pooler_output" and isinstance(value, torch.Tensor)]

@@ -317,6 +317,8 @@ class _Search:
                 "an earlier version measured the base model, and no time can be predicted from its outcome; choose another "
                 "name=..."
             )
+        if "peak_bytes" in self.config.objectives and whole.peak_bytes is None:
+            raise SearchError(f"objectives has peak_bytes, which is not known on {whole.device}; leave it out")
         return Known(
             shape=self.plan.shape,
             score=lambda measurement: self.objective(measurement, whole),

@@ -140,11 +140,12 @@ def _deliver(draft: Path, kind: Problem, extras: list[str], to: Form, check: boo
     from hpc_compress import delivery
 
     try:
-        wanted = delivery.answers(draft) if check else []
         if to == "onnx":
-            delivery.as_program(draft)
+            wanted = delivery.as_program(draft)
             config = _config(door.json_object(draft / "config.json"), kind, draft, extras)
             (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        else:
+            wanted = delivery.answers(draft)
         if check:
             delivery.check(draft, kind, wanted)
             if to == "sentence-transformers":
@@ -286,7 +287,7 @@ def card(run: runs.Run, candidate: str, target: Path) -> str:
     reported = run.report_of(candidate)
     outcome = reported if reported and reported.measurement else run.outcomes[candidate]
     task, dataset = outcome.task, run.plan.dataset
-    there = run.seen[identity.task_id(task)].measurement if run.views[0] else None  # as a device sees it that is not at hand
+    there = run.seen[identity.task_id(task)].measurement  # with all timings, as the run's first device sees it
     measurement = there or outcome.measurement
     assert measurement is not None
     split = "report" if task.split == "report" else "search"

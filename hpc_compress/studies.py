@@ -103,8 +103,7 @@ def screen(
         torch.cat([context.problem.outputs(answer, batch) for answer, batch in zip(answers, judged, strict=True)])
         for answers in (outputs, wanted)
     )
-    divergence = context.problem.response_loss(said, base, weight=1.0, temperature=1.0)
-    assert divergence is not None
+    divergence = context.problem.divergence(said, base)
     return Screening(
         divergence=max(0.0, float(divergence)),
         structure=Structure(

@@ -47,7 +47,12 @@ MUTANTS = (
     # search
     Mutant("search/prediction.py", "found[0] = 0.0", "pass", "test_prediction.py"),
     Mutant("search/prediction.py", "heads.shape[1] * times.layer", "6 * times.layer", "test_prediction.py"),
-    Mutant("driver.py", "self._repeats(population[: self.config.report_candidates], base)", "{}", "test_timings.py"),
+    Mutant(
+        "driver.py",
+        "self._repeats((*population[: self.config.report_candidates], *self._nearest(base)), base)",
+        "{}",
+        "test_timings.py",
+    ),
     Mutant("data/overlap.py", "stays &= self.whole | in_train", "stays |= in_train", "test_splits.py"),
     Mutant("search/genetic.py", "key=self._rank, reverse=True", "key=self._rank", "test_search.py"),
     Mutant(

@@ -124,8 +124,8 @@ def test_what_a_user_must_give_is_asked_for_by_name(option: str, tmp_path: Path)
 FIELDS = {
     # option: the class that it fills, and the fields that only code sets
     "model=custom": (ModelConfig, set()),
-    "dataset=file": (DatasetConfig, {"path", "subset", "parallel", "suite", "losses"}),  # of a hub's dataset, and of embeddings
-    "dataset=sentences": (DatasetConfig, {"path", "subset", "positive", "validation", "search_on"}),
+    "dataset=file": (DatasetConfig, {"parallel", "suite", "losses"}),  # of embeddings
+    "dataset=sentences": (DatasetConfig, {"positive", "validation", "search_on"}),
     "protocol=standard": (MeasurementProtocol, set()),
     "objective=product": (Product, set()),
     "strategy=genetic": (Genetic, {"shape", "score"}),

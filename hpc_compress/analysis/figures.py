@@ -108,7 +108,7 @@ def of_progress(curves: pd.DataFrame) -> "Figure":
     panels = figure.subplots(1, max(1, len(names)), squeeze=False)[0]
     for axes, name in zip(panels, names, strict=False):
         rows = curves[curves["dataset"] == name]
-        for number, (run, own) in enumerate(rows.groupby("run", sort=False)):
+        for number, (_, own) in enumerate(rows.groupby("folder", sort=False)):
             color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
             axes.step(
                 own["device_seconds"],
@@ -117,7 +117,7 @@ def of_progress(curves: pd.DataFrame) -> "Figure":
                 color=color,
                 marker=marker,
                 markersize=5,
-                label=plain(str(run)),
+                label=plain(str(own["run"].iloc[0])),
             )
         axes.set_title(plain(name), fontsize=10)
         axes.set_xlabel("device seconds, summed over jobs")

@@ -604,10 +604,10 @@ def _work(seen: Seen) -> str:
 
 
 def _added(by_id: pd.DataFrame, row: Any) -> str:
-    if row.parent not in by_id.index:
-        return ""
-    parent = by_id.loc[row.parent]
-    return added(str(parent["genome"]), int(parent["steps"]), str(row.genome), int(row.steps))
+    """What a candidate adds to its parent, or to the base model where no parent is known."""
+    known = row.parent in by_id.index
+    before = (str(by_id.loc[row.parent, "genome"]), int(by_id.loc[row.parent, "steps"])) if known else ("base", 0)  # type: ignore
+    return added(*before, str(row.genome), int(row.steps))
 
 
 def _kind(row: Any) -> str:

@@ -221,7 +221,7 @@ def write_report(runs: Sequence[Run], folder: Path) -> pd.DataFrame:
     Raises: ConfigError for a run that has not come to its end, or a folder that can't be written to.
     """
     table, candidates, fronts = report(runs), table_of(runs), _fronts(runs)
-    curves = pd.concat([compare.curve(run) for run in runs], ignore_index=True)
+    curves = pd.concat([compare.curve(run).assign(folder=str(run.root)) for run in runs], ignore_index=True)
     targets = [line for said in on_targets(runs) for line in ("", f"{said[0].upper()}{said[1:]}.")]
     compared = [line for said in verdicts(runs) for line in ("", f"{said}.")]
     text = "\n".join([as_text(table), *targets, *compared, *_front_text(runs, fronts), *_on_the_data(runs)])

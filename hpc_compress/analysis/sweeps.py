@@ -179,7 +179,9 @@ def _models(run: Run) -> list[dict[str, Any]]:
         wanted[run.best] = BEST
     rows = []
     for task_id, method in wanted.items():
-        seen = run.seen[task_id]
+        seen = run.seen.get(task_id)
+        if seen is None:
+            continue
         reported = run.seen.get(seen.report_id)
         measurement = reported.measurement if reported and reported.measurement else seen.measurement
         if measurement is not None:

@@ -50,18 +50,20 @@ def tables(suite: Suite, encoding: str, seed: int, read: Read) -> tuple[pd.DataF
 def _task(name: str, task: SuiteTask, suite: Suite, encoding: str, seed: int, read: Read) -> tuple[pd.DataFrame, pd.DataFrame]:
     rng = np.random.default_rng(seed)
 
-    def rows(file: str, text: str) -> pd.DataFrame:
+    def rows(file: str, text: str, text2: str | None) -> pd.DataFrame:
         path = file if file.startswith("package:") else str(Path(suite.folder).expanduser() / file)
         config = DatasetConfig(
             name=f"dataset.suite.tasks.{name}",
             problem="embedding" if task.label is None else "classification",
             train=path,
             text=text,
-            text2=task.text2,
+            text2=text2,
             label=task.label or "",
             encoding=encoding,
         )
         table = read(config)
+        if text2 is not None:  # a row that lacks one of its texts can't be scored
+            table = table[(table["text"] != "") & (table["text2"] != "")].reset_index(drop=True)
         if table.empty:
             raise ConfigError(f"dataset.suite.tasks.{name}: {path} has no rows with text and label")
         labels = [_plain(label) if task.label is not None else "" for label in table["label"]]
@@ -69,20 +71,22 @@ def _task(name: str, task: SuiteTask, suite: Suite, encoding: str, seed: int, re
             labels = [POSITIVE if label == str(task.positive) else "" for label in labels]
         return table.assign(task=name, kind=task.kind, part="test", text2=table.get("text2", ""), label=labels)
 
-    report = rows(task.report, task.text)
+    report = rows(task.report, task.text, task.text2)
     if task.train is None:
         groups, order = overlap.Groups(report), rng.permutation(len(report))
         stay, out = groups.hold_out(order, len(report) // 2)
         search, report = report.iloc[out[: task.rows]], report.iloc[stay[: task.rows]]
     else:
         report = report.iloc[rng.permutation(len(report))[: task.rows]]
-        train = rows(task.train, task.text)
+        train = rows(task.train, task.text, task.text2 or task.fit_text)
+        fit = train.assign(part="fit", text=train["text2"] if task.fit_text else train["text"], text2="")
+        train = train if task.text2 else train.assign(text2="")
         known = np.isin(overlap.keys(train), overlap.keys(report))
         order = rng.permutation(np.flatnonzero(~known))
         stay, out = overlap.Groups(train).hold_out(order, min(task.rows, len(order) // 2))
         search = train.iloc[out]
         if task.kind == "classification":
-            fit = rows(task.train, task.fit_text or task.text).assign(part="fit").iloc[stay[: task.fit_rows]]
+            fit = fit.iloc[stay[: task.fit_rows]]
             search, report = pd.concat([search, fit]), pd.concat([report, fit])
     for split, table in (("search", search), ("report", report)):
         _check(name, task, table, split)

@@ -163,6 +163,12 @@ class Problem(ABC):
         weight: of this loss; None stands for the published one. Returns: None when the loss plays no part.
         """
 
+    def divergence(self, student: "torch.Tensor", teacher: "torch.Tensor") -> "torch.Tensor":
+        """How far a compressed model's outputs are from the base model's, (labels, width) each; in no unit of the labels."""
+        loss = self.response_loss(student, teacher, weight=1.0, temperature=1.0)
+        assert loss is not None
+        return loss
+
     def differentiated(self, outputs: "torch.Tensor") -> "torch.Tensor":
         """(labels, width) numbers whose squared change a Gauss-Newton criterion estimates."""
         return outputs.float()

@@ -76,6 +76,13 @@ class Embedding(Problem):
             raise ConfigError("dataset.losses: cosine and mse are both 0, so nothing says how near a student is; raise one")
         if config.parallel is not None and config.text2 is not None:
             raise ConfigError("dataset.parallel and dataset.text2 both give second texts; leave one of them out")
+        if config.parallel is not None and config.validation is not None:
+            raise ConfigError(
+                "dataset.parallel holds the second texts of dataset.train, so dataset.validation would have none; leave it "
+                "out: rows for the report are held out of train"
+            )
+        if config.suite is not None and config.max_search_rows is not None:
+            raise ConfigError("dataset.max_search_rows would cut tasks out of dataset.suite; set `rows` of its tasks instead")
         if config.suite is None and not _pairs(config):
             raise ConfigError(
                 "problem=embedding measures quality by a suite of tasks, or by pairs that are held out, and there is neither; "

@@ -48,6 +48,10 @@ class Regression(SequenceProblem):
 
         return weight * F.mse_loss(student.float(), teacher.float()) if weight else None
 
+    def divergence(self, student: "torch.Tensor", teacher: "torch.Tensor") -> "torch.Tensor":
+        """The mean squared difference as a share of the variance of the base model's outputs."""
+        return super().divergence(student, teacher) / teacher.float().var(correction=0).clamp(min=1e-12)
+
     def configure(self, config: "PreTrainedConfig", labels: Sequence[str]) -> None:
         super().configure(config, labels)
         config.problem_type = "regression"

@@ -194,11 +194,13 @@ def scores_of(model: PreTrainedModel, context: Context, scores: Scores, sentence
 def repairer_of(
     model: PreTrainedModel, context: Context, how: Carving, judged: Sequence[Batch] = (), sample: int = 0
 ) -> Repairer:
-    """What repairs aim at, kept for all structures of the uncut model. sample: which sentences are judged; 0 for none."""
+    """What repairs aim at, kept for all structures of the uncut model. Where structures are judged, a fifth of the sentences at
+    least is not fit to. sample: which sentences are judged; 0 for none."""
     key = (context.given, how.sentences, how.drift, sample, sum(map(len, judged)))
 
     def make() -> Repairer:
-        return Repairer(copy.deepcopy(model), context.batches(how.sentences), judged, how.drift)
+        fit = min(how.sentences, len(context.train) * 4 // 5) if judged else how.sentences
+        return Repairer(copy.deepcopy(model), context.batches(fit), judged, how.drift)
 
     return context.kept("repairer", key, make)
 

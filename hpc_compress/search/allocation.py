@@ -37,7 +37,7 @@ def allocate(places: Sequence[Place], budget: float) -> list[int]:
     if cheapest > budget * (1 + 1e-9):
         raise ValueError(f"a budget of {budget:.4g} can't be met: what can't be cut costs {cheapest:.4g} already")
     whole = sum(float(place.cost[0]) for place in places)
-    if whole <= budget:
+    if whole <= budget * (1 + 1e-9):
         return [0] * len(places)
     # What even the cheapest levels cost is set aside, so that the grid is as fine as the choice needs.
     room = max(budget - cheapest, 1e-12 * whole)  # of no room at all the grid would have infinitely many steps

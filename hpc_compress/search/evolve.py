@@ -37,6 +37,7 @@ ROWS = 1500  # of training, which take about as long as measuring a model
 RECOVERED = 0.6  # of the lost quality is still lost after a training, as long as nothing is known of it
 UNSETTLED = 0.1  # lost tenths of the quality that a training leaves, or makes, where hardly any was lost
 DRAWN = 3  # measurements of no difference that a difference between ways to deploy is averaged with
+MOST_JUDGED = 4  # times the sentences that a structure is judged on at first
 AIMED = 20.0  # times the gain of a model that keeps to the targets, against one that is far from them
 
 
@@ -70,6 +71,7 @@ class Bill(NamedTuple):
     kind: str
     units: float
     left: float  # device seconds of the budget before it
+    again: int  # repeated timings of all candidates, before it
 
 
 class Beliefs(NamedTuple):
@@ -111,6 +113,7 @@ class Evolve(AbstractSpaceStrategy):
     _candidates: dict[str, Candidate] = PrivateAttr(default_factory=dict)  # all that was told, by id
     _designs: dict[str, Design] = PrivateAttr(default_factory=dict)  # what was proposed to be measured, by genome
     _divergences: dict[Cut, float] = PrivateAttr(default_factory=dict)  # the latest of each structure that was screened
+    _alive: set[tuple[Cut, str]] = PrivateAttr(default_factory=set)  # of living candidates, whose masters are stored
     _asked: set[Levels] = PrivateAttr(default_factory=set)  # structures that were proposed to be screened
     _sample: int = PrivateAttr(default=0)  # number of the last one that was screened on
     _beliefs: "Beliefs | None" = PrivateAttr(default=None)  # what follows from the candidates; None: not thought over yet
@@ -158,6 +161,8 @@ class Evolve(AbstractSpaceStrategy):
     def ask(self, rng: np.random.Generator, population: Sequence[Candidate]) -> list[Proposal]:
         self._rng = rng
         self._learn(population)
+        designs = (self._designs.get(canonical(candidate.genome)) for candidate in population)
+        self._alive = {(design.cut, design.training) for design in designs if design is not None}
         if self._course is None:
             self._course = self._stages()
         self._pay()
@@ -196,7 +201,7 @@ class Evolve(AbstractSpaceStrategy):
     # --- the course of a search: each `yield` is a generation ---
 
     def _stages(self) -> Generator[list[Proposal], None, None]:
-        plain = [Cut(levels) for levels in dict.fromkeys(map(self._sites.knapsack, self._reachable()))]
+        plain = self._plain
         leading = self._leading()
         first = [Design(cut, self._cheapest, deploy) for cut in plain for deploy in leading]
         # Every cut in the first of the leading ways to deploy, and as many as there is room for in the second.
@@ -204,21 +209,23 @@ class Evolve(AbstractSpaceStrategy):
         yield self._measured([first[at] for at in order][: max(self.population, len(plain))])
         if self.screens:
             yield self._screened([cut for cut in plain if cut.levels != self._sites.most])
-            lossy = [cut for cut in plain if self._divergences.get(cut, 0.0) > self.negligible]
-            if self.rescoring and (rescored := self._rescored(lossy)):
-                yield rescored
+            yield from self._rescored([cut for cut in plain if self._divergences.get(cut, 0.0) > self.negligible])
         yield self._promising()
-        done: set[Levels] = set()
+        done: list[Levels] = []
         while True:
             if self._hurries:
                 yield self._promising()
-            elif self.screens and self.switching > len(done):
+            elif self._screens and self.switching > len(done):
                 yield from self._switched(done)
-            elif self.screens:
+            elif self._screens:
                 yield self._screened(self._offspring())
-                if rescored := self._rescored(self._between()):
-                    yield rescored
+                yield from self._rescored(self._between())
             yield self._promising()
+
+    @property
+    def _screens(self) -> bool:
+        """Whether structures are still screened: what it finds must rank them."""
+        return self.screens > 0 and self._screen_stage.trust != LEFT_OUT
 
     def _measured(self, designs: Iterable[Design]) -> list[Proposal]:
         proposals = []
@@ -245,31 +252,36 @@ class Evolve(AbstractSpaceStrategy):
     def _between(self) -> list[Cut]:
         """Two cuts of the knapsack's, at prices between those of the best structures that lose something."""
         prices = [self._sites.price(cut.levels) for cut in self._best_cuts() if self._divergences.get(cut, 0) > self.negligible]
-        if not (self.rescoring and prices):
+        if not prices:
             return []
         return [Cut(self._sites.knapsack(float(price))) for price in self._rng.uniform(min(prices), max(prices), size=2)]
 
-    def _rescored(self, cuts: Iterable[Cut]) -> list[Proposal]:
-        """Ask the nodes for structures as deep as these, found block by block."""
+    def _rescored(self, cuts: Sequence[Cut]) -> Generator[list[Proposal], None, None]:
+        """Ask the nodes for structures as deep as these, found block by block: in one generation, or within a budget the first
+        one alone, since nobody knows yet what it costs."""
+        if not (self.rescoring and cuts):
+            return
         self._sample += 1
         survey = self.known.survey
         assert survey is not None
         shares = (round(1 - self._parameters(cut.levels) / survey.encoder_parameters, 2) for cut in cuts)
         asked = {cut.share for cut in self._divergences}
         steps = [self._steps(Cut((), share)) for share in dict.fromkeys(shares) if share > 0 and share not in asked]
-        return [Proposal(genome=Genome(steps=step), screen=self._screen) for step in steps]
+        proposals = [Proposal(genome=Genome(steps=step), screen=self._screen) for step in steps]
+        first = 1 if "rescore" not in self._paid and math.isfinite(self.known.left()) else len(proposals)
+        yield from filter(None, (proposals[:first], proposals[first:]))
 
-    def _switched(self, done: set[Levels]) -> Generator[list[Proposal], None, None]:
+    def _switched(self, done: list[Levels]) -> Generator[list[Proposal], None, None]:
         """Level switching by marginals at one depth: what each single move changes, then the best moves together. Two
         generations. done: structures at which this was tried; the new one is added."""
         cuts = [cut for cut in self._best_cuts() if cut.levels not in done]
         open_ = [cut for cut in cuts if self._divergences.get(cut, 0.0) > self.negligible]
         if not open_:
-            done.add(())  # there is nothing to improve
+            done.append(())  # there is nothing to improve
             return
         # Where about half of what counts is lost there is most to win.
         cut = min(open_, key=lambda cut: (abs(self._loss_of_cut(cut) - 0.5), cut))
-        done.add(cut.levels)  # also where nothing comes of it
+        done.append(cut.levels)  # also where nothing comes of it
         near = self._sites.neighbours(cut.levels, by=2)
         yield self._screened([Cut(cut.levels), *(Cut(levels) for levels in near.values())])
         start = self._divergences.get(Cut(cut.levels), math.inf)
@@ -287,7 +299,7 @@ class Evolve(AbstractSpaceStrategy):
         while pool and len(chosen) < self.population:
             gains = {
                 design: sum(each.gain(vector) for each, vector in zip(fronts, vectors, strict=True))
-                / self._cost(design.training)
+                / self._cost(design, chosen)
                 for design, vectors in pool.items()
             }
             # Where nothing at all is expected to add anything, what is best in the first objective is tried all the same.
@@ -305,7 +317,7 @@ class Evolve(AbstractSpaceStrategy):
         deploys = self.space.possible_deploys()
         designs = [
             Design(cut, training, deploy)
-            for cut in self._best_cuts()
+            for cut in dict.fromkeys((*self._best_cuts(), *self._plain))
             for training in self.space.trainings
             for deploy in (*deploys, *self._mixed(cut))
         ]
@@ -344,9 +356,8 @@ class Evolve(AbstractSpaceStrategy):
                 low, high = sorted((self._sites.price(one), self._sites.price(other)))
                 levels = self._sites.knapsack(float(self._rng.uniform(low, high)) if high > low else low)
             if levels not in self._asked:
-                found[levels] = self._sites.mass(levels) / max(
-                    1e-9, self._sites.mass(self._sites.knapsack(self._sites.price(levels)))
-                )
+                least = float(np.interp(self._sites.price(levels), *self._least_masses))
+                found[levels] = self._sites.mass(levels) / max(1e-9, least)
         order = sorted(found, key=lambda levels: (found[levels], levels))
         by_mass = {TRUSTED: self.screens, WIDENED: self.screens // 2, LEFT_OUT: 0}[self._mass_trust()]
         drawn = [order[by_mass:][int(at)] for at in self._rng.permutation(len(order[by_mass:]))]
@@ -359,8 +370,18 @@ class Evolve(AbstractSpaceStrategy):
         if self._bill is not None and math.isfinite(self._bill.left):
             seconds, units = self._paid.get(self._bill.kind, (0.0, 0.0))
             spent = max(0.0, self._bill.left - self.known.left())
-            self._paid[self._bill.kind] = (seconds + spent, units + self._bill.units)
+            own, again = self._bill.units, self._timings() - self._bill.again
+            if self._bill.kind == "measure":
+                own += again
+            else:
+                spent = max(0.0, spent - again * self._price("measure"))
+            if own > 0:
+                self._paid[self._bill.kind] = (seconds + spent, units + own)
         self._bill = None
+
+    def _timings(self) -> int:
+        """How often a candidate was timed again, over all of them."""
+        return sum(len(candidate.measurement.again) for candidate in self._measured_candidates() if candidate.measurement)
 
     def _price(self, kind: str) -> float:
         """Device seconds of a unit of work, by the generations so far; 0 while there was none of this kind."""
@@ -368,21 +389,26 @@ class Evolve(AbstractSpaceStrategy):
         return seconds / units
 
     def _affordable(self, proposals: list[Proposal]) -> list[Proposal]:
-        """Those that fit what the budget leaves, in their order. Where some do not fit, this generation is the last one."""
+        """Those that fit what the budget leaves, in their order. Where some models do not fit, this generation is the last one.
+        Where structures do not fit, models are measured instead: what is only screened at the end is no result."""
         if not proposals:
             return proposals
         kind, fitting, units = _kind(proposals[0]), [], 0.0
-        if kind == "measure":
-            units += self.elites  # which are timed again beside it
+        beside = self.elites * self._price("measure")  # they are timed again
+        after = 0.0 if kind == "measure" else self._price("measure")
+        designs: list[Design] = []
         for proposal in proposals:
-            design = self._designs.get(canonical(proposal.genome))
-            cost = self._cost(design.training) if kind == "measure" and design is not None else 1.0
-            if (units + cost) * self._price(kind) <= self.known.left():
+            design = self._designs.get(canonical(proposal.genome)) if kind == "measure" else None
+            cost = 1.0 if design is None else self._cost(design, designs)
+            if (units + cost) * self._price(kind) + beside + after <= self.known.left():
                 fitting.append(proposal)
                 units += cost
+                designs += [design] if design is not None else []
         if len(fitting) < len(proposals):
+            if kind != "measure":
+                return self._affordable(self._promising())
             self._ended = "the rest of budget.device_hours is too short for another model"
-        self._bill = Bill(kind, units, self.known.left())
+        self._bill = Bill(kind, units, self.known.left(), self._timings())
         return fitting
 
     @property
@@ -429,11 +455,22 @@ class Evolve(AbstractSpaceStrategy):
         chains = self.space.possible_deploys()
         return Sites.of(self._structures, self._prediction, chains[self._first_deploy])
 
+    @cached_property
+    def _plain(self) -> tuple[Cut, ...]:
+        """The knapsack's structures, which always compete."""
+        return tuple(Cut(levels) for levels in dict.fromkeys(map(self._sites.knapsack, self._reachable())))
+
+    @cached_property
+    def _least_masses(self) -> tuple[np.ndarray, np.ndarray]:
+        """Prices, and the smallest share of the scores that a structure of each price removes, which the knapsack finds."""
+        prices = np.linspace(0, self._sites.price(self._sites.most), 65)
+        return prices, np.array([self._sites.mass(self._sites.knapsack(float(price))) for price in prices])
+
     @property
     def _screen(self) -> Screen:
         """The sample grows as the search goes on: what is chosen by one sample is soon chosen for that sample."""
         wider = 1 if self._screen_stage.trust == TRUSTED else 2
-        return Screen(judge=wider * self.judge * (1 + self._sample // 3), sample=self._sample)
+        return Screen(judge=wider * self.judge * min(MOST_JUDGED, 1 + self._sample // 3), sample=self._sample)
 
     def _reachable(self) -> list[float]:
         """The budgets, and the largest ones at which the leading ways to deploy keep to the targets of speed and size."""
@@ -533,9 +570,9 @@ class Evolve(AbstractSpaceStrategy):
         return self._beliefs
 
     def _best_cuts(self) -> list[Cut]:
-        """Structures that no other one beats in time, parameters and divergence; before any is screened, the knapsack's."""
-        if not self.screens or not self._divergences:
-            return [Cut(levels) for levels in dict.fromkeys(map(self._sites.knapsack, self._reachable()))]
+        """Structures that no other one beats in time, parameters and divergence; without screening, the knapsack's."""
+        if not self._screens or not self._divergences:
+            return list(self._plain)
         cuts = [Cut(self._sites.most), *self._divergences]
         rows = np.array(
             [[self._sites.price(cut.levels), self._parameters(cut.levels), self._divergences.get(cut, 0.0)] for cut in cuts]
@@ -588,9 +625,22 @@ class Evolve(AbstractSpaceStrategy):
         ]
         return float(np.clip(np.median([RECOVERED, *ratios]), 0.1, 1.0))
 
-    def _cost(self, training: str) -> float:
-        """Of measuring a design, in measurements: what is cut in a second is trained for minutes."""
-        epochs = sum(float(step.params.get("epochs", 1)) for step in self.space.trainings[training])
+    def _cost(self, design: Design, beside: Iterable[Design]) -> float:
+        """Of measuring a design, in measurements: what is cut in a second is trained for minutes. A training goes on from what
+        is stored, and models that differ in precision only share theirs.
+
+        beside: others of the same generation.
+        """
+        model = (design.cut, design.training)
+        if model in self._alive or any((other.cut, other.training) == model for other in beside):
+            return 1.0
+        steps = self.space.trainings[design.training]
+        stored = [
+            len(own)
+            for name, own in self.space.trainings.items()
+            if (design.cut, name) in self._alive and steps[: len(own)] == own
+        ]
+        epochs = sum(float(step.params.get("epochs", 1)) for step in steps[max(stored, default=0) :])
         rows = self.known.survey.train_rows if self.known.survey else 0
         return 1 + epochs * rows / ROWS
 
@@ -616,8 +666,10 @@ class Evolve(AbstractSpaceStrategy):
         order = list(self.space.trainings)
         less = {
             order.index(other.training): candidate.id
-            for candidate in self._candidates.values()
-            if (other := self._designs.get(canonical(candidate.genome))) is not None and other.cut == design.cut
+            for candidate in self._measured_candidates()
+            if (other := self._designs.get(canonical(candidate.genome))) is not None
+            and other.cut == design.cut
+            and order.index(other.training) < order.index(design.training)
         }
         return less[max(less)] if less else None
 
