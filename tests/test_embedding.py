@@ -196,6 +196,31 @@ def test_what_is_scored_is_not_trained_on(tmp_path: Path):
         splits.load(settings(tmp_path, suite), seed=0)
 
 
+def test_rows_that_lack_a_text_are_not_scored_and_shift_no_others(tmp_path: Path):
+    suite = write_suite(tmp_path)
+    (tmp_path / "lines.txt").write_text("\n".join(texts(40, 9)) + "\n")
+    train = pd.read_csv(tmp_path / "train.csv")
+    train["english"] = [f"{text} in english" for text in train["english"]]
+    train.loc[0, "english"] = ""
+    train.to_csv(tmp_path / "train.csv", index=False)
+    pairs = pd.read_csv(tmp_path / "pairs.csv")
+    pairs.loc[[3, 5], "text2"] = ""
+    pairs.to_csv(tmp_path / "pairs.csv", index=False)
+    _, tables, _ = splits.load(settings(tmp_path, suite), seed=0)
+    search = tables["search"]
+    fit, tested = (search.query(f"task == 'feeling' and part == '{part}'")["text"] for part in ("fit", "test"))
+    assert len(fit)
+    assert not set(fit.str.removesuffix(" in english")) & set(tested)
+    both = pd.concat([table[table["task"] == "same"] for table in tables.values() if "task" in table])
+    assert len(both) == len(pairs) - 2
+    assert (both["text2"] != "").all()
+
+
+def test_rows_of_a_suite_are_limited_task_by_task(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"would cut tasks out of dataset\.suite"):
+        EMBEDDING.check(settings(tmp_path, write_suite(tmp_path), max_search_rows=50))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -250,6 +275,7 @@ def test_a_text_without_its_pair_is_told(tmp_path: Path):
         ({"text2": "b", "losses": {"cosine": 0}}, "cosine and mse are both 0"),
         ({"text2": "b", "parallel": "c"}, "both give second texts"),
         ({"text2": "b", "metrics": ["accuracy"]}, "use mean_score"),
+        ({"parallel": "c", "validation": "d"}, "so dataset.validation would have none"),
         ({"problem": "classification", "metrics": ["accuracy"], "parallel": "c"}, "dataset.parallel has no effect"),
     ],
 )

@@ -15,7 +15,8 @@ from hpc_compress.config import Target
 from hpc_compress.models import inspection
 from hpc_compress.models.modeling_hpc_compress import FAMILIES
 from hpc_compress.search import front
-from hpc_compress.search.evolve import Curve
+from hpc_compress.search.evolve import Curve, Design
+from hpc_compress.search.fidelity import LEFT_OUT
 from hpc_compress.search.objective import speed_up
 from hpc_compress.search.prediction import Prediction
 from hpc_compress.search.space import Shape
@@ -165,6 +166,9 @@ def test_a_stage_that_does_not_rank_is_said_and_done_without():
         notes += strategy.notes()
     assert any("rank correlation of removed scores and divergence" in note for note in notes)
     assert len(notes) == len(set(notes))
+    strategy._screen_stage.trust = LEFT_OUT
+    assert not strategy._screens, "a stage that is left out costs nothing more"
+    assert tuple(strategy._best_cuts()) == strategy._plain
 
 
 # --- the budget ---
@@ -185,6 +189,50 @@ def test_the_last_generation_is_as_small_as_the_budget_asks(budget: float):
     assert "too short for another model" in strategy.ended
     assert 0.75 * budget < spent <= 1.03 * budget  # costs are expected, and differ a little
     assert not sizes[-1][0], "what is only screened at the end is no result"
+
+
+def test_structures_that_do_not_fit_leave_the_budget_to_models():
+    """Finding a structure block by block takes as long as ten models, and nobody knows it before the first one."""
+    spent, kinds = 0.0, []
+    known = world.KNOWN.model_copy(update={"left": lambda: 90.0 - spent})
+    strategy = world.made("evolve", known=known, elites=0, rescoring=True, negligible=0.0)
+    for turn in world.play(strategy, 100, answer=with_found):
+        slow = [
+            proposal
+            for proposal in turn.proposals
+            if proposal.genome.steps[:1] and proposal.genome.steps[0].operator == "prune"
+        ]
+        searched = [proposal for proposal in slow if proposal.screen]
+        for proposal in turn.proposals:
+            trained = sum(step.params["epochs"] for step in proposal.genome.steps if step.operator == "distill")
+            spent += 20.0 if proposal in searched else 0.3 if proposal.screen else 2 + 1.5 * trained
+        kinds.append("found" if searched else "screened" if turn.proposals and turn.proposals[0].screen else "measured")
+        assert len(searched) <= (1 if kinds.count("found") == 1 else 9)
+        if strategy.ended:
+            break
+    assert kinds.count("found") >= 1
+    assert kinds[-1] == "measured"
+    assert spent <= 1.05 * 90
+
+
+def test_a_training_that_is_stored_is_not_paid_again():
+    strategy = world.made("evolve")
+    for _ in world.play(strategy, 3):
+        pass
+    cut, (*_, name) = strategy._plain[1], strategy.space.trainings
+    design = Design(cut, name, next(iter(strategy.space.possible_deploys())))
+    strategy._alive.clear()
+    assert strategy._cost(design, []) > 1
+    assert strategy._cost(design, [design._replace(deploy="another")]) == 1
+    strategy._alive.add((cut, name))
+    assert strategy._cost(design, []) == 1
+
+
+def test_the_knapsacks_structures_always_compete():
+    strategy = world.made("evolve")
+    for _ in world.play(strategy, 8):
+        pass
+    assert set(strategy._plain) <= {design.cut for design in (*strategy._pool(), *strategy._designs.values())}
 
 
 # --- what is believed ---

@@ -214,6 +214,14 @@ def test_the_distillation_loss_is_the_published_sum():
     assert float(CLASSIFICATION.response_loss(z_t, z_t, 1, 3)) == pytest.approx(0, abs=1e-6)
 
 
+def test_how_far_a_regression_is_from_the_base_model_has_no_unit():
+    generator, regression = torch.Generator().manual_seed(0), PROBLEMS["regression"]
+    said, wanted = (torch.randn(50, 1, generator=generator) for _ in "ab")
+    divergence = regression.divergence(said, wanted)
+    assert float(divergence) == pytest.approx(float((said - wanted).square().mean() / wanted.var(correction=0)))
+    torch.testing.assert_close(regression.divergence(100 * said + 7, 100 * wanted + 7), divergence)
+
+
 def test_regression_trains_on_squared_error(tiny_checkpoint: Callable[..., Path]):
     model = load(tiny_checkpoint("bert"), labels=())
     data = examples(32, np.linspace(0, 5, 32, dtype=np.float32))

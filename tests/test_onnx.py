@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 import hpc_compress
-from hpc_compress import analysis, export, measure
+from hpc_compress import analysis, delivery, export, measure
 from hpc_compress.config import ConfigError
 from hpc_compress.data import metrics
 from hpc_compress.data.batches import encode
@@ -244,6 +244,17 @@ def test_only_fp32_that_fits_becomes_a_program(model: nn.Module, monkeypatch: py
     monkeypatch.setattr(onnx_int8, "LARGEST", 1000)
     with pytest.raises(ValueError, match="choose dynamic_int8"):
         quantized(model, scheme="onnx_int8")
+
+
+@pytest.mark.parametrize("scheme", ["fp32", "bf16", "fp16"])
+def test_an_export_becomes_a_program_that_computes_in_fp32(model: nn.Module, tmp_path: Path, scheme: str):
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    artifact.save(model if scheme == "fp32" else quantized(model, scheme=scheme), folder)
+    said = delivery.as_program(folder)
+    assert not (folder / "model.safetensors").exists()
+    for one, other in zip(said, delivery.answers(folder), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
 # --- searches and exports ---

@@ -300,6 +300,13 @@ def test_the_allocation_is_the_best_of_all(seed: int):
     assert lost[tuple(chosen)] <= min(lost[c] for c in costs if costs[c] <= budget - 5e-3 * whole) + 1e-12
 
 
+def test_shares_that_add_up_to_a_little_more_than_1_are_the_whole():
+    costs = np.random.default_rng(0).random((200, 12))
+    for shares in costs / costs.sum(1, keepdims=True):
+        places = [Place(np.array([0.0, 1.0]), np.array([share, 0.0])) for share in shares]
+        assert allocate(places, 1.0) == [0] * 12
+
+
 def test_a_budget_that_can_not_be_met_is_refused():
     with pytest.raises(ValueError, match="can't be met"):
         allocate([Place(np.array([0.0, 1.0]), np.array([2.0, 1.0]))], 0.5)

@@ -1,5 +1,6 @@
 """What a sweep shows. Its searches are made by a worker that only answers, so what they find means nothing."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,13 @@ def test_the_report_of_several_runs_has_the_sweep(
     assert {"b", "c", "quality", "quality_error", "mb", "speed_up"} <= set(table)
     assert (tmp_path / "sweep.png").stat().st_size > 20_000
     assert (tmp_path / "sweep.pdf").stat().st_size > 5_000
+
+
+def test_a_run_whose_best_model_is_damaged_is_left_out(runs: list[Path], tmp_path: Path):
+    copies = [Path(shutil.copytree(root, tmp_path / root.name)) for root in runs[:2]]
+    (copies[0] / "tasks" / str(analysis.open_run(copies[0]).best) / "outcome.json").write_text("{")
+    found = sweeps.sweep(analysis.open_runs(copies))
+    assert (found.models["method"] == "best").sum() == 1
 
 
 def test_runs_that_differ_in_one_setting_are_drawn_over_generations(setup: Setup, tmp_path: Path):

@@ -10,6 +10,7 @@ import pytest
 from searches import Setup, story
 
 from hpc_compress import analysis
+from hpc_compress.analysis.found import nearest
 from hpc_compress.launch.local import Debug
 from hpc_compress.search.objective import latency_of
 from hpc_compress.store import Store
@@ -89,6 +90,15 @@ def test_no_lucky_child_of_the_last_generation_is_the_best(setup: Setup, tmp_pat
     assert longer.result
     assert longer.result.generations == 2
     assert longer.damage == ()
+
+
+def test_the_model_nearest_to_the_targets_is_timed_as_often_as_the_fittest(setup: Setup, tmp_path: Path):
+    found = searched(setup, tmp_path, "timings=3", "generations=1", "report_candidates=1", "target.speed_up=5")
+    assert found.result
+    best = nearest(found)
+    assert best
+    assert best.candidate != found.base_id
+    assert len(found.seen[best.candidate].measurement.timings) == 3
 
 
 @pytest.mark.parametrize("select_after", [1, 0.5])
