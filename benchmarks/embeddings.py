@@ -248,8 +248,8 @@ Ours and Torch-Pruning cut in {args.rounds} rounds, each with new scores. The re
 others on paraphrases. Latency is the median pass over {PROTOCOL.sentences} texts, all models taking turns, in fp32 on
 {measure.device_name(CPU)}. The base model takes {base["latency_ms"]:.0f} ms.
 
-The learning rate, the number of sentences and the rounds were chosen on the search split, with sentences of another seed, by
-ours and Torch-Pruning at 50 %. Both were best with the same setting.
+The learning rate and the rounds were chosen on the search split, with sentences of another seed, by ours and Torch-Pruning at
+50 %: of those that were tried, both were best with the same ones. The criterion of ours was chosen there too.
 
 {pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)}
 """
