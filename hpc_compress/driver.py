@@ -51,6 +51,7 @@ from hpc_compress.types import (
 )
 
 Objective = Callable[[Measurement, Measurement], float]
+MOST_FOUND = 8  # masters that are kept of structures that the nodes found block by block and that were not measured yet
 
 
 class Strategy(Protocol):
@@ -408,7 +409,7 @@ class _Search:
         )
         if earlier != record:
             # Not when a resumed run passes by again: the living of later generations have artifacts already.
-            self._bury(survivors, base, told)
+            self._bury(survivors, base)
             self.store.delete("result.json")
             self.store.write(f"generations/{number:04d}.json", record)
         late = f", {len(self.late)} late" if self.late else ""
@@ -542,17 +543,17 @@ class _Search:
                 f"all {len(outcomes)} tasks of {what} failed alike: {reasons[0]}\nmend it, and the same search command goes on"
             )
 
-    def _bury(self, alive: Iterable[Candidate], base: Candidate, told: Sequence[str]) -> None:
+    def _bury(self, alive: Iterable[Candidate], base: Candidate) -> None:
         """Delete the artifacts of the dead, but for those that late children start from."""
         parents = {proposal.parent for proposal in self.late.values()}
         kept = {candidate.id: candidate.genome for candidate in (*alive, base, *self._nearest(base))}
         kept |= {parent: self.candidates[parent].genome for parent in parents if parent in self.candidates}
         kept |= {task_id: proposal.genome for task_id, proposal in self.late.items()}
         kept |= {candidate_id: self.candidates[candidate_id].genome for candidate_id in self.timing.values()}
-        # What was screened just now may be measured next. (A carved model is made anew in a second.)
-        found = [self.candidates[self.told[task_id]] for task_id in told if task_id in self.told]
-        unmeasured = [candidate for candidate in found if candidate.screening and not candidate.measurement]
-        kept |= {c.id: c.genome for c in unmeasured if any(step.operator != "carve" for step in c.genome.steps)}
+        # What was only screened may be measured later. (A carved model is made anew in a second.)
+        unmeasured = [candidate for candidate in self.candidates.values() if candidate.screening and not candidate.measurement]
+        found = [candidate for candidate in unmeasured if any(step.operator != "carve" for step in candidate.genome.steps)]
+        kept |= {candidate.id: candidate.genome for candidate in found[-MOST_FOUND:]}
         self.artifacts = {task_id: self.artifacts.get(task_id) or self._artifacts(genome) for task_id, genome in kept.items()}
         # Late tasks go on from whatever prefix of their genome is stored, and from the checkpoint of a training under way.
         tasks = [self._task(proposal.genome) for proposal in self.late.values()]

@@ -317,9 +317,9 @@ def test_what_late_tasks_go_on_from_is_not_buried(setup: Setup, tmp_path: Path, 
     monkeypatch.setattr(Store, "keep_artifacts", lambda store, keys: kept.append(set(keys)) or keep(store, keys))
     search = driver._Search._bury
 
-    def bury(run: Any, alive: Any, base: Any, told: Any) -> None:
+    def bury(run: Any, alive: Any, base: Any) -> None:
         late = dict(run.late)
-        search(run, alive, base, told)
+        search(run, alive, base)
         for proposal in late.values():
             task = run._task(proposal.genome)
             steps = task.genome.steps
