@@ -41,7 +41,10 @@ DATASETS = {  # overrides of the search
 COMMON = ["dataset=file", f"dataset.max_train_rows={ROWS}", "dataset.search_rows=500", "timings=2"]
 TRAINING = "model.fine_tune={epochs: 4, learning_rate: 1e-4, batch_size: 32}"
 MEASURED = "protocol={sentences: 128, warmup_passes: 1, min_passes: 5, max_passes: 15, max_seconds: 5}"
-OWN = {"genetic": ["strategy.population=6"], "published": ["strategy.population=6", "strategy.survivors=6"]}  # of a strategy
+OWN = {  # of the strategies that predict nothing
+    "genetic": ["strategy.population=6"],
+    "published": ["strategy.population=6", "strategy.survivors=6"],
+}
 
 
 def main() -> None:
@@ -111,7 +114,7 @@ def _search(strategy: str, root: Path, words: list[str], device: Path, args: arg
         *OWN.get(strategy, []),
         "report_front=true",
         "probe=false",
-        f"device={device}",
+        *([] if strategy in OWN else [f"device={device}"]),  # it may deploy in precisions that were not profiled
         *limits,
         *words,
     ]
