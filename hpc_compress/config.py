@@ -290,11 +290,9 @@ def _explain(kind: type[BaseModel], where: str, item: Any) -> str:
     if item["type"] == "missing":
         return f"{key} is missing; set {key}=..."
     message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    return (
-        f"{key or kind.__name__}: {message}; got {shortened(repr(item['input']))}"
-        if path
-        else f"{where or kind.__name__}: {message}"
-    )
+    # A rule about several settings names them itself.
+    got = path and not (item["type"] == "value_error" and isinstance(item["input"], dict))
+    return f"{key or kind.__name__}: {message}" + (f"; got {shortened(repr(item['input']))}" if got else "")
 
 
 def _fields_at(kind: type[BaseModel], path: list[str]) -> list[str]:
