@@ -14,7 +14,11 @@ from hpc_compress.types import Step, Task
 
 def canonical(value: Any) -> str:
     """One text for one value: sorted keys, no white space, 1.0 written as 1, no NaN."""
-    return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return _written(_plain(value))
+
+
+def _written(plain: Any) -> str:
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 # Parameters that have another name now. Identities are computed from the first one, so that they stay what they were.
@@ -29,7 +33,8 @@ def _plain(value: Any) -> Any:
         value = value.model_dump(mode="json")
     if isinstance(value, dict):
         return {
-            FIRST_NAMES.get(str(key), str(key)): item if type(item) in PLAIN else _plain(item) for key, item in value.items()
+            FIRST_NAMES.get(name := str(key), name): item if type(item) in PLAIN else _plain(item)
+            for key, item in value.items()
         }
     if isinstance(value, (list, tuple)):
         return [item if type(item) in PLAIN else _plain(item) for item in value]
@@ -40,7 +45,11 @@ def _plain(value: Any) -> Any:
 
 def content_hash(*values: Any) -> str:
     """16 hex digits that stand for the values in full."""
-    return hashlib.sha256(canonical(values).encode()).hexdigest()[:16]
+    return _hash(_plain(values))
+
+
+def _hash(plain: Any) -> str:
+    return hashlib.sha256(_written(plain).encode()).hexdigest()[:16]
 
 
 def task_id(task: Task) -> str:
@@ -53,6 +62,18 @@ def is_id_of(task_id: str, task: Task) -> bool:
         return content_hash("task", task) == task_id
     except ValueError:
         return False
+
+
+def ids_of(task: Task) -> tuple[str, str]:
+    """The id of a task, and that of the task that measures the same genome on the report split. A reader of a long run asks for
+    thousands, so the task is made plain once.
+
+    Raises: ValueError for a task that has no id, as in `is_id_of`.
+    """
+    plain = _plain(task)
+    report = {**plain, "split": "report"}
+    report.pop("study", None)
+    return _hash(["task", plain]), _hash(["task", report])
 
 
 def master_key(task: Task, steps: tuple[Step, ...] | None = None) -> str:

@@ -52,7 +52,7 @@ class Seen(Record):
     joules: float | None = Field(default=None, exclude_if=lambda joules: joules is None)
 
     @classmethod
-    def of(cls, outcome: Outcome, stamp: Stamp) -> "Seen":
+    def of(cls, outcome: Outcome, stamp: Stamp, report_id: str) -> "Seen":
         task = outcome.task
         failure = outcome.failure and outcome.failure.model_copy(update={"traceback": ""})
         deploy = " > ".join(str(step.params.get("scheme", step.operator)) for step in task.genome.deploy)
@@ -64,7 +64,7 @@ class Seen(Record):
             steps=len(task.genome.steps),
             deploy=deploy or "fp32",
             is_base=task.genome == Genome() and task.study is None,
-            report_id=identity.task_id(task.model_copy(update={"split": "report", "study": None})),
+            report_id=report_id,
             repeats=identity.task_id(task.model_copy(update={"repeat": 0})) if task.repeat else None,
             study=task.study and task.study.kind,
             candidate=identity.task_id(task.model_copy(update={"study": None})) if task.study else None,
@@ -312,10 +312,16 @@ class Reader:
         if kept is not None and kept[0] == stamp and isinstance(kept[1], door.DamageError):
             raise kept[1]
         try:
-            outcome = _outcome(self.root, task_id)
+            outcome = door.record(door.inside(self.root, name), Outcome)
             if outcome is None:
                 raise door.DamageError(f"{self.root}/{name} is gone")
-            return Seen.of(outcome, stamp)
+            try:
+                own_id, report_id = identity.ids_of(outcome.task)
+            except ValueError:
+                own_id = report_id = ""
+            if own_id != task_id:
+                raise door.DamageError(f"{self.root}/{name} describes another task")
+            return Seen.of(outcome, stamp, report_id)
         except door.DamageError as error:
             self._files[name] = stamp, error
             raise
