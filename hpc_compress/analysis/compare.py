@@ -383,7 +383,8 @@ def plot(table: pd.DataFrame, path: Path | io.BytesIO) -> None:
             if len(own := rows[rows["strategy"] == strategy]):
                 _draw(axes, own, f"C{number}")
         axes.set_xscale("log")
-        axes.set_title(f"{plain(dataset)} ({rows['seed'].nunique()} seeds)", fontsize=10)
+        seeds = rows["seed"].nunique()
+        axes.set_title(f"{plain(dataset)} ({seeds} seed{'s' * (seeds > 1)})", fontsize=10)
         axes.set_xlabel("device seconds, all stages")
         axes.set_ylabel("hypervolume on the search split")
         axes.set_ylim(bottom=0)
