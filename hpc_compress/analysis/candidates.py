@@ -4,6 +4,7 @@ Every question takes the table of `load_runs`, or a part of it, or that table re
 about a run is answered for each run of the table.
 """
 
+import gc
 import itertools
 import json
 import math
@@ -90,7 +91,13 @@ def load_runs(paths: Path | str | Iterable[Path | str]) -> pd.DataFrame:
 
     Raises: ConfigError for a path that holds no run.
     """
-    return table_of(open_runs(find_runs(paths)))
+    collects = gc.isenabled()
+    gc.disable()  # nothing is garbage here, and the collector would walk through all that is read again and again
+    try:
+        return table_of(open_runs(find_runs(paths)))
+    finally:
+        if collects:
+            gc.enable()
 
 
 def table_of(runs: Sequence[Run]) -> pd.DataFrame:
