@@ -485,6 +485,12 @@ def _headline(runs: Sequence[_Shown]) -> tuple[_Shown, Markup]:
     return each, tag("h1", f"{name}: {each.gains(model, base)}")
 
 
+def _differences(settings: "pd.Series[Any]") -> list[str]:
+    """What tells the settings of each run from those of the others."""
+    varied = [key for key in settings.iloc[0] if len({own.get(key) for own in settings}) > 1]
+    return ["".join(f", {key}={own.get(key)}" for key in varied) for own in settings]
+
+
 def _over_seeds(runs: Sequence[_Shown]) -> Markup | None:
     """Runs that differ by seed alone: means with their standard errors over seeds."""
     rows = []
@@ -492,11 +498,13 @@ def _over_seeds(runs: Sequence[_Shown]) -> Markup | None:
         assert each.choice is not None
         _, model, _ = each.judged(each.choice.candidate)
         free = ("seed", "name", "budget.device_hours")
-        settings = sorted((key, str(value)) for key, value in settings_of(each.run).items() if key not in free)
+        settings = {key: str(value) for key, value in sorted(settings_of(each.run).items()) if key not in free}
         figures = (model.metrics[each.metric], speed_up(model), model.model_bytes / 1e6, each.hypervolume)
         name = f"{compare.strategy_of(each.run)} on {each.run.plan.dataset.name}"
-        rows.append((str(settings), name, *figures))
+        rows.append((settings, name, *figures))
     table = pd.DataFrame(rows, columns=["settings", "runs", "quality", "speed", "mb", "hypervolume"])
+    table["runs"] += table.groupby("runs")["settings"].transform(_differences)
+    table["settings"] = table["settings"].map(str)
     forms = {"quality": ".3f", "speed": ".2f", "mb": ".1f", "hypervolume": ".3f"}
 
     def mean(own: pd.DataFrame, name: str) -> str:
