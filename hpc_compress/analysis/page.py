@@ -614,7 +614,7 @@ def _work(seen: Seen) -> str:
 def _added(by_id: pd.DataFrame, row: Any) -> str:
     """What a candidate adds to its parent, or to the base model where no parent is known."""
     known = row.parent in by_id.index
-    before = (str(by_id.loc[row.parent, "genome"]), int(by_id.loc[row.parent, "steps"])) if known else ("base", 0)  # type: ignore
+    before = (str(by_id.loc[row.parent, "genome"]), int(by_id.loc[row.parent, "steps"])) if known else ("base", 0)  # type: ignore[arg-type]
     return added(*before, str(row.genome), int(row.steps))
 
 
