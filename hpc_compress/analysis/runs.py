@@ -89,10 +89,10 @@ class Outcomes(Mapping[str, Outcome]):
         self._root, self._ids = root, dict.fromkeys(task_ids)
 
     def __getitem__(self, task_id: str) -> Outcome:
-        outcome = _outcome(self._root, task_id) if task_id in self._ids else None
-        if outcome is None:
+        found = _outcome(self._root, task_id) if task_id in self._ids else None
+        if found is None:
             raise KeyError(task_id)
-        return outcome
+        return found[0]
 
     def __contains__(self, task_id: object) -> bool:
         return task_id in self._ids
@@ -312,16 +312,10 @@ class Reader:
         if kept is not None and kept[0] == stamp and isinstance(kept[1], door.DamageError):
             raise kept[1]
         try:
-            outcome = door.record(door.inside(self.root, name), Outcome)
-            if outcome is None:
+            found = _outcome(self.root, task_id)
+            if found is None:
                 raise door.DamageError(f"{self.root}/{name} is gone")
-            try:
-                own_id, report_id = identity.ids_of(outcome.task)
-            except ValueError:
-                own_id = report_id = ""
-            if own_id != task_id:
-                raise door.DamageError(f"{self.root}/{name} describes another task")
-            return Seen.of(outcome, stamp, report_id)
+            return Seen.of(found[0], stamp, report_id=found[1])
         except door.DamageError as error:
             self._files[name] = stamp, error
             raise
@@ -413,13 +407,19 @@ def _unreadable_is_damage(path: str) -> Iterator[None]:
         raise door.DamageError(f"{path} can't be read: {error.strerror}") from None
 
 
-def _outcome(root: Path, task_id: str) -> Outcome | None:
-    """Raises: DamageError."""
+def _outcome(root: Path, task_id: str) -> tuple[Outcome, str] | None:
+    """An outcome, and the id of the task that measures the same genome on the report split. Raises: DamageError."""
     path = door.inside(root, "tasks", task_id, "outcome.json")
     outcome = door.record(path, Outcome)
-    if outcome is not None and not identity.is_id_of(task_id, outcome.task):
+    if outcome is None:
+        return None
+    try:
+        own_id, report_id = identity.ids_of(outcome.task)
+    except ValueError:
+        own_id = report_id = ""
+    if own_id != task_id:
         raise door.DamageError(f"{path} describes another task")
-    return outcome
+    return outcome, report_id
 
 
 def open_run(root: Path | str) -> Run:
