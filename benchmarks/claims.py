@@ -38,6 +38,7 @@ STEPS = {
     "fine_tune": "",
     "distill": "distilled",
     "trim_vocabulary": "vocabulary trimmed",
+    "share_embeddings": "embeddings shared",
     "quantize_onnx_int8": "int8 for ONNX Runtime",
     "quantize_dynamic_int8": "dynamic int8",
     "quantize_nf4": "4 bits (nf4)",

@@ -222,9 +222,10 @@ def _config(found: dict[str, Any], kind: Problem, draft: Path, extras: list[str]
     """A model's config.json without anything that leads to other code than ours."""
     if found.get("model_type") != MODEL_TYPE:
         raise DamageError(f"the config.json of the model says model_type {found.get('model_type')!r}, and not {MODEL_TYPE!r}")
-    name = kind.program_class if (draft / PROGRAM).is_file() else kind.model_class
-    code = CODE.removesuffix(".py")
-    ours = {"AutoConfig": f"{code}.HpcCompressConfig", kind.auto_class: f"{code}.{name}"}
+    is_program = (draft / PROGRAM).is_file()
+    name = kind.program_class if is_program else kind.model_class
+    code, config = CODE.removesuffix(".py"), "HpcCompressOnnxConfig" if is_program else "HpcCompressConfig"
+    ours = {"AutoConfig": f"{code}.{config}", kind.auto_class: f"{code}.{name}"}
     return {**_without(found), "architectures": [name], "auto_map": ours, **({EXTRAS: extras} if extras else {})}
 
 

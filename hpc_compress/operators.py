@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from hpc_compress.config import ConfigError, build
 from hpc_compress.context import Checkpoint, Context
-from hpc_compress.deployment.steps import Quantize, Sparsify, Threshold, TrimVocabulary
+from hpc_compress.deployment.steps import Quantize, ShareEmbeddings, Sparsify, Threshold, TrimVocabulary
 from hpc_compress.pruning.steps import Carve, DropLayers, MovementPrune, Prune, PruneHeads, PruneHidden
 from hpc_compress.training.settings import Training
 from hpc_compress.training.steps import Distill, FineTune
@@ -47,6 +47,7 @@ OPERATORS: dict[str, type[Record]] = {
     "distill": Distill,
     "quantize": Quantize,
     "trim_vocabulary": TrimVocabulary,
+    "share_embeddings": ShareEmbeddings,
     "sparsify": Sparsify,
     "threshold": Threshold,
 }

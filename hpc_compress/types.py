@@ -45,6 +45,9 @@ def _says_no_code(params: Any) -> Any:
 Params = Annotated[dict[str, Any], AfterValidator(_says_no_code)]  # of an operator: data, and never what code to run
 
 
+VOCABULARY_STEPS = ("trim_vocabulary", "share_embeddings")  # operators that change nothing but the word embedding
+
+
 class Step(Record):
     """An operator with its parameters: a short name of ours (`drop_layers`) or a dotted path (`my.module.MyOperator`)."""
 

@@ -22,7 +22,7 @@ from hpc_compress.search.prediction import Prediction
 from hpc_compress.search.space import Shape
 from hpc_compress.search.structures import Structures
 from hpc_compress.search.variation import Sites
-from hpc_compress.types import Candidate, Genome, Screen, Screening, Structure
+from hpc_compress.types import Candidate, Genome, Screen, Screening, Step, Structure
 
 STRUCTURES = Structures(world.SPACE, world.SHAPE)
 SITES = Sites.of(STRUCTURES, Prediction.of(world.SURVEY, world.PROFILE), ())
@@ -59,8 +59,45 @@ def test_what_is_only_screened_comes_before_what_is_trained():
 
 def test_parts_can_be_left_out():
     assert not any(proposal.screen for proposal in proposed(played(screens=0)))
-    few = {id: len(proposed(played(8, switching=number))) for id, number in (("none", 0), ("some", 2))}
-    assert few["none"] != few["some"]
+
+    def most_alike(switching: int) -> int:
+        """The structures of a generation that differ from its first one at a single site: moves are tried one by one."""
+        counts = [0]
+        for turn in played(8, switching=switching):
+            rows = [STRUCTURES.levels(STRUCTURES.space.structure(world.SHAPE, p.genome)) for p in turn.proposals if p.screen]
+            counts += [sum(np.count_nonzero(np.subtract(one, other)) == 1 for other in rows) for one in rows]
+        return max(counts)
+
+    assert most_alike(0) < len(SITES.most) < most_alike(2)
+
+
+def test_a_loss_that_all_first_models_would_share_is_seen():
+    """One structure is measured with each vocabulary, and what a vocabulary loses is not put down to the precision."""
+    trim = (Step(operator="trim_vocabulary"),)
+    deploys = {name: chain for name, chain in world.SPACE.deploys.items() if name != "small"}
+    lossy = world.SPACE.model_copy(update={"deploys": deploys, "vocabularies": {"few": trim, "all": ()}})
+    parts = lossy.deploy_parts()
+    assert list(parts.values()) == [("fp32", "few"), ("fp32", "all"), ("nf4", "few"), ("nf4", "all")]
+    sizes = [
+        one.model_copy(update={"deploy": (*trims, *one.deploy), "fixed": one.fixed / (2 if trims else 1)})
+        for one in world.SURVEY.bytes[:2]
+        for trims in (trim, ())
+    ]
+    known = world.KNOWN.model_copy(update={"survey": world.SURVEY.model_copy(update={"bytes": tuple(sizes)})})
+
+    def answered(candidate: Candidate, screen: Screen | None) -> Candidate:
+        found = world.answered(candidate, screen)
+        if found.measurement is None or not any(step.operator == "trim_vocabulary" for step in candidate.genome.deploy):
+            return found
+        metrics = {name: value - 0.02 for name, value in found.measurement.metrics.items()}
+        return found.model_copy(update={"measurement": found.measurement.model_copy(update={"metrics": metrics})})
+
+    strategy = world.made("evolve", known=known, space=lossy, population=9)
+    first, *_ = world.play(strategy, 1, answer=answered)
+    deploys = [any(step.operator == "trim_vocabulary" for step in proposal.genome.deploy) for proposal in first.proposals]
+    assert {True, False} == set(deploys)
+    offsets = strategy._believed().offsets
+    assert offsets["vocabulary few"] > 0 > offsets["vocabulary all"]
 
 
 def test_samples_differ_from_screen_to_screen_and_grow():

@@ -83,8 +83,12 @@ def test_the_names_are_those_of_the_models():
 
     assert modeling.HpcCompressConfig.model_type == export.MODEL_TYPE
     for kind in PROBLEMS.values():
-        for name, known in ((kind.model_class, artifact.STOCK), (kind.program_class, artifact.PROGRAMS)):
+        for name, known, config in (
+            (kind.model_class, artifact.STOCK, "HpcCompressConfig"),
+            (kind.program_class, artifact.PROGRAMS, "HpcCompressOnnxConfig"),
+        ):
             assert getattr(modeling, name) in known
+            assert getattr(modeling, name).config_class.__name__ == config
             assert getattr(modeling, name).auto_class.__name__ == kind.auto_class
     assert {modeling.WEIGHTS, modeling.PROGRAM} == set(export.WEIGHTS)
 

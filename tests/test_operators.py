@@ -45,6 +45,7 @@ DEPLOYING = {
     "mixed": ("quantize", {"scheme": "int8", "layers": {"nf4": [0], "rest": [2]}}),
     "dynamic_int8": ("quantize", {"scheme": "dynamic_int8"}),
     "trim_vocabulary": ("trim_vocabulary", {}),
+    "share_embeddings": ("share_embeddings", {}),
     "sparsify": ("sparsify", {"share": 0.6}),
     "2:4": ("sparsify", {"pattern": "2:4", "permute": True}),
 }

@@ -165,11 +165,8 @@ class Threshold(Record):
         return model
 
 
-class TrimVocabulary(Record):
-    """Deploy with the tokens of a corpus only: fewer rows of the word embedding, and a tokenizer of its own beside the weights.
-
-    Texts of the corpus come out as before. Other words fall back to smaller pieces, which is what quality is measured with.
-    """
+class _OfCorpus(Record):
+    """What deploys with a smaller word embedding chooses its tokens by."""
 
     corpus: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         default="train", description="train, or the full path of a text file, one text a line, or several: [train, FILE, ...]"
@@ -181,8 +178,8 @@ class TrimVocabulary(Record):
         description="keep so many tokens with the lowest ids too: most tokenizers number their tokens by how common they are",
     )
 
-    def kept(self, tokenizer: "PreTrainedTokenizerBase", context: Context) -> "np.ndarray":
-        """(kept,) ids, rising."""
+    def counts(self, tokenizer: "PreTrainedTokenizerBase", context: Context) -> "np.ndarray":
+        """(ids,) how often each token stands in the corpus; of the common ones at least `min_count`."""
         import numpy as np
 
         from hpc_compress.config import resource
@@ -195,7 +192,20 @@ class TrimVocabulary(Record):
             counts = np.pad(counts, (0, max(0, len(more) - len(counts))))
             counts[: len(more)] += more
         counts[: self.common] = np.maximum(counts[: self.common], self.min_count)
-        return vocabulary.used(tokenizer, counts, self.min_count)
+        return counts
+
+
+class TrimVocabulary(_OfCorpus):
+    """Deploy with the tokens of a corpus only: fewer rows of the word embedding, and a tokenizer of its own beside the weights.
+
+    Texts of the corpus come out as before. Other words fall back to smaller pieces, which is what quality is measured with.
+    """
+
+    def kept(self, tokenizer: "PreTrainedTokenizerBase", context: Context) -> "np.ndarray":
+        """(kept,) ids, rising."""
+        from hpc_compress.data import vocabulary
+
+        return vocabulary.used(tokenizer, self.counts(tokenizer, context), self.min_count)
 
     def __call__(self, model: "PreTrainedModel", context: Context) -> "PreTrainedModel":
         from hpc_compress.data import vocabulary
@@ -207,4 +217,33 @@ class TrimVocabulary(Record):
         kept = self.kept(tokenizer, context)
         surgery.trim_vocabulary(model, kept.tolist())
         vocabulary.trim(tokenizer, kept).save_pretrained(context.folder)
+        return model
+
+
+class ShareEmbeddings(_OfCorpus):
+    """Deploy with the embeddings of a corpus's tokens only: every other token has that of the kept one most like it.
+
+    Tokens, and so all texts, stay as long as they were, and texts of the corpus come out as before. The tokenizer stays too.
+    """
+
+    def kept(self, tokenizer: "PreTrainedTokenizerBase", context: Context) -> "np.ndarray":
+        """(kept,) ids, rising: of the corpus, and all special ones."""
+        import numpy as np
+
+        counts = self.counts(tokenizer, context)
+        return np.union1d(np.flatnonzero(counts >= self.min_count), tokenizer.all_special_ids)
+
+    def __call__(self, model: "PreTrainedModel", context: Context) -> "PreTrainedModel":
+        import torch
+
+        from hpc_compress.deployment import sharing
+        from hpc_compress.models import surgery
+
+        if context.tokenizer is None or context.folder is None:
+            raise ValueError(
+                "share_embeddings can only deploy; name it in strategy.vocabularies or strategy.space.vocabularies"
+            )
+        tokenizer, on = context.tokenizer(), context.device
+        kept, special = torch.from_numpy(self.kept(tokenizer, context)), torch.tensor(tokenizer.all_special_ids)
+        surgery.share_embeddings(model, kept, lambda weight: sharing.nearest(weight.to(on), kept.to(on), special.to(on)))
         return model

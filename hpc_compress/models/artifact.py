@@ -102,8 +102,8 @@ def describe(
     model: PreTrainedModel, kind: Kind, quantized: dict[str, str], parameters: list[int] | None = None
 ) -> modeling.HpcCompressConfig:
     """The config of a stock model that is saved as a `kind`; the others are as in the config."""
-    family = surgery.family(model)
-    return modeling.HpcCompressConfig(
+    family, words = surgery.family(model), model.get_input_embeddings()
+    return kind.config_class(
         stock=model.config.to_dict(),
         layers=modeling.origins(model, family),
         heads=surgery.head_counts(model),
@@ -112,13 +112,14 @@ def describe(
         quantized=quantized,
         thresholds=modeling.thresholds(model, family),
         parameters=parameters,
+        shared=len(words.embedding.weight) if isinstance(words, modeling.SharedEmbedding) else None,
         architectures=[kind.__name__],
         num_labels=model.config.num_labels,
         id2label=model.config.id2label,
         label2id=model.config.label2id,
         problem_type=model.config.problem_type,
         auto_map={
-            "AutoConfig": "modeling_hpc_compress.HpcCompressConfig",
+            "AutoConfig": f"modeling_hpc_compress.{kind.config_class.__name__}",
             kind.auto_class.__name__: f"modeling_hpc_compress.{kind.__name__}",
         },
     )

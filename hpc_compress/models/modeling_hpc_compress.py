@@ -227,6 +227,7 @@ class HpcCompressConfig(PreTrainedConfig):
         quantized: dict[str, str] | None = None,
         thresholds: list[float] | None = None,
         parameters: list[int] | None = None,
+        shared: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.stock = stock or {}  # the uncompressed encoder's config, with its model_type
@@ -237,11 +238,17 @@ class HpcCompressConfig(PreTrainedConfig):
         self.quantized = quantized or {}  # dotted path of a linear or embedding -> its scheme
         self.thresholds = thresholds or []  # of each layer: smaller values of its FFN's activated gate become 0; empty: none
         self.parameters = parameters  # of an ONNX program: all of the model that it was made from, and its encoder layers'
+        self.shared = shared  # rows of a word embedding whose tokens share rows; None: each token has its own
         super().__init__(**kwargs)
 
     def stock_config(self) -> PreTrainedConfig:
         # Transformers chooses how attention is computed; a config may name a kernel, which is code of the hub.
         return AutoConfig.for_model(**{key: value for key, value in self.stock.items() if "attn_implementation" not in key})
+
+
+class HpcCompressOnnxConfig(HpcCompressConfig):
+    """The same of a program. transformers finds the class of a model by that of its config, so weights and programs need
+    one each to be loaded in one process."""
 
 
 POOLINGS = ("mean", "cls", "pooler")  # how a sentence encoder makes one vector of its tokens
@@ -382,7 +389,7 @@ class HpcCompressOnnxModel(PreTrainedModel):
     stock_class: ClassVar[Any] = None  # the same
     answer: ClassVar[Any]  # what `forward` returns; the program's outputs are fields of it
     outputs: ClassVar[tuple[str, ...]]  # names of these fields, in the order of the program's outputs
-    config_class = HpcCompressConfig
+    config_class = HpcCompressOnnxConfig
     device, dtype = torch.device("cpu"), torch.float32  # what it takes and returns; it has no parameters that could be asked
 
     def __init__(self, config: HpcCompressConfig, program: bytes) -> None:
@@ -488,6 +495,11 @@ def skeleton(config: HpcCompressConfig, stock: Callable[[PreTrainedConfig], PreT
     if config.hidden not in (None, hidden_size(model, family)):
         keep_hidden(model, family, slice(config.hidden))
     set_thresholds(model, family, config.thresholds)
+    if config.shared is not None:
+        words = cast(nn.Embedding, model.get_input_embeddings())
+        (path,) = (name for name, module in model.named_modules() if module is words)
+        few = nn.Embedding(config.shared, words.embedding_dim)
+        replace(model, path, SharedEmbedding(few, torch.zeros(words.num_embeddings, dtype=row_type(config.shared))))
     return model
 
 
@@ -831,6 +843,26 @@ class DynamicInt8Linear(nn.Linear):
 
 
 EMBEDDING_BLOCK = 64  # features of a row that share a scale in nf4 and fp4, as in bitsandbytes' linears; int8: the whole row
+
+
+class SharedEmbedding(nn.Module):
+    """A word embedding with fewer rows than tokens: each token has a row, and several tokens can have the same one."""
+
+    rows: torch.Tensor
+
+    def __init__(self, embedding: nn.Embedding, rows: torch.Tensor) -> None:
+        """rows: (tokens,) whole numbers: the row of each token in `embedding`."""
+        super().__init__()
+        self.embedding = embedding
+        self.register_buffer("rows", rows)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.embedding(self.rows[ids].long())
+
+
+def row_type(rows: int) -> torch.dtype:
+    """In which so many rows are counted: the smallest that holds them."""
+    return torch.int16 if rows <= 2**15 else torch.int32
 
 
 class QuantizedEmbedding(nn.Embedding):

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hpc_compress.models import modeling_hpc_compress as modeling
-from hpc_compress.models.modeling_hpc_compress import Family, family_of, layers_of, linear_of
+from hpc_compress.models.modeling_hpc_compress import Family, SharedEmbedding, family_of, layers_of, linear_of, row_type
 from hpc_compress.models.modeling_hpc_compress import replace as replace
 
 
@@ -184,16 +184,40 @@ def _elements(module: nn.Module) -> int:
     return total
 
 
+def word_embedding(model: PreTrainedModel) -> nn.Embedding:
+    """The one that holds the rows, also where tokens share them."""
+    words = model.get_input_embeddings()
+    return cast(nn.Embedding, words.embedding if isinstance(words, SharedEmbedding) else words)
+
+
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Rows of the word embedding."""
-    return cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    return word_embedding(model).num_embeddings
 
 
-def replace_word_embedding(model: PreTrainedModel, new: Callable[[torch.Tensor], nn.Embedding]) -> None:
+def replace_word_embedding(model: PreTrainedModel, new: Callable[[torch.Tensor], nn.Module]) -> None:
     """new: makes another word embedding of the present one's weight, (tokens, features)."""
-    words = cast(nn.Embedding, model.get_input_embeddings())
+    words = word_embedding(model)
     (path,) = (name for name, module in model.named_modules() if module is words)
     replace(model, path, new(words.weight.detach()))
+
+
+def share_embeddings(model: PreTrainedModel, kept: torch.Tensor, stand_ins: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Keep some rows of the word embedding; every token of the vocabulary gets one of them. Ids stay what they were.
+
+    kept: (n,) ids of the rows, rising. stand_ins: makes (tokens,) positions in `kept` of the weight, (tokens, features).
+
+    Raises: ValueError when the embedding is quantized or shared already.
+    """
+    words = word_embedding(model)
+    if words is not model.get_input_embeddings() or not words.weight.is_floating_point():
+        raise ValueError("the word embedding is packed or shared already; share it once, before it is quantized")
+
+    def shared(weight: torch.Tensor) -> SharedEmbedding:
+        few = nn.Embedding.from_pretrained(weight[kept.to(weight.device)], freeze=not words.weight.requires_grad)
+        return SharedEmbedding(few, stand_ins(weight).to(weight.device, row_type(len(kept))))
+
+    replace_word_embedding(model, shared)
 
 
 def trim_vocabulary(model: PreTrainedModel, kept: Sequence[int]) -> None:
@@ -204,7 +228,7 @@ def trim_vocabulary(model: PreTrainedModel, kept: Sequence[int]) -> None:
     Raises: ValueError when tokens don't exist or come twice, when positions count from a padding id that would move, or when
     the embedding is quantized already.
     """
-    embedding = cast(nn.Embedding, model.get_input_embeddings())
+    embedding = word_embedding(model)
     rows = torch.tensor([int(index) for index in kept])
     if len(rows) == 0 or len(set(kept)) < len(kept) or not 0 <= rows.min() <= rows.max() < embedding.num_embeddings:
         raise ValueError(

@@ -36,7 +36,7 @@ from hpc_compress.types import Candidate, Genome, Profiling, Proposal, Screen, S
 ROWS = 1500  # of training, which take about as long as measuring a model
 RECOVERED = 0.6  # of the lost quality is still lost after a training, as long as nothing is known of it
 UNSETTLED = 0.1  # lost tenths of the quality that a training leaves, or makes, where hardly any was lost
-DRAWN = 3  # measurements of no difference that a difference between ways to deploy is averaged with
+DRAWN = 2  # measurements of no difference, with which a difference between ways to deploy is averaged
 MOST_JUDGED = 4  # times the sentences that a structure is judged on at first
 AIMED = 20.0  # times the gain of a model that keeps to the targets, against one that is far from them
 
@@ -81,7 +81,7 @@ class Beliefs(NamedTuple):
     by_divergence: "Curve"  # loss of an untrained cut that was screened
     by_scores: "Curve"  # of one that was not, by the share of the scores that it removes
     recovery: float  # what part of a loss a training leaves
-    offsets: dict[str, float]  # by way to deploy, what it loses more than others of the same model
+    offsets: dict[str, float]  # by precision and by vocabulary, what it loses more than others do with the same model
 
 
 class Evolve(AbstractSpaceStrategy):
@@ -203,10 +203,13 @@ class Evolve(AbstractSpaceStrategy):
     def _stages(self) -> Generator[list[Proposal], None, None]:
         plain = self._plain
         leading = self._leading()
-        first = [Design(cut, self._cheapest, deploy) for cut in plain for deploy in leading]
-        # Every cut in the first of the leading ways to deploy, and as many as there is room for in the second.
-        order = sorted(range(len(first)), key=lambda at: (at % len(leading), at))
-        yield self._measured([first[at] for at in order][: max(self.population, len(plain))])
+        # Every cut in the first of the leading ways to deploy. One cut, which loses little, with every other vocabulary too: a
+        # loss that all models share would be seen by no comparison. The rest of the room is for the second leading way.
+        first = [Design(cut, self._cheapest, deploy) for deploy in leading for cut in plain]
+        first[len(plain) : len(plain)] = [
+            Design(plain[:2][-1], self._cheapest, other) for other in self._revocalized(leading[0])
+        ]
+        yield self._measured(first[: max(self.population, len(plain))])
         if self.screens:
             yield self._screened([cut for cut in plain if cut.levels != self._sites.most])
             yield from self._rescored([cut for cut in plain if self._divergences.get(cut, 0.0) > self.negligible])
@@ -513,6 +516,11 @@ class Evolve(AbstractSpaceStrategy):
             )
         return chosen
 
+    def _revocalized(self, deploy: str) -> list[str]:
+        """The ways to deploy that differ from this one in nothing but the vocabulary."""
+        parts = self.space.deploy_parts()
+        return [other for other in parts if other != deploy and parts[other][0] == parts[deploy][0]]
+
     def _shape_of(self, levels: Levels, deploy: str, device: int = 0) -> tuple[float, float]:
         """Predicted latency in units of the base model's, and predicted bytes."""
         prediction, rows, chain = self._predictions[device], self._rows(levels), self._chain(deploy)
@@ -566,7 +574,7 @@ class Evolve(AbstractSpaceStrategy):
             masses = [(self._sites.mass(cut.levels), loss) for cut, loss in untrained.items()]
             self._screen_stage.judge(screened)
             curves = Curve.through(screened), Curve.through(masses)
-            self._beliefs = Beliefs(losses, *curves, self._recovery(losses), _offsets(losses))
+            self._beliefs = Beliefs(losses, *curves, self._recovery(losses), self._offsets(losses))
         return self._beliefs
 
     def _best_cuts(self) -> list[Cut]:
@@ -606,12 +614,20 @@ class Evolve(AbstractSpaceStrategy):
         return [np.array(self._point(loss + self._offset(design.deploy), *shape)) for shape in shapes]
 
     def _offset(self, deploy: str) -> float:
-        """What a way to deploy is expected to lose more than others. A mixture loses by the layers of each precision."""
+        """What a way to deploy is expected to lose more than others."""
         offsets = self._believed().offsets
-        if deploy in offsets or deploy not in self._mixtures:
-            return offsets.get(deploy, 0.0)
-        mixture = self._mixtures[deploy]
-        return (1 - mixture.share) * offsets.get(mixture.one, 0.0) + mixture.share * offsets.get(mixture.other, 0.0)
+        return sum(share * offsets.get(part, 0.0) for part, share in self._makeup(deploy).items())
+
+    def _makeup(self, deploy: str) -> dict[str, float]:
+        """What a way to deploy consists of: its vocabulary, and the share of the layers that each precision has."""
+        parts, mixture = self.space.deploy_parts(), self._mixtures.get(deploy)
+        shares = {deploy: 1.0} if mixture is None else {mixture.one: 1 - mixture.share, mixture.other: mixture.share}
+        makeup: dict[str, float] = {}
+        for name, share in shares.items():
+            precision, vocabulary = parts[name]
+            for part in (f"precision {precision}", f"vocabulary {vocabulary}"):
+                makeup[part] = makeup.get(part, 0.0) + share
+        return makeup
 
     def _recovery(self, losses: dict[Design, float]) -> float:
         """What part of a loss a training leaves: the median over structures that were measured before and after one."""
@@ -624,6 +640,26 @@ class Evolve(AbstractSpaceStrategy):
             and losses[before] > UNSETTLED
         ]
         return float(np.clip(np.median([RECOVERED, *ratios]), 0.1, 1.0))
+
+    def _offsets(self, losses: dict[Design, float]) -> dict[str, float]:
+        """What each precision and each vocabulary adds to the loss of a model, by ridge regression on the models that were
+        measured in several ways; nearer to 0 where few were."""
+        models: dict[tuple[Cut, str], list[Design]] = {}
+        for design in losses:
+            models.setdefault(design[:2], []).append(design)
+        parts = sorted({part for design in losses for part in self._makeup(design.deploy)})
+        rows, differences = [], []
+        for designs in models.values():
+            made = np.array([[self._makeup(design.deploy).get(part, 0.0) for part in parts] for design in designs])
+            lost = np.array([losses[design] for design in designs])
+            rows.append(made - made.mean(0))
+            differences.append(lost - lost.mean())
+        if not rows:
+            return {}
+        # DRAWN more measurements of each part, which show no difference.
+        matrix = np.concatenate([*rows, math.sqrt(DRAWN) * np.eye(len(parts))])
+        found = np.linalg.lstsq(matrix, np.concatenate([*differences, np.zeros(len(parts))]), rcond=None)[0]
+        return dict(zip(parts, map(float, found), strict=True))
 
     def _cost(self, design: Design, beside: Iterable[Design]) -> float:
         """Of measuring a design, in measurements: what is cut in a second is trained for minutes. A training goes on from what
@@ -704,18 +740,6 @@ class _Front:
             return 1.0
         assert self.known.base is not None
         return 1 + AIMED * 16 ** -front.missed_by(vector, self.known.objectives, self.known.base, self.known.target)
-
-
-def _offsets(losses: dict[Design, float]) -> dict[str, float]:
-    """By way to deploy, the mean difference to all ways in which the same model was measured; nearer to 0 where few were."""
-    models: dict[tuple[Cut, str], dict[str, float]] = {}
-    for design, loss in losses.items():
-        models.setdefault(design[:2], {})[design.deploy] = loss
-    differences: dict[str, list[float]] = {}
-    for found in models.values():
-        for deploy, loss in found.items():
-            differences.setdefault(deploy, []).append(loss - float(np.mean(list(found.values()))))
-    return {deploy: sum(each) / (len(each) + DRAWN) for deploy, each in differences.items()}
 
 
 def _kind(proposal: Proposal) -> str:

@@ -15,14 +15,14 @@ import numpy as np
 
 from hpc_compress import identity
 from hpc_compress.search import mixing
-from hpc_compress.types import BlockProfile, DeviceProfile, Step, Surveyed
+from hpc_compress.types import VOCABULARY_STEPS, BlockProfile, DeviceProfile, Step, Surveyed
 
 FARTHEST = 2.0  # times the longest and the largest batch that was timed: no prediction goes beyond
 
 
 def timed(deploy: Sequence[Step]) -> tuple[Step, ...]:
-    """The deploying steps that have an effect on time: a smaller vocabulary has none."""
-    return tuple(step for step in deploy if step.operator != "trim_vocabulary")
+    """The deploying steps that have an effect on time: a smaller word embedding has none."""
+    return tuple(step for step in deploy if step.operator not in VOCABULARY_STEPS)
 
 
 @dataclass(frozen=True)

@@ -115,13 +115,25 @@ class Space(Record):
 
     def possible_deploys(self) -> dict[str, tuple[Step, ...]]:
         """Those of this device, with each vocabulary."""
-        trims = {vocabulary: trim for vocabulary, trim in self.vocabularies.items() if trim is not None}
+        several = len([trim for trim in self.vocabularies.values() if trim is not None]) > 1
         return {
-            f"{name}, {vocabulary} tokens" if len(trims) > 1 else name: (*trim, *chain)
+            f"{name}, {vocabulary} tokens" if several else name: (*trim, *chain)
             for name, chain in self.deploys.items()
             if chain is not None
-            for vocabulary, trim in trims.items()
+            for vocabulary, trim in self.vocabularies.items()
+            if trim is not None
         }
+
+    def deploy_parts(self) -> dict[str, tuple[str, str]]:
+        """By the names of `possible_deploys`: the precision and the vocabulary of each."""
+        parts = [
+            (name, vocabulary)
+            for name, chain in self.deploys.items()
+            if chain is not None
+            for vocabulary, trim in self.vocabularies.items()
+            if trim is not None
+        ]
+        return dict(zip(self.possible_deploys(), parts, strict=True))
 
     def require_training(self, name: str) -> None:
         """Raises: ValueError when there is no training of this name."""
