@@ -43,6 +43,7 @@ STEPS = {
     "quantize_dynamic_int8": "dynamic int8",
     "quantize_nf4": "4 bits (nf4)",
 }
+ALL_TOKENS, PIECES, NEAREST = "all tokens", "smaller pieces", "nearest embedding"  # of benchmarks/vocabularies.py
 TIMES = {1: "", 2: " twice", 3: " three times"}
 STAGES = {  # of benchmarks/costs.py
     "base": "base model: trained and measured; the teacher's outputs",
@@ -288,6 +289,32 @@ def costs(table: pd.DataFrame) -> str:
     return pd.DataFrame(rows, columns=columns).to_markdown(index=False, disable_numparse=True)
 
 
+def vocabularies(table: pd.DataFrame) -> str:
+    """What fewer word embeddings cost, and how the two ways compare."""
+    table = table.groupby(["dataset", "common", "way"], sort=False).mean().reset_index()  # over the runs of a dataset
+    whole = table[table["way"] == ALL_TOKENS].set_index("dataset")["quality"]
+    cut = table[table["way"] != ALL_TOKENS]
+    rows = [
+        (
+            f"{DATASETS[row['dataset']]} ({whole[row['dataset']]:.3f})",
+            row["common"],
+            row["way"],
+            f"{row['kept']:,.0f}",
+            f"{row['quality']:.3f}",
+            f"{row['divergence']:.3f}",
+            f"{row['tokens_a_text']:.1f}",
+        )
+        for row in cut.to_dict("records")
+    ]
+    columns = ["dataset (all tokens)", "common", "other words", "embeddings", "quality", "divergence", "tokens a text"]
+    ways = cut.pivot_table(index=["dataset", "common"], columns="way", values="divergence")
+    ratio = (ways[NEAREST] / ways[PIECES].clip(lower=1e-9)).median()
+    return (
+        f"{pd.DataFrame(rows, columns=columns).to_markdown(index=False, disable_numparse=True)}\n\n"
+        f"The divergence of the nearest embedding over that of smaller pieces: {ratio:.2f} (median of {len(ways)} pairs)."
+    )
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "demo": lambda: demo(pd.read_csv(RESULTS / "report.csv")),
     "compression": lambda: sentences(read(RESULTS / "compression.csv")),
@@ -295,6 +322,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "costs": lambda: costs(pd.read_csv(RESULTS / "costs.csv")),
     "tokens": lambda: sentences(read(RESULTS / "tokens.csv")),
     "embeddings": lambda: encoders(pd.read_csv(RESULTS / "embeddings.csv")),
+    "vocabularies": lambda: vocabularies(pd.read_csv(RESULTS / "vocabularies.csv")),
     "most cut": lambda: most_cut(read(RESULTS / "compression.csv")),
 }
 

@@ -78,7 +78,8 @@ def _base(folder: Path, words: list[str]) -> Path:
     """The trained base model as a checkpoint of transformers."""
     if not (folder / "config.json").is_file():
         run = folder.with_name(f"{folder.name}-run")
-        _call("search", f"name={_below_results(run)}", f"model.path={MODEL}", TRAINING, "generations=0", "probe=false", *words)
+        words = [f"model.path={MODEL}", TRAINING, "strategy=random", "generations=0", "probe=false", *words]
+        _call("search", f"name={_below_results(run)}", *words)
         from transformers import AutoTokenizer
 
         from hpc_compress import analysis, identity

@@ -45,7 +45,7 @@ def _says_no_code(params: Any) -> Any:
 Params = Annotated[dict[str, Any], AfterValidator(_says_no_code)]  # of an operator: data, and never what code to run
 
 
-VOCABULARY_STEPS = ("trim_vocabulary", "share_embeddings")  # operators that change nothing but the word embedding
+VOCABULARY_STEPS = ("trim_vocabulary", "share_embeddings")  # operators that make the word embedding smaller
 
 
 class Step(Record):

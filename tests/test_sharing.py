@@ -23,6 +23,7 @@ from hpc_compress.models import artifact, surgery
 from hpc_compress.models.modeling_hpc_compress import FAMILIES
 from hpc_compress.operators import Context, operator
 from hpc_compress.problems import PROBLEMS
+from hpc_compress.search.space import Space
 from hpc_compress.types import Step, Survey
 
 CLASSIFICATION = PROBLEMS["classification"]
@@ -128,11 +129,18 @@ def test_shared_rows_can_be_rounded(
     small, data = shared(model, tokenizer, tmp_path / "shared", SHARE, *chain)
     alone, _ = shared(model, tokenizer, tmp_path / "alone", *chain)
     torch.testing.assert_close(logits(small, data), logits(alone, data), atol=1e-6, rtol=0)
-    for one, folder in ((small, tmp_path / "shared"), (alone, tmp_path / "alone")):
-        artifact.save(one, folder)
+    artifact.save(small, tmp_path / "shared")
     everything = encoded(tokenizer, "a great bee 42", "zyx the film!")
     loaded = artifact.load(tmp_path / "shared")
     torch.testing.assert_close(logits(loaded, everything), logits(small, everything), atol=1e-6, rtol=0)
+
+
+def test_more_common_tokens_than_there_are_keep_them_all(tiny_checkpoint: Callable[..., Path], tokenizer: Any, tmp_path: Path):
+    model = CLASSIFICATION.load_base(tiny_checkpoint("bert"), ("no", "yes"), new_head=True, seed=0)
+    small, _ = shared(model, tokenizer, tmp_path, SHARE.model_copy(update={"params": {"common": 10**5}}))
+    assert surgery.vocabulary_size(small) == len(tokenizer)
+    with pytest.raises(ValueError, match="name existing tokens"):
+        surgery.share_embeddings(model, torch.tensor([0, 10**6]), lambda weight: torch.zeros(len(weight)))
 
 
 def test_a_survey_knows_the_bytes_of_shared_rows(tiny_checkpoint: Callable[..., Path], tokenizer: Any, tmp_path: Path):
@@ -141,10 +149,12 @@ def test_a_survey_knows_the_bytes_of_shared_rows(tiny_checkpoint: Callable[..., 
     small, data = shared(model, tokenizer, tmp_path, *chain)
     artifact.save(small, tmp_path)
     context = Context(data, CLASSIFICATION, torch.device("cpu"), 0, lambda: model, tokenizer=lambda: tokenizer)
-    found = studies.survey(Survey(sentences=4, deploys=(chain,)), model, context, [])
+    found, alone, bare = studies.survey(Survey(sentences=4, deploys=(chain, (SHARE,), ())), model, context, []).bytes
     heads, widths = sum(surgery.head_counts(model)), sum(surgery.ffn_widths(model))
-    expected = found.bytes[0].fixed + heads * found.bytes[0].per_head + widths * found.bytes[0].per_neuron
+    expected = found.fixed + heads * found.per_head + widths * found.per_neuron
     assert expected == pytest.approx(artifact.weights(tmp_path).stat().st_size, rel=0.01)
+    gone = surgery.vocabulary_size(model) - surgery.vocabulary_size(small)
+    assert bare.fixed - alone.fixed == pytest.approx(gone * 64 * 4 - surgery.vocabulary_size(model) * 2, abs=50)
 
 
 def test_rows_are_shared_once_and_by_deploying_only(tiny_checkpoint: Callable[..., Path], tokenizer: Any, tmp_path: Path):
@@ -153,6 +163,12 @@ def test_rows_are_shared_once_and_by_deploying_only(tiny_checkpoint: Callable[..
         shared(model, tokenizer, tmp_path, SHARE, SHARE)
     with pytest.raises(ValueError, match="share it once, before it is quantized"):
         shared(model, tokenizer, tmp_path, quantized(scheme="fp32", embeddings="int8"), SHARE)
+    trim = Step(operator="trim_vocabulary")
+    for chain in ((SHARE, trim), (trim, SHARE)):
+        with pytest.raises(ValueError, match="trim_vocabulary or share_embeddings, not both"):
+            shared(model, tokenizer, tmp_path, *chain)
+        with pytest.raises(ValueError, match=r"changes the word embedding twice \("):
+            Space(trainings={"none": ()}, deploys={"fp32": ()}, vocabularies={"both": chain})
     with pytest.raises(ValueError, match="can only deploy"):
         operator(SHARE)(model, Context(encoded(tokenizer, "good"), CLASSIFICATION, torch.device("cpu"), 0, lambda: model))
 
@@ -191,7 +207,7 @@ def test_what_a_search_measured_is_what_it_exports(setup: Setup, tmp_path: Path)
                 "strategy.mutation_probability=1",
             ),
             "strategy.vocabularies.trim.weight=0",
-            "+strategy.vocabularies.share={weight: 1, operator: share_embeddings}",
+            "strategy.vocabularies.share.weight=1",
             "strategy.quantizations={int8: {weight: 0}, nf4: {weight: 0}}",
             f"+strategy.quantizations.mine={{weight: 1, operator: quantize, scheme: {scheme}}}",
         )

@@ -1,1 +1,1 @@
-"""Lower precisions, zeros and smaller vocabularies for the model that will run."""
+"""Lower precisions, zeros and smaller word embeddings for the model that will run."""

@@ -165,8 +165,11 @@ class Threshold(Record):
         return model
 
 
+NAME_IT = "name it in strategy.vocabularies or strategy.space.vocabularies"
+
+
 class _OfCorpus(Record):
-    """What deploys with a smaller word embedding chooses its tokens by."""
+    """Parameters that say which tokens keep an embedding of their own."""
 
     corpus: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         default="train", description="train, or the full path of a text file, one text a line, or several: [train, FILE, ...]"
@@ -212,7 +215,7 @@ class TrimVocabulary(_OfCorpus):
         from hpc_compress.models import surgery
 
         if context.tokenizer is None or context.folder is None:
-            raise ValueError("trim_vocabulary changes the tokenizer, so it can only deploy; name it in strategy.vocabularies")
+            raise ValueError(f"trim_vocabulary changes the tokenizer, so it can only deploy; {NAME_IT}")
         tokenizer = context.tokenizer()
         kept = self.kept(tokenizer, context)
         surgery.trim_vocabulary(model, kept.tolist())
@@ -223,15 +226,17 @@ class TrimVocabulary(_OfCorpus):
 class ShareEmbeddings(_OfCorpus):
     """Deploy with the embeddings of a corpus's tokens only: every other token has that of the kept one most like it.
 
-    Tokens, and so all texts, stay as long as they were, and texts of the corpus come out as before. The tokenizer stays too.
+    Every text keeps its tokens, and texts of the corpus come out as before. The tokenizer does not change.
     """
 
     def kept(self, tokenizer: "PreTrainedTokenizerBase", context: Context) -> "np.ndarray":
         """(kept,) ids, rising: of the corpus, and all special ones."""
         import numpy as np
 
-        counts = self.counts(tokenizer, context)
-        return np.union1d(np.flatnonzero(counts >= self.min_count), tokenizer.all_special_ids)
+        special = set(tokenizer.all_special_ids)
+        of_corpus = set(np.flatnonzero(self.counts(tokenizer, context) >= self.min_count).tolist())
+        ids = [index for index in tokenizer.get_vocab().values() if index in special or index in of_corpus]
+        return np.array(sorted(set(ids)), dtype=np.int64)
 
     def __call__(self, model: "PreTrainedModel", context: Context) -> "PreTrainedModel":
         import torch
@@ -240,9 +245,9 @@ class ShareEmbeddings(_OfCorpus):
         from hpc_compress.models import surgery
 
         if context.tokenizer is None or context.folder is None:
-            raise ValueError(
-                "share_embeddings can only deploy; name it in strategy.vocabularies or strategy.space.vocabularies"
-            )
+            raise ValueError(f"share_embeddings can only deploy; {NAME_IT}")
+        if any(context.folder.glob("tokenizer*")):
+            raise ValueError("the vocabulary is trimmed already; choose trim_vocabulary or share_embeddings, not both")
         tokenizer, on = context.tokenizer(), context.device
         kept, special = torch.from_numpy(self.kept(tokenizer, context)), torch.tensor(tokenizer.all_special_ids)
         surgery.share_embeddings(model, kept, lambda weight: sharing.nearest(weight.to(on), kept.to(on), special.to(on)))

@@ -247,8 +247,8 @@ class HpcCompressConfig(PreTrainedConfig):
 
 
 class HpcCompressOnnxConfig(HpcCompressConfig):
-    """The same of a program. transformers finds the class of a model by that of its config, so weights and programs need
-    one each to be loaded in one process."""
+    """The config of an ONNX program. transformers finds a model's class by its config's class, so weights and programs need
+    different config classes to be loaded in one process."""
 
 
 POOLINGS = ("mean", "cls", "pooler")  # how a sentence encoder makes one vector of its tokens
@@ -861,7 +861,7 @@ class SharedEmbedding(nn.Module):
 
 
 def row_type(rows: int) -> torch.dtype:
-    """In which so many rows are counted: the smallest that holds them."""
+    """The smallest integer type that can number so many rows."""
     return torch.int16 if rows <= 2**15 else torch.int32
 
 

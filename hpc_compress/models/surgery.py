@@ -207,11 +207,16 @@ def share_embeddings(model: PreTrainedModel, kept: torch.Tensor, stand_ins: Call
 
     kept: (n,) ids of the rows, rising. stand_ins: makes (tokens,) positions in `kept` of the weight, (tokens, features).
 
-    Raises: ValueError when the embedding is quantized or shared already.
+    Raises: ValueError when tokens don't exist, or when the embedding is quantized or shared already.
     """
     words = word_embedding(model)
     if words is not model.get_input_embeddings() or not words.weight.is_floating_point():
         raise ValueError("the word embedding is packed or shared already; share it once, before it is quantized")
+    if len(kept) == 0 or not 0 <= kept.min() <= kept.max() < words.num_embeddings:
+        raise ValueError(
+            f"can't keep {len(kept)} rows up to {int(kept.max()) if len(kept) else None} of a word embedding of "
+            f"{words.num_embeddings}; name existing tokens, with the tokenizer that belongs to the model"
+        )
 
     def shared(weight: torch.Tensor) -> SharedEmbedding:
         few = nn.Embedding.from_pretrained(weight[kept.to(weight.device)], freeze=not words.weight.requires_grad)
@@ -229,6 +234,8 @@ def trim_vocabulary(model: PreTrainedModel, kept: Sequence[int]) -> None:
     the embedding is quantized already.
     """
     embedding = word_embedding(model)
+    if embedding is not model.get_input_embeddings():
+        raise ValueError("tokens share embeddings already; choose trim_vocabulary or share_embeddings, not both")
     rows = torch.tensor([int(index) for index in kept])
     if len(rows) == 0 or len(set(kept)) < len(kept) or not 0 <= rows.min() <= rows.max() < embedding.num_embeddings:
         raise ValueError(

@@ -77,7 +77,7 @@ class Bill(NamedTuple):
 class Beliefs(NamedTuple):
     """What the measured designs say of others. Losses are tenths of the base model's quality."""
 
-    losses: dict[Design, float]  # of those that were measured
+    losses: dict[Design, float]  # of those that were measured, without what their way to deploy adds
     by_divergence: "Curve"  # loss of an untrained cut that was screened
     by_scores: "Curve"  # of one that was not, by the share of the scores that it removes
     recovery: float  # what part of a loss a training leaves
@@ -203,13 +203,13 @@ class Evolve(AbstractSpaceStrategy):
     def _stages(self) -> Generator[list[Proposal], None, None]:
         plain = self._plain
         leading = self._leading()
-        # Every cut in the first of the leading ways to deploy. One cut, which loses little, with every other vocabulary too: a
-        # loss that all models share would be seen by no comparison. The rest of the room is for the second leading way.
-        first = [Design(cut, self._cheapest, deploy) for deploy in leading for cut in plain]
-        first[len(plain) : len(plain)] = [
-            Design(plain[:2][-1], self._cheapest, other) for other in self._revocalized(leading[0])
-        ]
-        yield self._measured(first[: max(self.population, len(plain))])
+        # Every cut in the first of the leading ways to deploy. The mildest cut in the second one too, and with every other
+        # vocabulary: what all first models had in common, no comparison would show.
+        mildest = min(plain, key=lambda cut: (cut.levels == self._sites.most, self._sites.mass(cut.levels)))
+        compared = [Design(mildest, self._cheapest, other) for other in (*self._revocalized(leading[0]), *leading[1:])]
+        others = [Design(cut, self._cheapest, deploy) for deploy in leading for cut in plain]
+        first = list(dict.fromkeys([*others[: len(plain)], *compared, *others]))
+        yield self._measured(first[: max(self.population, len(plain) + len(set(compared)))])
         if self.screens:
             yield self._screened([cut for cut in plain if cut.levels != self._sites.most])
             yield from self._rescored([cut for cut in plain if self._divergences.get(cut, 0.0) > self.negligible])
@@ -450,6 +450,11 @@ class Evolve(AbstractSpaceStrategy):
         return min(chains, key=lambda name: float(self._prediction.latency(heads, ffn, chains[name])[0]))
 
     @cached_property
+    def _deploy_parts(self) -> dict[str, tuple[str, str]]:
+        """The precision and the vocabulary of each way to deploy."""
+        return self.space.deploy_parts()
+
+    @cached_property
     def _structures(self) -> Structures:
         return Structures(self.space, self.known.shape)
 
@@ -518,7 +523,7 @@ class Evolve(AbstractSpaceStrategy):
 
     def _revocalized(self, deploy: str) -> list[str]:
         """The ways to deploy that differ from this one in nothing but the vocabulary."""
-        parts = self.space.deploy_parts()
+        parts = self._deploy_parts
         return [other for other in parts if other != deploy and parts[other][0] == parts[deploy][0]]
 
     def _shape_of(self, levels: Levels, deploy: str, device: int = 0) -> tuple[float, float]:
@@ -567,14 +572,18 @@ class Evolve(AbstractSpaceStrategy):
                 design = self._designs.get(canonical(candidate.genome))
                 if design is not None and candidate.measurement is not None:
                     losses[design] = front.lost_quality(quality_of(candidate.measurement), base)
-            untrained = {
-                design.cut: loss for design, loss in sorted(losses.items(), reverse=True) if design.training == self._cheapest
-            }
+            offsets = self._offsets(losses)
+            losses = {design: loss - self._added(design.deploy, offsets) for design, loss in losses.items()}
+            found: dict[Cut, list[float]] = {}
+            for design, loss in sorted(losses.items()):
+                if design.training == self._cheapest:
+                    found.setdefault(design.cut, []).append(loss)
+            untrained = {cut: float(np.mean(each)) for cut, each in found.items()}
             screened = [(self._divergences[cut], loss) for cut, loss in untrained.items() if cut in self._divergences]
             masses = [(self._sites.mass(cut.levels), loss) for cut, loss in untrained.items()]
             self._screen_stage.judge(screened)
             curves = Curve.through(screened), Curve.through(masses)
-            self._beliefs = Beliefs(losses, *curves, self._recovery(losses), self._offsets(losses))
+            self._beliefs = Beliefs(losses, *curves, self._recovery(losses), offsets)
         return self._beliefs
 
     def _best_cuts(self) -> list[Cut]:
@@ -596,7 +605,7 @@ class Evolve(AbstractSpaceStrategy):
 
     def _expected(self, design: Design) -> list[np.ndarray]:
         """The vector of objectives that a design will have on each device, as far as can be told."""
-        losses = {other: loss - self._offset(other.deploy) for other, loss in self._believed().losses.items()}
+        losses = self._believed().losses
         alike = [loss for other, loss in losses.items() if other[:2] == design[:2]]
         order = list(self.space.trainings)
         if alike:
@@ -610,17 +619,17 @@ class Evolve(AbstractSpaceStrategy):
             start, loss = max(less) if less else (0, self._loss_of_cut(design.cut))
             for _ in range(order.index(design.training) - start):
                 loss = max(self._believed().recovery * loss, UNSETTLED)
+        added = self._added(design.deploy, self._believed().offsets)
         shapes = (self._shape_of(design.cut.levels, design.deploy, device) for device in range(len(self._devices)))
-        return [np.array(self._point(loss + self._offset(design.deploy), *shape)) for shape in shapes]
+        return [np.array(self._point(loss + added, *shape)) for shape in shapes]
 
-    def _offset(self, deploy: str) -> float:
+    def _added(self, deploy: str, offsets: dict[str, float]) -> float:
         """What a way to deploy is expected to lose more than others."""
-        offsets = self._believed().offsets
         return sum(share * offsets.get(part, 0.0) for part, share in self._makeup(deploy).items())
 
     def _makeup(self, deploy: str) -> dict[str, float]:
         """What a way to deploy consists of: its vocabulary, and the share of the layers that each precision has."""
-        parts, mixture = self.space.deploy_parts(), self._mixtures.get(deploy)
+        parts, mixture = self._deploy_parts, self._mixtures.get(deploy)
         shares = {deploy: 1.0} if mixture is None else {mixture.one: 1 - mixture.share, mixture.other: mixture.share}
         makeup: dict[str, float] = {}
         for name, share in shares.items():
@@ -659,7 +668,7 @@ class Evolve(AbstractSpaceStrategy):
         # DRAWN more measurements of each part, which show no difference.
         matrix = np.concatenate([*rows, math.sqrt(DRAWN) * np.eye(len(parts))])
         found = np.linalg.lstsq(matrix, np.concatenate([*differences, np.zeros(len(parts))]), rcond=None)[0]
-        return dict(zip(parts, map(float, found), strict=True))
+        return {part: round(float(value), 9) for part, value in zip(parts, found, strict=True)}  # equal on every machine
 
     def _cost(self, design: Design, beside: Iterable[Design]) -> float:
         """Of measuring a design, in measurements: what is cut in a second is trained for minutes. A training goes on from what

@@ -49,7 +49,8 @@ class Genetic(Record):
         default={}, description="weights are probabilities; the rest up to 1 keeps the parent's precision"
     )
     vocabularies: dict[str, Choice] = Field(
-        default={}, description="the same for the step that trims the vocabulary, which comes before the quantization"
+        default={},
+        description="the same for the step that makes the word embedding smaller, which comes before the quantization",
     )
     fine_tune: Params | None = Field(
         default={}, description="parameters of the training after a mutation; null: none, for crossovers that always follow"

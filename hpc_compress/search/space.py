@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from hpc_compress.config import ConfigError
-from hpc_compress.types import Genome, Params, Record, Step, Structure
+from hpc_compress.types import VOCABULARY_STEPS, Genome, Params, Record, Step, Structure
 
 
 class Shape(Record):
@@ -100,6 +100,14 @@ class Space(Record):
             for name, chain in chains.items()
         }
 
+    @model_validator(mode="after")
+    def _one_vocabulary(self) -> "Space":
+        for name, chain in self.possible_deploys().items():
+            steps = [step.operator for step in chain if step.operator in VOCABULARY_STEPS]
+            if len(steps) > 1:
+                raise ValueError(f"the way to deploy {name!r} changes the word embedding twice ({', '.join(steps)}); keep one")
+        return self
+
     def whole(self, shape: Shape) -> Structure:
         """That of the base model."""
         return Structure(heads=shape.heads, ffn=(shape.ffn,) * len(shape.heads))
@@ -117,7 +125,7 @@ class Space(Record):
         """Those of this device, with each vocabulary."""
         several = len([trim for trim in self.vocabularies.values() if trim is not None]) > 1
         return {
-            f"{name}, {vocabulary} tokens" if several else name: (*trim, *chain)
+            f"{name}, {vocabulary} embeddings" if several else name: (*trim, *chain)
             for name, chain in self.deploys.items()
             if chain is not None
             for vocabulary, trim in self.vocabularies.items()

@@ -142,9 +142,8 @@ def _used_rows(model: torch.nn.Module, examples: Encoded) -> Iterator[None]:
     gradient costs a third of an update of 8 short sentences. A loss must not feed the model tokens that are in no example.
     """
     embedding: Any = cast(Any, model).get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    owners = [
-        name for name, p in model.named_parameters(remove_duplicate=False) if embedding is not None and p is embedding.weight
-    ]
+    words = getattr(embedding, "weight", None)  # None where tokens share rows
+    owners = [name for name, p in model.named_parameters(remove_duplicate=False) if p is words]
     if len(owners) != 1 or not embedding.weight.requires_grad:  # tied to an output layer, or frozen
         yield
         return
