@@ -1,11 +1,12 @@
 """Search strategies on equal terms: one trained base model for each dataset and seed, the same device seconds.
 
-Makes the base models, takes a profile of this device, and runs the strategies; `hpc-compress compare` reads the runs then. A
-base model is trained on the rows that its run searches with, so it has seen no search row and no report row. What was made is
-not made again: the same command goes on.
+Makes the base models, takes a profile of this device, and runs the strategies. A base model is trained on the rows that its
+run searches with, so it has seen no search row and no report row. What was made is not made again: the same command goes on.
 
-    python benchmarks/strategies.py --data FOLDER --datasets trec6 --strategies genetic evolve --seeds 0 1 2
-    hpc-compress compare results/strategies/trec6 reference=genetic
+    python benchmarks/strategies.py --data FOLDER --datasets trec6 --strategies genetic evolve --seeds 0 1 2 --out results
+
+All runs take long, so they may be made on several days: strategies.csv keeps the rows of datasets and seeds that are not
+among the runs. All rows of one dataset and seed are from one machine; `version` is the commit that made them.
 """
 
 import argparse
@@ -57,6 +58,7 @@ def main() -> None:
         "--generations", type=int, default=5, help="of genetic, whose device seconds are the budget of the others"
     )
     parser.add_argument("--work", type=Path, default=Path("results/strategies"), help="the runs")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for strategies.csv, .md and .png")
     parser.add_argument("--more", nargs="*", default=[], help="further overrides of every search")
     args = parser.parse_args()
     for dataset in args.datasets:
@@ -72,6 +74,30 @@ def main() -> None:
             for strategy in args.strategies:
                 name = args.work / dataset / f"{strategy}-{seed}"
                 _search(strategy, name, [*words, *args.more, f"model.path={base}", MEASURED], device, args)
+                collect(args.work, args.out)
+
+
+def collect(work: Path, out: Path) -> None:
+    """Write the tables and the picture of all runs that have ended, and of those of other days."""
+    import pandas as pd
+
+    from hpc_compress import analysis
+    from hpc_compress.analysis import compare
+
+    roots = sorted(path.parent for dataset in DATASETS for path in work.glob(f"{dataset}/*/result.json"))
+    runs = analysis.open_runs(roots)
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    )
+    table, path = compare.curves(runs).assign(version=commit.stdout.strip()), out / "strategies.csv"
+    if path.is_file():
+        old, keys = pd.read_csv(path, dtype={"version": str}), ["dataset", "seed"]
+        fresh = pd.MultiIndex.from_frame(table[keys])
+        table = pd.concat([old[~pd.MultiIndex.from_frame(old[keys]).isin(fresh)], table], ignore_index=True)
+    table.to_csv(path, index=False)
+    text = compare.summary(table, "genetic", runs[0].plan.config.objectives)
+    (out / "strategies.md").write_text(text, encoding="utf-8")
+    compare.plot(table, out / "strategies.png")
 
 
 def _base(folder: Path, words: list[str]) -> Path:

@@ -220,6 +220,37 @@ def test_runs_that_differ_in_more_than_the_strategy_are_refused(copied: Path, ch
         analysis.write_comparison(analysis.find_runs([copied]), copied)
 
 
+def test_each_seed_may_have_a_base_model_of_its_own(copied: Path):
+    def rebase(run: str) -> None:
+        path = copied / run / "run.json"
+        values = json.loads(path.read_text())
+        values["base"]["fingerprint"] = "of another base model"
+        path.write_text(json.dumps(values))
+
+    rebase("screens-1")
+    with pytest.raises(ConfigError, match="different base models"):
+        compare.curves(opened(copied))
+    rebase("genetic-1")
+    assert len(set(compare.curves(opened(copied))["seed"])) == 2
+
+
+def test_the_benchmark_keeps_what_other_days_found(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import strategies
+
+    monkeypatch.setattr(strategies, "DATASETS", {runs.name: []})
+    strategies.collect(runs.parent, tmp_path)
+    table = pd.read_csv(tmp_path / "strategies.csv")
+    old = table[table["seed"] == 0].assign(dataset="of another day", version="old")
+    pd.concat([old, table[table["seed"] == 1].assign(hypervolume_search=99)]).to_csv(tmp_path / "strategies.csv", index=False)
+    strategies.collect(runs.parent, tmp_path)
+    both = pd.read_csv(tmp_path / "strategies.csv")
+    assert len(both) == len(old) + len(table)
+    assert both["hypervolume_search"].max() < 99
+    assert "of another day" in (tmp_path / "strategies.md").read_text()
+    assert (tmp_path / "strategies.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_run_that_is_given_twice_is_refused(copied: Path):
     shutil.copytree(copied / "genetic-0", copied / "again" / "genetic-0")
     with pytest.raises(ConfigError, match="are both genetic on words with seed=0"):

@@ -170,7 +170,7 @@ def _require_comparable(runs: Sequence[Run]) -> None:
                 "or name their folders STRATEGY-SEED, such as genetic-0"
             )
         alike: dict[tuple[Any, ...], Any] = {
-            ("base models", dataset): run.plan.base.fingerprint,
+            ("base models", dataset, config.seed): run.plan.base.fingerprint,
             ("objectives", dataset): config.objectives,
             ("protocols", dataset): config.protocol,
             ("rows", dataset, config.seed): run.plan.dataset.fingerprint,
@@ -347,17 +347,7 @@ def write_comparison(roots: Iterable[Path], folder: Path, reference: str | None 
     runs = open_runs(roots)
     table = curves(runs)
     chosen = _reference(table, reference)
-    last = ends(table, chosen)
-    objectives = ", ".join(runs[0].plan.config.objectives)
-    lines = [
-        f"Hypervolume of what each strategy found, as median (smallest to largest) over its seeds. Reference: {chosen}. "
-        f"Objectives: {objectives}. A single model with the base model's quality, half of its time and half of its bytes has a "
-        "hypervolume of 1; a quality counts from 90 % of the base model's.",
-        *_tests(last, chosen),
-        *_notes(runs, table, chosen),
-    ]
-    said = [door.one_line(line, most=1000) for line in lines]
-    text = "\n".join([said[0], "", _table(last), "", *(f"* {line}" for line in said[1:])]).rstrip() + "\n"
+    text = summary(table, chosen, runs[0].plan.config.objectives, _notes(runs, table, chosen))
     picture = io.BytesIO()
     plot(table, picture)
     try:
@@ -367,6 +357,20 @@ def write_comparison(roots: Iterable[Path], folder: Path, reference: str | None 
     except OSError as error:
         raise ConfigError(f"{folder} can't be written to ({error.strerror}); choose a folder with --out") from None
     return text
+
+
+def summary(table: pd.DataFrame, reference: str, objectives: Sequence[str], notes: Sequence[str] = ()) -> str:
+    """What the curves of several runs show, in Markdown: the table of all strategies, the tests, and the notes."""
+    last = ends(table, reference)
+    lines = [
+        f"Hypervolume of what each strategy found, as median (smallest to largest) over its seeds. Reference: {reference}. "
+        f"Objectives: {', '.join(objectives)}. A single model with the base model's quality, half of its time and half of its "
+        "bytes has a hypervolume of 1; a quality counts from 90 % of the base model's.",
+        *_tests(last, reference),
+        *notes,
+    ]
+    said = [door.one_line(line, most=1000) for line in lines]
+    return "\n".join([said[0], "", _table(last), "", *(f"* {line}" for line in said[1:])]).rstrip() + "\n"
 
 
 def plot(table: pd.DataFrame, path: Path | io.BytesIO) -> None:
