@@ -224,7 +224,7 @@ def test_each_seed_may_have_a_base_model_of_its_own(copied: Path):
     def rebase(run: str) -> None:
         path = copied / run / "run.json"
         values = json.loads(path.read_text())
-        values["base"]["fingerprint"] = "of another base model"
+        values["base"]["fingerprint"] = "0123456789abcdef"
         path.write_text(json.dumps(values))
 
     rebase("screens-1")
