@@ -58,8 +58,8 @@ class Strategy(Protocol):
     """Decides what is tried and what survives. `steps` and `deploys`: every step that it may use, to be checked and probed.
 
     One that has a field `known` is given a `search.known.Known`; every other one is given `shape` and `score`. It may have
-    more attributes: `studies`, what it asks about the base model before the first generation; `elites`, how many of the fittest
-    are timed again in each generation (None: all survivors); `notes()`, new lines for the log; and `ended`, why it proposes
+    more attributes: `studies`, what it asks about the base model before the first generation; `timed_again(population)`, which
+    survivors are timed again in a generation (without it: all); `notes()`, new lines for the log; and `ended`, why it proposes
     nothing any more ("": it goes on).
     """
 
@@ -384,7 +384,8 @@ class _Search:
         rng = np.random.default_rng(identity.derive(self.config.seed, number, "variation"))
         proposals = strategy.ask(rng, population)
         what = f"generation {number}/{self.config.generations}"
-        repeats = self._repeats(population[: getattr(strategy, "elites", None)], base)
+        chosen = getattr(strategy, "timed_again", None)
+        repeats = self._repeats(population if chosen is None else chosen(population), base)
         asked = [self._task(proposal.genome, study=proposal.screen) for proposal in proposals]
         sent = self.dispatch.send([*asked, *repeats.values()], what)
         born_ids, repeat_ids = sent[: len(proposals)], sent[len(proposals) :]

@@ -43,7 +43,9 @@ class Screens:
         self.steps = (Step(operator="fine_tune"),)
         self.deploys = ()
         self.studies = (Survey(),)
-        self.elites = 1
+
+    def timed_again(self, population: Sequence[Candidate]) -> list[Candidate]:
+        return list(population[:1])
 
     def ask(self, rng: np.random.Generator, population: Sequence[Candidate]) -> list[Proposal]:
         self.number += 1

@@ -218,6 +218,17 @@ def test_a_stage_that_does_not_rank_is_said_and_done_without():
     assert tuple(strategy._best_cuts()) == strategy._plain
 
 
+def test_a_time_that_contradicts_its_prediction_is_measured_again():
+    strategy = world.made("evolve", elites=1)
+    *_, turn = world.play(strategy, 5)
+    assert len(turn.survivors) > 4
+    assert strategy.timed_again(turn.survivors) == [turn.survivors[0]]
+    *others, lucky = [candidate for candidate in turn.survivors if candidate.genome != Genome()]
+    faster = {"latency_ms": tuple(ms / 1.3 for ms in lucky.measurement.latency_ms)}
+    lucky = lucky.model_copy(update={"measurement": lucky.measurement.model_copy(update=faster)})
+    assert strategy.timed_again([*others, lucky]) == [others[0], lucky]
+
+
 # --- the budget ---
 
 

@@ -26,7 +26,7 @@ from hpc_compress.search import front, mixing, survival
 from hpc_compress.search.fidelity import LEFT_OUT, TRUSTED, WIDENED, Stage
 from hpc_compress.search.knapsack import Knapsack
 from hpc_compress.search.known import Known
-from hpc_compress.search.objective import quality_of
+from hpc_compress.search.objective import latency_of, quality_of
 from hpc_compress.search.prediction import Prediction
 from hpc_compress.search.strategy import AbstractSpaceStrategy
 from hpc_compress.search.structures import Levels, Structures
@@ -38,6 +38,7 @@ RECOVERED = 0.6  # of the lost quality is still lost after a training, as long a
 UNSETTLED = 0.1  # lost tenths of the quality that a training leaves, or makes, where hardly any was lost
 DRAWN = 2  # measurements of no difference, with which a difference between ways to deploy is averaged
 MOST_JUDGED = 4  # times the sentences that a structure is judged on at first
+DOUBTFUL = 0.2  # halvings between the measured and the predicted time of a model (15 %), from which it is timed again
 AIMED = 20.0  # times the gain of a model that keeps to the targets, against one that is far from them
 
 
@@ -108,7 +109,9 @@ class Evolve(AbstractSpaceStrategy):
         default=True, description="also try structures whose scores are computed anew before each block is cut"
     )
     switching: int = Field(default=2, ge=0, description="depths at which level switching by marginals is tried")
-    elites: int = Field(default=3, ge=0, description="of the fittest, which are timed again in each generation")
+    elites: int = Field(
+        default=3, ge=0, description="of the fittest, which are timed again, beside models far from their predicted time"
+    )
     profile_seconds: float = Field(default=90.0, gt=0, description="that the device's profile takes, where no file is given")
     _candidates: dict[str, Candidate] = PrivateAttr(default_factory=dict)  # all that was told, by id
     _designs: dict[str, Design] = PrivateAttr(default_factory=dict)  # what was proposed to be measured, by genome
@@ -132,6 +135,7 @@ class Evolve(AbstractSpaceStrategy):
     )
     _bill: "Bill | None" = PrivateAttr(default=None)
     _paid: dict[str, tuple[float, float]] = PrivateAttr(default_factory=dict)  # seconds and units so far, by kind of generation
+    _beside: int = PrivateAttr(default=0)  # models that are timed again beside the present generation
     _ended: str = PrivateAttr(default="")
 
     @model_validator(mode="after")
@@ -166,11 +170,23 @@ class Evolve(AbstractSpaceStrategy):
         if self._course is None:
             self._course = self._stages()
         self._pay()
+        self._beside = len(self.timed_again(population))
         return self._affordable(next(self._course))
 
     def tell(self, population: Sequence[Candidate], candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
         self._learn((*population, *candidates))
         return survival.of_front(self.known, population, candidates)
+
+    def timed_again(self, population: Sequence[Candidate]) -> list[Candidate]:
+        """The fittest few, and those whose time is far from its prediction: a wrong timing would keep a model on the front."""
+        return [*population[: self.elites], *filter(self._is_doubtful, population[self.elites :])]
+
+    def _is_doubtful(self, candidate: Candidate) -> bool:
+        design = self._designs.get(canonical(candidate.genome))
+        if design is None or candidate.measurement is None:
+            return False
+        predicted, _ = self._shape_of(design.cut.levels, design.deploy)
+        return abs(math.log2(latency_of(candidate.measurement) / predicted)) > DOUBTFUL
 
     @property
     def ended(self) -> str:
@@ -397,7 +413,7 @@ class Evolve(AbstractSpaceStrategy):
         if not proposals:
             return proposals
         kind, fitting, units = _kind(proposals[0]), [], 0.0
-        beside = self.elites * self._price("measure")  # they are timed again
+        beside = self._beside * self._price("measure")  # they are timed again
         after = 0.0 if kind == "measure" else self._price("measure")
         designs: list[Design] = []
         for proposal in proposals:
