@@ -538,6 +538,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @QUICK
 @hypothesis.given(changes=st.dictionaries(st.sampled_from(["model_type", "id2label", *inspection.COUNTS]), JSON, min_size=1))
 def test_any_config_is_answered(tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any]):
@@ -564,6 +565,7 @@ KEYS = st.sampled_from([*sorted(RunConfig.model_fields), "strategy", "objective"
 INNER = st.dictionaries(st.sampled_from(["device", "batch_size", "_target_", "workers"]), JSON | BY_DEVICE)
 
 
+@pytest.mark.slow
 @QUICK
 @hypothesis.given(values=st.dictionaries(KEYS, JSON | BY_DEVICE | INNER), lost=st.sets(KEYS, max_size=1))
 def test_any_settings_are_answered(compose: Callable[..., dict[str, Any]], values: dict[str, Any], lost: set[str]):

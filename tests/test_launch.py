@@ -499,6 +499,7 @@ class KilledError(BaseException):
     """kill -9."""
 
 
+@pytest.mark.slow
 def test_a_driver_may_be_killed_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Before and after each write, and before, in and after each sbatch: nothing is lost, nothing submitted twice."""
     tasks = made_up(5)
@@ -1072,6 +1073,7 @@ def wanted(light_setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return story(root)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tasks_per_job", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_search_on_a_cluster_of_faults_equals_one_in_a_process(
     light_setup: Setup, wanted: Any, tmp_path: Path, tasks_per_job: int
@@ -1089,6 +1091,7 @@ def without_barrier(light_setup: Setup, tmp_path_factory: pytest.TempPathFactory
     return root
 
 
+@pytest.mark.slow
 def test_without_a_barrier_late_children_are_told_later_and_none_is_forgotten(without_barrier: Path):
     generations = analysis.open_run(without_barrier).generations
     told = [set(generation.told) for generation in generations]
@@ -1099,6 +1102,7 @@ def test_without_a_barrier_late_children_are_told_later_and_none_is_forgotten(wi
     assert any(told[n] & born[n - 1] for n in range(1, 4)), "no child was late; the test shows nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first_lost", [1, *(pytest.param(lost, marks=pytest.mark.slow) for lost in (2, 3, 4))])
 def test_without_a_barrier_a_resumed_run_keeps_to_what_is_written(
     light_setup: Setup, without_barrier: Path, tmp_path: Path, first_lost: int

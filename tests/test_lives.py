@@ -254,6 +254,7 @@ def sleeps(root: str, task_ids: Sequence[str], **ignored: Any) -> Iterator[str]:
     yield ""
 
 
+@pytest.mark.slow
 def test_a_local_worker_ends_with_its_driver(tmp_path: Path):
     other = another()
     work = Work(str(tmp_path), (("a",),), worker="test_lives.sleeps", driver=Process(other.pid, beat_of(other.pid).started))

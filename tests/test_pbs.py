@@ -132,6 +132,7 @@ def test_a_driver_that_was_killed_finds_its_jobs_again(light_setup: Setup, pbs: 
     assert len(sent) == len(set(sent)), "a task was sent twice"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_jobs_are_found_by_their_name_where_the_id_was_not_written_down(pbs: Path, tmp_path: Path, kept: bool):
     """While they are in the queue, and when they have ended. Without a history of jobs, their outcomes show it."""
@@ -158,6 +159,7 @@ def _letters(pbs: Path) -> set[str]:
 # --- how jobs end ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "state", "mem_mb"),
     [
@@ -200,6 +202,7 @@ def test_a_job_that_the_server_gave_up_on_is_cancelled_and_sent_again(pbs: Path,
     assert run.dispatch.settle(made_up(2), "tasks") == list(map(answer, made_up(2)))
 
 
+@pytest.mark.slow
 def test_a_server_that_is_away_is_waited_for(pbs: Path, tmp_path: Path):
     run = Run(tmp_path / "run", lost_seconds=0.2)
     run.dispatch.send(made_up(2), "tasks")
@@ -216,6 +219,7 @@ def test_a_server_that_is_away_is_waited_for(pbs: Path, tmp_path: Path):
 # --- cancelling ---
 
 
+@pytest.mark.slow
 def test_cancel_ends_the_jobs_of_this_run_and_no_others(pbs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "sleep.sh").write_text("exec sleep 60\n")
     subprocess.run(["qsub", "-N", "foreign", tmp_path / "sleep.sh"], check=True, capture_output=True)
@@ -236,6 +240,7 @@ def test_cancel_ends_the_jobs_of_this_run_and_no_others(pbs: Path, tmp_path: Pat
         run.dispatch._turn()
 
 
+@pytest.mark.slow
 def test_the_job_that_a_driver_lives_in_is_cancelled_and_its_siblings_are_not(
     pbs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -188,6 +188,7 @@ def outputs(model: nn.Module, on: torch.device) -> np.ndarray:
     return measure.outputs(CLASSIFICATION, model, examples(16), 8, on)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=slow) for name in CASES])
 def test_every_step_runs_on_a_gpu(name: str, folder: Path, gpu: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sparsity, "ROUNDS", 2)  # of the search for an order of columns; 30 take most of a minute here
@@ -261,6 +262,7 @@ def test_ordinary_tests_see_no_gpu(request: pytest.FixtureRequest):
 # --- measuring ---
 
 
+@pytest.mark.slow
 def test_a_peak_is_the_models_own_bytes_and_those_of_one_pass(folder: Path, gpu: Memory):
     sample = measure.timing_sample(examples(16), MeasurementProtocol(batch_size=8), CUDA)
     other = load(folder).to(CUDA)
@@ -342,6 +344,7 @@ def test_a_quantized_model_leaves_nothing_behind(scheme: str, folder: Path, gpu:
 # --- whole tasks ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cost", "scheme", "precision"),
     [("parameters", "nf4", "best"), pytest.param("time", "int8", "fp32", marks=slow)],

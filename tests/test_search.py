@@ -105,6 +105,7 @@ def test_precision_is_inherited_unless_a_mutation_draws_another():
     assert all(proposal.genome.deploy == (Step(operator="quantize", params={"scheme": "int8"}),) for proposal in mutated)
 
 
+@pytest.mark.slow
 def test_vocabulary_and_precision_are_drawn_and_inherited_apart_and_stand_in_one_order():
     trim, nf4 = Step(operator="trim_vocabulary"), Step(operator="quantize", params={"scheme": "nf4"})
     vocabularies = {"trim": {"weight": 0.25, "operator": "trim_vocabulary"}}

@@ -278,6 +278,7 @@ def test_a_lock_that_nobody_lets_go_of_is_not_waited_for_for_ever(tmp_path: Path
     of_a_dead_node.close()
 
 
+@pytest.mark.slow
 def test_a_lock_whose_holder_works_on_is_waited_for_however_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("hpc_compress.store.LOCK_SECONDS", 0.5)
     store, held = Store(tmp_path), threading.Event()

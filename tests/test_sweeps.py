@@ -70,6 +70,7 @@ def test_equal_last_words_keep_their_whole_keys():
     }
 
 
+@pytest.mark.slow
 def test_the_report_of_several_runs_has_the_sweep(
     runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
