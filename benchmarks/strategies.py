@@ -6,7 +6,8 @@ run searches with, so it has seen no search row and no report row. What was made
     python benchmarks/strategies.py --data FOLDER --datasets trec6 --strategies genetic evolve --seeds 0 1 2 --out results
 
 All runs take long, so they may be made on several days: strategies.csv keeps the rows of datasets and seeds that are not
-among the runs. All rows of one dataset and seed are from one machine; `version` is the commit by which they were collected, after each search.
+among the runs. All rows of one dataset and seed are from one machine. `version` is the commit by which they were collected,
+after each search.
 """
 
 import argparse
