@@ -11,6 +11,7 @@ import copy
 import os
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,15 +84,8 @@ def rows(root: Path) -> Iterator[dict[str, Any]]:
     for common in COMMON:
         for way, name in WAYS.items():
             with tempfile.TemporaryDirectory() as folder:
-                made = Context(
-                    corpus,
-                    kind,
-                    CPU,
-                    0,
-                    lambda: model,
-                    tokenizer=lambda: kind.tokenizer(root / "base"),
-                    folder=Path(folder),
-                )
+                base_tokenizer = partial(kind.tokenizer, root / "base")
+                made = Context(corpus, kind, CPU, 0, lambda: model, tokenizer=base_tokenizer, folder=Path(folder))
                 small = operator(Step(operator=name, params={"common": common}))(copy.deepcopy(model), made)
                 own = any(Path(folder).iterdir())
                 found, texts = outputs(small, kind.tokenizer(Path(folder)) if own else tokenizer)

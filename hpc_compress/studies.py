@@ -15,7 +15,6 @@ from hpc_compress.context import Context
 from hpc_compress.data.batches import Batch, eval_batches
 from hpc_compress.models import artifact, surgery
 from hpc_compress.models.gates import counts
-from hpc_compress.models.modeling_hpc_compress import row_type
 from hpc_compress.operators import operator
 from hpc_compress.pruning import cutting
 from hpc_compress.pruning.steps import Carve
@@ -50,16 +49,16 @@ class _Sizes:
     def of(self, deploy: tuple[Step, ...]) -> ByteCounts:
         smaller = [step for step in deploy if step.operator in VOCABULARY_STEPS]
         others = tuple(step for step in deploy if step.operator not in VOCABULARY_STEPS)
-        rows, table = self.rows, 0
+        rows, besides = self.rows, 0
         if smaller and self.context.tokenizer is not None:
-            rows = len(operator(smaller[-1]).kept(self.context.tokenizer(), self.context))
-            if smaller[-1].operator == "share_embeddings":
-                table = self.rows * row_type(rows).itemsize
+            step = operator(smaller[-1])
+            rows = len(step.kept(self.context.tokenizer(), self.context))
+            besides = step.bytes_besides(self.rows, rows)
         key = identity.canonical(others)
         if key not in self.found:
             self.found[key] = self._slopes(others)
         fixed, per_row, per_head, per_neuron = self.found[key]
-        return ByteCounts(deploy=deploy, fixed=fixed + table + rows * per_row, per_head=per_head, per_neuron=per_neuron)
+        return ByteCounts(deploy=deploy, fixed=fixed + besides + rows * per_row, per_head=per_head, per_neuron=per_neuron)
 
     def _slopes(self, deploy: tuple[Step, ...]) -> tuple[float, float, float, float]:
         """Fixed bytes, and bytes of a row of the word embedding, of a head and of a neuron."""

@@ -12,12 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from searches import Setup
+from test_vocabulary import logits
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hpc_compress import analysis, config, export, measure, studies
 from hpc_compress.config import ConfigError
 from hpc_compress.data import metrics
-from hpc_compress.data.batches import Encoded, encode, eval_batches
+from hpc_compress.data.batches import Encoded, encode
 from hpc_compress.deployment import sharing
 from hpc_compress.models import artifact, surgery
 from hpc_compress.models.modeling_hpc_compress import FAMILIES
@@ -62,11 +63,6 @@ def test_the_row_is_that_of_the_nearest_direction(monkeypatch: pytest.MonkeyPatc
 
 
 # --- models ---
-
-
-@torch.no_grad()
-def logits(model: Any, data: Encoded) -> torch.Tensor:
-    return torch.cat([model(**batch.inputs).logits for batch in eval_batches(data, 4)])
 
 
 def encoded(tokenizer: Any, *lines: str) -> Encoded:

@@ -197,6 +197,10 @@ class _OfCorpus(Record):
         counts[: self.common] = np.maximum(counts[: self.common], self.min_count)
         return counts
 
+    def bytes_besides(self, tokens: int, kept: int) -> int:
+        """What is saved besides the kept rows of the word embedding, for a vocabulary of so many tokens."""
+        return 0
+
 
 class TrimVocabulary(_OfCorpus):
     """Deploy with the tokens of a corpus only: fewer rows of the word embedding, and a tokenizer of its own beside the weights.
@@ -237,6 +241,12 @@ class ShareEmbeddings(_OfCorpus):
         of_corpus = set(np.flatnonzero(self.counts(tokenizer, context) >= self.min_count).tolist())
         ids = [index for index in tokenizer.get_vocab().values() if index in special or index in of_corpus]
         return np.array(sorted(set(ids)), dtype=np.int64)
+
+    def bytes_besides(self, tokens: int, kept: int) -> int:
+        """The row of each token."""
+        from hpc_compress.models.modeling_hpc_compress import row_type
+
+        return tokens * row_type(kept).itemsize
 
     def __call__(self, model: "PreTrainedModel", context: Context) -> "PreTrainedModel":
         import torch

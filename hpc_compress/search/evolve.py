@@ -135,7 +135,6 @@ class Evolve(AbstractSpaceStrategy):
     )
     _bill: "Bill | None" = PrivateAttr(default=None)
     _paid: dict[str, tuple[float, float]] = PrivateAttr(default_factory=dict)  # seconds and units so far, by kind of generation
-    _beside: int = PrivateAttr(default=0)  # models that are timed again beside the present generation
     _ended: str = PrivateAttr(default="")
 
     @model_validator(mode="after")
@@ -170,8 +169,7 @@ class Evolve(AbstractSpaceStrategy):
         if self._course is None:
             self._course = self._stages()
         self._pay()
-        self._beside = len(self.timed_again(population))
-        return self._affordable(next(self._course))
+        return self._affordable(next(self._course), beside=len(self.timed_again(population)))
 
     def tell(self, population: Sequence[Candidate], candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
         self._learn((*population, *candidates))
@@ -407,25 +405,28 @@ class Evolve(AbstractSpaceStrategy):
         seconds, units = self._paid.get(kind, (0.0, 1.0))
         return seconds / units
 
-    def _affordable(self, proposals: list[Proposal]) -> list[Proposal]:
+    def _affordable(self, proposals: list[Proposal], beside: int) -> list[Proposal]:
         """Those that fit what the budget leaves, in their order. Where some models do not fit, this generation is the last one.
-        Where structures do not fit, models are measured instead: what is only screened at the end is no result."""
+        Where structures do not fit, models are measured instead: what is only screened at the end is no result.
+
+        beside: models that are timed again in the same generation.
+        """
         if not proposals:
             return proposals
         kind, fitting, units = _kind(proposals[0]), [], 0.0
-        beside = self._beside * self._price("measure")  # they are timed again
+        again = beside * self._price("measure")
         after = 0.0 if kind == "measure" else self._price("measure")
         designs: list[Design] = []
         for proposal in proposals:
             design = self._designs.get(canonical(proposal.genome)) if kind == "measure" else None
             cost = 1.0 if design is None else self._cost(design, designs)
-            if (units + cost) * self._price(kind) + beside + after <= self.known.left():
+            if (units + cost) * self._price(kind) + again + after <= self.known.left():
                 fitting.append(proposal)
                 units += cost
                 designs += [design] if design is not None else []
         if len(fitting) < len(proposals):
             if kind != "measure":
-                return self._affordable(self._promising())
+                return self._affordable(self._promising(), beside)
             self._ended = "the rest of budget.device_hours is too short for another model"
         self._bill = Bill(kind, units, self.known.left(), self._timings())
         return fitting

@@ -121,27 +121,22 @@ class Space(Record):
         """What the step `carve` says of its scores: a survey with these scores units as the cuts do."""
         return {name: self.carve[name] for name in ("criterion", "sentences") if name in self.carve}
 
-    def possible_deploys(self) -> dict[str, tuple[Step, ...]]:
-        """Those of this device, with each vocabulary."""
-        several = len([trim for trim in self.vocabularies.values() if trim is not None]) > 1
+    def deploy_parts(self) -> dict[str, tuple[str, str]]:
+        """The precision and the vocabulary of each way to deploy on this device, by its name."""
+        vocabularies = [name for name, chain in self.vocabularies.items() if chain is not None]
         return {
-            f"{name}, {vocabulary} embeddings" if several else name: (*trim, *chain)
-            for name, chain in self.deploys.items()
+            f"{precision}, {vocabulary} embeddings" if len(vocabularies) > 1 else precision: (precision, vocabulary)
+            for precision, chain in self.deploys.items()
             if chain is not None
-            for vocabulary, trim in self.vocabularies.items()
-            if trim is not None
+            for vocabulary in vocabularies
         }
 
-    def deploy_parts(self) -> dict[str, tuple[str, str]]:
-        """By the names of `possible_deploys`: the precision and the vocabulary of each."""
-        parts = [
-            (name, vocabulary)
-            for name, chain in self.deploys.items()
-            if chain is not None
-            for vocabulary, trim in self.vocabularies.items()
-            if trim is not None
-        ]
-        return dict(zip(self.possible_deploys(), parts, strict=True))
+    def possible_deploys(self) -> dict[str, tuple[Step, ...]]:
+        """The steps of each way to deploy on this device, by the names of `deploy_parts`."""
+        return {
+            name: (*(self.vocabularies[vocabulary] or ()), *(self.deploys[precision] or ()))
+            for name, (precision, vocabulary) in self.deploy_parts().items()
+        }
 
     def require_training(self, name: str) -> None:
         """Raises: ValueError when there is no training of this name."""
