@@ -8,6 +8,10 @@ run searches with, so it has seen no search row and no report row. What was made
 All runs take long, so they may be made on several days: strategies.csv keeps the rows of datasets and seeds that are not
 among the runs. All rows of one dataset and seed are from one machine. `version` is the commit by which they were collected,
 after each search.
+
+Beside the strategies of conf/strategy there are: torch_pruning, a grid whose cuts are Torch-Pruning's; and evolve_no_screening,
+evolve_no_drift, evolve_no_rescoring, evolve_no_switching, evolve_no_mixing and evolve_always_trained, which each lack a part of
+evolve.
 """
 
 import argparse
@@ -43,6 +47,15 @@ DATASETS = {  # overrides of the search
 COMMON = ["dataset=file", f"dataset.max_train_rows={ROWS}", "dataset.search_rows=500", "timings=2"]
 TRAINING = "model.fine_tune={epochs: 4, learning_rate: 1e-4, batch_size: 32}"
 MEASURED = "protocol={sentences: 128, warmup_passes: 1, min_passes: 5, max_passes: 15, max_seconds: 5}"
+VARIANTS = {  # of a strategy
+    "torch_pruning": ["strategy=grid", "strategy._target_=peers.TorchPruningGrid", "~strategy.removed"],
+    "evolve_no_screening": ["strategy=evolve", "strategy.screens=0"],
+    "evolve_no_drift": ["strategy=evolve", "+strategy.space.carve.drift=false"],
+    "evolve_no_rescoring": ["strategy=evolve", "strategy.rescoring=false"],
+    "evolve_no_switching": ["strategy=evolve", "strategy.switching=0"],
+    "evolve_no_mixing": ["strategy=evolve", "strategy.mixing=false"],
+    "evolve_always_trained": ["strategy=evolve", "~strategy.space.trainings.none"],
+}
 OWN = {  # of the strategies that predict nothing
     "genetic": ["strategy.population=6"],
     "published": ["strategy.population=6", "strategy.survivors=6"],
@@ -138,7 +151,7 @@ def _search(strategy: str, root: Path, words: list[str], device: Path, args: arg
         reference = analysis.open_run(root.with_name(root.name.replace(strategy, "genetic")))
         limits = ["generations=500", f"budget.device_hours={device_seconds(reference)[-1] / 3600:.6f}"]
     words = [
-        f"strategy={strategy}",
+        *VARIANTS.get(strategy, [f"strategy={strategy}"]),
         *OWN.get(strategy, []),
         "report_front=true",
         "probe=false",
@@ -155,7 +168,9 @@ def _below_results(root: Path) -> Path:
 
 def _call(*words: str) -> None:
     print("hpc-compress", *words, flush=True)
-    subprocess.run([sys.executable, "-m", "hpc_compress.cli", *words], check=True)
+    folders = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]  # tasks import `peers`
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
+    subprocess.run([sys.executable, "-m", "hpc_compress.cli", *words], check=True, env=environment)
 
 
 if __name__ == "__main__":

@@ -545,9 +545,11 @@ class _Search:
             )
 
     def _bury(self, alive: Iterable[Candidate], base: Candidate) -> None:
-        """Delete the artifacts of the dead, but for those that late children start from."""
+        """Delete the artifacts of the dead, but for those that late children start from, or that the report measures."""
         parents = {proposal.parent for proposal in self.late.values()}
-        kept = {candidate.id: candidate.genome for candidate in (*alive, base, *self._nearest(base))}
+        kept = {
+            candidate.id: candidate.genome for candidate in (*alive, base, *self._nearest(base), *self._reported_front(base))
+        }
         kept |= {parent: self.candidates[parent].genome for parent in parents if parent in self.candidates}
         kept |= {task_id: proposal.genome for task_id, proposal in self.late.items()}
         kept |= {candidate_id: self.candidates[candidate_id].genome for candidate_id in self.timing.values()}
@@ -579,9 +581,7 @@ class _Search:
         self, population: Sequence[Candidate], base: Candidate, generations: int, stopped: str, timed: tuple[str, ...]
     ) -> Result:
         """Measure the fittest and the base model on the report split, which the search never saw."""
-        everywhere = range(len(self.views))
-        more = [candidate for at in everywhere for candidate in self._front(base, at)] if self.config.report_front else []
-        everyone = (*population[: self.config.report_candidates], *self._nearest(base), *more)
+        everyone = (*population[: self.config.report_candidates], *self._nearest(base), *self._reported_front(base))
         reported = tuple({candidate.id: candidate for candidate in everyone}.values())
         tasks = [self._task(candidate.genome, "report") for candidate in {c.id: c for c in (base, *reported)}.values()]
         self.dispatch.settle(tasks, "report", again=True)
@@ -606,6 +606,11 @@ class _Search:
     def _front(self, base: Candidate, device: int = 0) -> list[Candidate]:
         """Of all candidates, those that no other one beats in every objective on a device."""
         return front.of(self._measured(device), self._seen(base, device).measurement, self.config.objectives)  # type: ignore[arg-type]
+
+    def _reported_front(self, base: Candidate) -> list[Candidate]:
+        """The front of every device, where the report shall measure it."""
+        everywhere = range(len(self.views)) if self.config.report_front else ()
+        return [candidate for device in everywhere for candidate in self._front(base, device)]
 
     def _nearest(self, base: Candidate) -> list[Candidate]:
         """The one that comes nearest to the targets, if there are any."""

@@ -17,7 +17,7 @@ import pytest
 from searches import Setup, Silent
 from test_run import lightly
 
-from hpc_compress import driver, guard, identity, store
+from hpc_compress import analysis, driver, guard, identity, store
 from hpc_compress.config import ConfigError
 from hpc_compress.dispatch import Dispatch
 from hpc_compress.launch import Ended, Work
@@ -331,6 +331,21 @@ def test_what_late_tasks_go_on_from_is_not_buried(setup: Setup, tmp_path: Path, 
     monkeypatch.setattr(driver._Search, "_bury", bury)
     lightly(setup, tmp_path, "light.run", "select_after=0.5", "generations=4")
     assert max(seen) > 1
+
+
+@pytest.mark.parametrize("reported", [True, False])
+def test_the_front_is_buried_unless_the_report_measures_it(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reported: bool
+):
+    kept: list[set[str]] = []
+    keep = Store.keep_artifacts
+    monkeypatch.setattr(Store, "keep_artifacts", lambda store, keys: kept.append(set(keys)) or keep(store, keys))
+    words = ("report_candidates=1", "strategy.survivors=1", "timings=1", f"report_front={str(reported).lower()}")
+    lightly(setup, tmp_path, "light.run", *words)
+    run = analysis.open_run(tmp_path)
+    assert len(run.result.front) > 1
+    wanted = {identity.master_key(run.outcomes[id].task) for id in run.result.front}
+    assert (wanted <= kept[-1]) == reported
 
 
 def test_checkpoints_of_the_living_are_kept_however_old(tmp_path: Path):

@@ -8,7 +8,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from hpc_compress.search import survival
 from hpc_compress.search.knapsack import Knapsack
 from hpc_compress.search.strategy import AbstractSpaceStrategy
-from hpc_compress.types import Candidate, Genome, Proposal, Survey
+from hpc_compress.types import Candidate, Genome, Proposal, Step, Survey
 
 
 class Grid(AbstractSpaceStrategy):
@@ -50,12 +50,15 @@ class Grid(AbstractSpaceStrategy):
 
     def _points(self) -> Iterator[Genome]:
         """Along diagonals, so that the first points have every size and every way to deploy."""
-        survey, shape = self.known.survey, self.known.shape
-        assert survey is not None
-        knapsack = Knapsack(self.space, shape, survey)
-        structures = [knapsack.best(share) for share in self.removed]
+        cuts = [self._cut(share) for share in self.removed]
         deploys = list(self.space.possible_deploys().values())
         for shift in range(len(deploys)):
-            for at, structure in enumerate(structures):
-                training = () if structure == self.space.whole(shape) else self.space.trainings[self.training]
-                yield self.space.genome(shape, structure, training, deploys[(at + shift) % len(deploys)])
+            for at, cut in enumerate(cuts):
+                training = self.space.trainings[self.training] if cut else ()
+                yield Genome(steps=(*cut, *training), deploy=deploys[(at + shift) % len(deploys)])
+
+    def _cut(self, share: float) -> tuple[Step, ...]:
+        """The steps that remove this share of the encoder's parameters; none where nothing goes."""
+        assert self.known.survey is not None
+        structure = Knapsack(self.space, self.known.shape, self.known.survey).best(share)
+        return self.space.genome(self.known.shape, structure).steps
