@@ -123,6 +123,25 @@ def test_linears_and_the_word_embedding_alone_are_int8(model: nn.Module):
     assert len(tables) == linears + 1
 
 
+@pytest.mark.parametrize("embeddings", ["int8", "int4", "nf4", "fp4"])
+def test_a_program_looks_up_what_torch_does(model: nn.Module, embeddings: str):
+    """Of a model without blocks, whose program rounds nothing else."""
+    import onnx
+
+    for index in range(len(surgery.layers(model))):
+        surgery.prune_heads(model, index, range(surgery.head_counts(model)[index]))
+        surgery.prune_ffn(model, index, range(surgery.ffn_widths(model)[index]))
+    data = batches(model)
+    expected = says(quantized(copy.deepcopy(model), scheme="fp32", embeddings=embeddings), data)
+    programs = {name: quantized(copy.deepcopy(model), scheme="onnx_int8", embeddings=name) for name in (embeddings, "rest")}
+    for found, wanted in zip(says(programs[embeddings], data), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    tokens, features = model.get_input_embeddings().weight.shape
+    tables = [list(table.dims) for table in onnx.load_from_string(programs[embeddings].program).graph.initializer]
+    assert [tokens, features if embeddings == "int8" else features // 2] in tables
+    assert (programs[embeddings].program == programs["rest"].program) == (embeddings == "int8")
+
+
 def test_without_vnni_weights_have_7_bits(model: nn.Module, monkeypatch: pytest.MonkeyPatch):
     import onnx
     from onnx.numpy_helper import to_array
@@ -203,11 +222,9 @@ def test_threads_are_torchs_and_none_spins_after_a_run(model: nn.Module):
 # --- what is refused ---
 
 
-@pytest.mark.parametrize(
-    "params", [{"rest": "bf16"}, {"layers": {"rest": [0]}}, {"embeddings": "int8"}, {"method": "gptq"}], ids=str
-)
+@pytest.mark.parametrize("params", [{"rest": "bf16"}, {"layers": {"rest": [0]}}, {"method": "gptq"}], ids=str)
 def test_a_program_has_one_scheme(params: dict[str, Any]):
-    with pytest.raises(ConfigError, match="leave rest, layers, embeddings and method out"):
+    with pytest.raises(ConfigError, match="leave rest, layers and method out"):
         operator(Step(operator="quantize", params={"scheme": "onnx_int8", **params}))
 
 

@@ -69,8 +69,8 @@ def packed(scheme: str) -> LowBit:
 def test_the_table_has_these_schemes():
     assert PLAIN == ("fp32", "fp16", "bf16")
     assert LOW_BIT == ("int8", "nf4", "fp4", "dynamic_int8")
-    assert EMBEDDINGS == ("int8", "nf4", "fp4")
-    assert set(SCHEMES) - {*PLAIN, *LOW_BIT} == {"onnx_int8"}
+    assert set(EMBEDDINGS) == set(modeling_hpc_compress.EMBEDDING_SCHEMES) == {"int8", "int4", "nf4", "fp4"}
+    assert set(SCHEMES) - {*PLAIN, *LOW_BIT} == {"onnx_int8", "int4"}
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Scheme)])
@@ -114,6 +114,7 @@ def test_what_is_rounded_can_be_told_and_read_back():
         ({"scheme": "int3"}, "'int3' is not a scheme; choose one of fp32, "),
         ({"scheme": "fp32", "layers": {"int3": [0]}}, "'int3' is not a scheme"),
         ({"scheme": "fp32", "layers": {"onnx_int8": [0]}}, "onnx_int8 is no scheme of single linears; choose one of int8, "),
+        ({"scheme": "int4"}, "int4 is no scheme of single linears; choose one of int8, "),
         ({"scheme": "int8", "rest": "nf4"}, "nf4 is no floating-point format of a whole model; choose one of fp32, "),
         (
             {"scheme": "fp32", "embeddings": "dynamic_int8"},
@@ -134,6 +135,13 @@ def test_a_saved_scheme_that_is_not_known_is_named(model: nn.Module, tmp_path: P
     (tmp_path / "m" / "config.json").write_text(text.replace('": "int8"', '": "int3"'))
     with pytest.raises(ValueError, match="is saved as 'int3', which this version can't read; it reads int8, nf4"):
         artifact.load(tmp_path / "m")
+    reload(quantized(model, scheme="fp32", embeddings="int4"), tmp_path / "e")
+    text = (tmp_path / "e" / "config.json").read_text()
+    (tmp_path / "e" / "config.json").write_text(text.replace('": "int4"', '": "int3"'))
+    with pytest.raises(
+        ValueError, match="word_embeddings is saved as 'int3', which this version can't read; it reads int8, int4"
+    ):
+        artifact.load(tmp_path / "e")
 
 
 # --- mixed precision ---
@@ -270,7 +278,7 @@ def test_a_4_bit_embedding_decodes_to_what_bitsandbytes_makes_of_it(scheme: str,
 
 
 @pytest.mark.parametrize("features", [1, 7, 64, 65, 100])
-@pytest.mark.parametrize(("scheme", "gap"), [("int8", 1 / 254), ("nf4", 0.16), ("fp4", 1 / 6)])
+@pytest.mark.parametrize(("scheme", "gap"), [("int8", 1 / 254), ("int4", 1 / 15), ("nf4", 0.16), ("fp4", 1 / 6)])
 def test_an_embedding_of_any_width_is_near(scheme: str, gap: float, features: int):
     """gap: half the widest distance between two levels, as a share of the largest value."""
     weight = torch.randn(20, features, generator=torch.Generator().manual_seed(0))
@@ -290,7 +298,7 @@ def test_an_embedding_of_any_width_is_near(scheme: str, gap: float, features: in
     "family", ["bert", *(pytest.param(name, marks=pytest.mark.slow) for name in ("distilbert", "electra"))]
 )
 @pytest.mark.parametrize("params", [{"scheme": "fp32"}, {"scheme": "nf4", "rest": "bf16"}], ids=str)
-@pytest.mark.parametrize(("embeddings", "bits"), [("int8", 8), ("nf4", 4), ("fp4", 4)])
+@pytest.mark.parametrize(("embeddings", "bits"), [("int8", 8), ("int4", 4), ("nf4", 4), ("fp4", 4)])
 def test_a_quantized_embedding_is_small_and_saved_as_it_is(
     family: str, params: dict[str, str], embeddings: str, bits: int, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ):

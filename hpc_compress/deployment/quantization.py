@@ -37,14 +37,14 @@ def quantize(
     batches: calibration sentences, on the model's device; with them linears are rounded by GPTQ, else to nearest.
 
     A linear of a width that its scheme can't take stays in the rest's precision, and a line in the log says so. A scheme that
-    makes a program of the whole model leaves nothing to choose: the other arguments have no effect on it.
+    makes a program of the whole model leaves only `embeddings` to choose: the other arguments have no effect on it.
 
     Raises: ValueError for a scheme that does not exist, or has no form for what it is asked for.
     """
     own = schemes_of(model, scheme, layers or {})
     whole = schemes.named(scheme).weights
     if isinstance(whole, Program):
-        return whole.convert(model, own)
+        return whole.convert(model, own, _embedding(whole.embedding if embeddings == "rest" else embeddings))
     # Both methods round the weights as they are in the rest's precision.
     plain = scheme if scheme in PLAIN else rest
     if batches is None:

@@ -136,13 +136,17 @@ class FourBit(LowBit):
 class Program:
     """A format of a whole model, which is then no model of torch any more."""
 
-    convert: Callable[["PreTrainedModel", dict[str, str]], "PreTrainedModel"]  # from a model, and the scheme of each linear
+    # From a model, the scheme of each linear, and what rounds the word embedding.
+    convert: Callable[["PreTrainedModel", dict[str, str], Callable[["torch.Tensor"], "nn.Embedding"]], "PreTrainedModel"]
+    embedding: str  # the scheme of the word embedding, unless another one is chosen
 
 
-def _to_onnx(model: "PreTrainedModel", linears: dict[str, str]) -> "PreTrainedModel":
+def _to_onnx(
+    model: "PreTrainedModel", linears: dict[str, str], embedding: Callable[["torch.Tensor"], "nn.Embedding"]
+) -> "PreTrainedModel":
     from hpc_compress.deployment import onnx_int8
 
-    return onnx_int8.convert(model, linears, _int8_embedding)
+    return onnx_int8.convert(model, linears, embedding)
 
 
 # --- word embeddings ---
@@ -160,19 +164,25 @@ def _int8_embedding(weight: "torch.Tensor") -> "nn.Embedding":
 
 
 def _four_bit_embedding(scheme: str) -> Callable[["torch.Tensor"], "nn.Embedding"]:
-    """Rounded to nearest, one scale for each block of a row. scheme: nf4 or fp4."""
+    """Rounded to nearest, one scale for each block of a row. scheme: nf4, fp4 or int4."""
 
     def rounded(weight: "torch.Tensor") -> "nn.Embedding":
+        import torch
         import torch.nn.functional as F
         from bitsandbytes.functional import get_4bit_type
 
         from hpc_compress.deployment.gptq import nearest
         from hpc_compress.models.modeling_hpc_compress import EMBEDDING_BLOCK, QuantizedEmbedding
 
-        features, levels = weight.shape[1], get_4bit_type(scheme, device="cpu")
+        features = weight.shape[1]
         blocks = F.pad(weight, (0, -features % EMBEDDING_BLOCK)).unflatten(1, (-1, EMBEDDING_BLOCK))
         scale = blocks.abs().amax(2)  # (tokens, blocks)
         shares = (blocks.float() / scale.float().clamp(min=1e-30)[..., None]).flatten(1)[:, :features]
+        if scheme == "int4":
+            codes = F.pad(torch.round((shares + 1) * 7.5).to(torch.uint8), (0, features % 2))
+            first, second = codes.chunk(2, 1)
+            return QuantizedEmbedding(scheme, features, first << 4 | second, scale)
+        levels = get_4bit_type(scheme, device="cpu")
         return QuantizedEmbedding(scheme, features, _two_a_byte(nearest(shares, levels)), scale, levels)
 
     return rounded
@@ -194,7 +204,7 @@ def _two_a_byte(codes: "torch.Tensor") -> "torch.Tensor":
 class Scheme:
     """What a precision is. No field has a default: one that a new row forgets is an error when this module is imported."""
 
-    weights: Plain | LowBit | Program
+    weights: Plain | LowBit | Program | None  # None: it is one for word embeddings only
     devices: tuple[str, ...]  # on which it runs
     multiple: int  # of which the inputs of a linear must be a multiple; with others bitsandbytes is slow or wrong
     rests: tuple[str, ...]  # plain schemes that the rest of the model may have beside it; of a plain scheme: its own
@@ -237,6 +247,16 @@ SCHEMES = {
     "int8": _by_bitsandbytes(Int8(), multiple=4, embedding=_int8_embedding),
     "nf4": _by_bitsandbytes(FourBit("nf4"), multiple=32, embedding=_four_bit_embedding("nf4")),
     "fp4": _by_bitsandbytes(FourBit("fp4"), multiple=32, embedding=_four_bit_embedding("fp4")),
+    "int4": Scheme(
+        weights=None,
+        devices=("cpu", "cuda"),
+        multiple=1,
+        rests=("fp32", "fp16", "bf16"),
+        embedding=_four_bit_embedding("int4"),
+        packages=(),
+        extra=None,
+        note=None,
+    ),
     "dynamic_int8": Scheme(
         weights=DynamicInt8(),
         devices=("cpu",),
@@ -248,7 +268,7 @@ SCHEMES = {
         note=None,
     ),
     "onnx_int8": Scheme(
-        weights=Program(_to_onnx),
+        weights=Program(_to_onnx, embedding="int8"),
         devices=("cpu",),
         multiple=1,
         rests=("fp32",),
@@ -258,6 +278,7 @@ SCHEMES = {
         note="It runs in ONNX Runtime, on CPUs: `pip install onnxruntime`.",
     ),
 }
+WHOLE = tuple(name for name, row in SCHEMES.items() if row.weights is not None)
 PLAIN = tuple(name for name, row in SCHEMES.items() if isinstance(row.weights, Plain))
 LOW_BIT = tuple(name for name, row in SCHEMES.items() if isinstance(row.weights, LowBit))
 EMBEDDINGS = tuple(name for name, row in SCHEMES.items() if row.embedding)

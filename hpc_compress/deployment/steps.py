@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from hpc_compress.config import ConfigError
 from hpc_compress.context import Context
-from hpc_compress.deployment.schemes import EMBEDDINGS, LOW_BIT, PLAIN, SCHEMES, Plain, Program
+from hpc_compress.deployment.schemes import EMBEDDINGS, LOW_BIT, PLAIN, SCHEMES, WHOLE, Plain, Program
 from hpc_compress.types import Record
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     LayerScheme = str
     EmbeddingScheme = str
 else:  # pydantic reads the names from the table
-    AnyScheme = Literal[tuple(SCHEMES)]
+    AnyScheme = Literal[WHOLE]
     PlainScheme = Literal[PLAIN]
     LayerScheme = Literal[(*LOW_BIT, "rest")]
     EmbeddingScheme = Literal[("rest", *EMBEDDINGS)]
@@ -28,8 +28,8 @@ else:  # pydantic reads the names from the table
 class Quantize(Record):
     """Deploy in a lower precision. int8, nf4 and fp4 hold the encoder's linears in bitsandbytes layers, which save memory and
     no time; a linear of a width that its scheme can't take stays in the rest's precision. dynamic_int8 and onnx_int8 are the
-    fast ones on CPUs, and run nowhere else. onnx_int8 makes a program for ONNX Runtime, with the word embedding in int8 too
-    and the rest in fp32: no step can follow it."""
+    fast ones on CPUs, and run nowhere else. onnx_int8 makes a program for ONNX Runtime, with the word embedding in int8 too,
+    unless `embeddings` says otherwise, and the rest in fp32: no step can follow it."""
 
     scheme: AnyScheme = Field(description="of the encoder's linears; fp16 and bf16: of the whole model")
     rest: PlainScheme = Field(
@@ -48,9 +48,8 @@ class Quantize(Record):
     def _consistent(self) -> "Quantize":
         weights = SCHEMES[self.scheme].weights
         plain = isinstance(weights, Plain)
-        others = (self.rest, self.layers, self.embeddings, self.method)
-        if isinstance(weights, Program) and others != ("fp32", {}, "rest", "round"):
-            raise ValueError(f"scheme={self.scheme} is one for the whole model; leave rest, layers, embeddings and method out")
+        if isinstance(weights, Program) and (self.rest, self.layers, self.method) != ("fp32", {}, "round"):
+            raise ValueError(f"scheme={self.scheme} is one for the whole model; leave rest, layers and method out")
         if plain and self.rest != "fp32":
             raise ValueError(f"rest={self.rest} has no effect with scheme={self.scheme}; leave it out")
         named = [index for indices in self.layers.values() for index in indices]

@@ -203,6 +203,7 @@ FAMILIES = {
 
 
 SPARSE = ("sparse", "2:4")  # linears that are saved without their zeros
+EMBEDDING_SCHEMES = ("int8", "int4", "nf4", "fp4")
 WEIGHTS, PROGRAM = "model.safetensors", "model.onnx"  # a saved model has one of the two
 
 
@@ -739,12 +740,13 @@ def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], quantized: 
         path = prefix + name
         own = {key.removeprefix(path + "."): tensors.pop(key) for key in list(tensors) if key.startswith(path + ".")}
         module = model.get_submodule(path)
+        known = EMBEDDING_SCHEMES if isinstance(module, nn.Embedding) else tuple(RESTORE)
+        if scheme not in known:
+            raise ValueError(f"{name} is saved as {scheme!r}, which this version can't read; it reads {', '.join(known)}")
         if isinstance(module, nn.Embedding):
             restored = QuantizedEmbedding.restored(module, own, scheme)
-        elif scheme in RESTORE:
-            restored = RESTORE[scheme](module, own)
         else:
-            raise ValueError(f"{name} is saved as {scheme!r}, which this version can't read; it reads {', '.join(RESTORE)}")
+            restored = RESTORE[scheme](module, own)
         replace(model, path, restored)
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     missing = [key for key in missing if not any(key.startswith(f"{prefix}{name}.") for name in quantized)]
@@ -842,7 +844,7 @@ class DynamicInt8Linear(nn.Linear):
         return cls(tensors["weight"], tensors["scale"], tensors.get("bias"))
 
 
-EMBEDDING_BLOCK = 64  # features of a row that share a scale in nf4 and fp4, as in bitsandbytes' linears; int8: the whole row
+EMBEDDING_BLOCK = 64  # features of a row that share a scale in 4 bits, as in bitsandbytes' linears; int8: the whole row
 
 
 class SharedEmbedding(nn.Module):
@@ -866,7 +868,7 @@ def row_type(rows: int) -> torch.dtype:
 
 
 class QuantizedEmbedding(nn.Embedding):
-    """A word embedding in int8, nf4 or fp4. Only the rows that are looked up are decoded, on any device.
+    """A word embedding in int8, int4, nf4 or fp4. Only the rows that are looked up are decoded, on any device.
 
     (bitsandbytes has such layers too, which can't be saved.)
     """
@@ -874,10 +876,12 @@ class QuantizedEmbedding(nn.Embedding):
     def __init__(
         self, scheme: str, features: int, weight: torch.Tensor, scale: torch.Tensor, levels: torch.Tensor | None = None
     ) -> None:
-        """weight: (tokens, features) int8, or (tokens, features / 2 rounded up) uint8, the first of two codes in the high bits.
+        """weight: (tokens, features) int8, or (tokens, features / 2 rounded up) uint8 with two codes in a byte: of nf4 and fp4
+        the first of two neighbours in the high bits, of int4 the first half of the features there.
 
         scale: (tokens, blocks), the largest absolute value of each block. Its dtype is that of the output.
-        levels: (16,) float32, what the codes stand for, as shares of the scale; None for int8.
+        levels: (16,) float32, what the codes of nf4 and fp4 stand for, as shares of the scale. Those of int4 are 16 even steps
+        from -1 to 1, which a program computes several times faster than it looks levels up.
         """
         super().__init__(len(weight), features, device="meta")
         self.scheme = scheme
@@ -887,11 +891,18 @@ class QuantizedEmbedding(nn.Embedding):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         rows, scale = self.weight[ids], cast(torch.Tensor, self.scale)[ids]
-        if self.levels is None:
+        if self.scheme == "int8":
             return (rows * (scale.float() / 127)).to(scale.dtype)
-        codes = torch.stack((rows >> 4, rows & 15), -1).flatten(-2)[..., : self.embedding_dim]
-        values = cast(torch.Tensor, self.levels)[codes.long()]
-        return (values * scale.repeat_interleave(EMBEDDING_BLOCK, -1)[..., : self.embedding_dim]).to(scale.dtype)
+        if self.scheme == "int4":
+            bytes_ = rows.float()
+            high = torch.floor(bytes_ / 16)
+            values = torch.cat((high, bytes_ - 16 * high), -1) / 7.5 - 1
+        else:
+            codes = torch.stack((rows >> 4, rows & 15), -1).flatten(-2)
+            values = cast(torch.Tensor, self.levels)[codes.long()]
+        # As `repeat_interleave`, of which torch's exporter to ONNX infers a wrong shape.
+        scales = scale[..., None].expand(*scale.shape, EMBEDDING_BLOCK).flatten(-2)
+        return (values[..., : self.embedding_dim] * scales[..., : self.embedding_dim]).to(scale.dtype)
 
     @classmethod
     def restored(cls, embedding: nn.Embedding, tensors: dict[str, torch.Tensor], scheme: str) -> nn.Module:
