@@ -22,6 +22,7 @@ class Grid(AbstractSpaceStrategy):
     )
     training: str = Field(default="short", description="the training after a cut, a name of space.trainings")
     _next: int = PrivateAttr(default=0)  # the first point that was not proposed yet
+    _done: bool = PrivateAttr(default=False)  # whether nothing was left to be proposed
 
     @model_validator(mode="after")
     def _possible(self) -> "Grid":
@@ -42,7 +43,13 @@ class Grid(AbstractSpaceStrategy):
             if self._is_new(genome := points[self._next]):
                 proposals.append(Proposal(genome=genome))
             self._next += 1
+        self._done = not proposals
         return proposals
+
+    @property
+    def ended(self) -> str:
+        """Why nothing more is proposed; "": there is more."""
+        return "the whole grid is measured" if self._done else ""
 
     def tell(self, population: Sequence[Candidate], candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
         """Returns the front, the highest score first."""
