@@ -119,6 +119,7 @@ def test_bad_names_are_told_from_good_ones():
         config.check_name(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*BAD_NAMES[:3], *(pytest.param(name, marks=pytest.mark.slow) for name in BAD_NAMES[3:])])
 def test_a_name_that_leads_elsewhere_is_refused(ask: Ask, tmp_path: Path, name: str):
     for folder in ("base", "artifacts", "checkpoints", "results"):
@@ -140,6 +141,7 @@ def test_every_name_of_a_sweep_is_looked_at(ask: Ask, tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_sweep_leaves_a_folder_that_holds_something_else_as_it_is(ask: Ask, tmp_path: Path, rows: list[str]):
     mine = tmp_path / "results/mine"
     mine.mkdir(parents=True)
@@ -162,6 +164,7 @@ def test_what_an_earlier_sweep_has_left_is_no_reason_to_refuse(ask: Ask, tmp_pat
     assert {"mine/multirun.yaml", "my_run/multirun.yaml"} <= files(tmp_path / "results").keys()
 
 
+@pytest.mark.slow
 def test_a_folder_that_holds_something_else_is_left_as_it_is(ask: Ask, tmp_path: Path, rows: list[str]):
     mine = tmp_path / "results/mine"
     (mine / ".hydra").mkdir(parents=True)
@@ -186,6 +189,7 @@ def test_the_draft_of_a_killed_drivers_first_file_is_no_foreign_file(tmp_path: P
         guard._require_ours(Store(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_refused_start_leaves_the_record_of_the_run_alone(ask: Ask, tmp_path: Path, rows: list[str]):
     run = tmp_path / "results/mine"
     (run / ".hydra").mkdir(parents=True)
@@ -197,6 +201,7 @@ def test_a_refused_start_leaves_the_record_of_the_run_alone(ask: Ask, tmp_path: 
         assert files(run) == before
 
 
+@pytest.mark.slow
 def test_no_group_can_write_where_a_start_has_made_folders(ask: Ask, tmp_path: Path, rows: list[str]):
     """A refused one too, by Hydra, before the driver begins."""
     before = os.umask(0o002)
@@ -320,6 +325,7 @@ BAD_SETTINGS = [
 QUICK_ONES = [*BAD_SETTINGS[::10], "~protocol", "~launcher"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting", [setting if setting in QUICK_ONES else pytest.param(setting, marks=pytest.mark.slow) for setting in BAD_SETTINGS]
 )
@@ -549,6 +555,7 @@ def test_any_config_is_answered(tmp_path_factory: pytest.TempPathFactory, change
             Shape.of(json.loads((folder / "config.json").read_text()))
 
 
+@pytest.mark.slow
 @QUICK
 @hypothesis.given(place=st.integers(0, 600), byte=st.integers(0, 255), end=st.none() | st.integers(0, 900))
 def test_any_weights_are_answered(tmp_path_factory: pytest.TempPathFactory, place: int, byte: int, end: int | None):
@@ -596,6 +603,7 @@ def test_any_description_of_a_run_is_answered(tmp_path_factory: pytest.TempPathF
 # --- exit codes ---
 
 
+@pytest.mark.slow
 def test_a_sweep_names_each_failed_run_and_fails(ask: Ask, tmp_path: Path, rows: list[str]):
     answer = ask("search", "-m", *rows, "model.path=nowhere,neither", "name=sweep", "generations=0")
     assert answer.code == 1
@@ -604,6 +612,7 @@ def test_a_sweep_names_each_failed_run_and_fails(ask: Ask, tmp_path: Path, rows:
     assert not list(tmp_path.glob("results/.failed*"))
 
 
+@pytest.mark.slow
 def test_a_sweep_whose_driver_was_killed_names_the_other_failed_runs_too(
     ask: Ask, tmp_path: Path, rows: list[str], monkeypatch: pytest.MonkeyPatch
 ):
@@ -643,6 +652,7 @@ def test_the_drivers_of_a_sweep_ask_for_no_wckey(
         script.unlink()
 
 
+@pytest.mark.slow
 def test_a_sweep_of_which_a_run_met_a_filesystem_that_was_away_may_be_tried_again(
     ask: Ask, tmp_path: Path, rows: list[str], monkeypatch: pytest.MonkeyPatch
 ):
@@ -685,6 +695,7 @@ def test_every_mistake_has_its_exit_code(ask: Ask, monkeypatch: pytest.MonkeyPat
     assert code == 130 or answer.stderr.startswith("hpc-compress status: ")
 
 
+@pytest.mark.slow
 def test_a_sweep_whose_folders_would_have_too_long_names_is_told_what_to_do(ask: Ask, rows: list[str]):
     answer = ask("search", "-m", *rows, f"model.path={'x' * 250}", "seed=1,2", "name=fine")
     assert answer.code == 2
@@ -700,6 +711,7 @@ def test_a_mistake_of_the_program_shows_where_it_happened(ask: Ask, monkeypatch:
         ask("status", "x")
 
 
+@pytest.mark.slow
 def test_a_reader_who_has_seen_enough_is_no_error():
     words = "import sys; sys.argv = ['hpc-compress', '--help']; from hpc_compress import cli; cli.main()"
     with subprocess.Popen([sys.executable, "-c", words], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -709,6 +721,7 @@ def test_a_reader_who_has_seen_enough_is_no_error():
         assert process.stderr.read() == b""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

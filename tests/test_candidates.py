@@ -40,6 +40,7 @@ def table(folder: Path) -> pd.DataFrame:
 # --- the table ---
 
 
+@pytest.mark.slow
 def test_runs_are_given_as_a_path_a_folder_of_a_sweep_or_a_pattern(folder: Path, monkeypatch: pytest.MonkeyPatch):
     both = hpc_compress.load_runs(folder)
     assert both["run"].unique().tolist() == ["made-0", "made-1"]
@@ -101,6 +102,7 @@ def test_energy_is_told_where_the_device_tells_it(folder: Path):
     assert set(energy.dropna()) == {900.0}
 
 
+@pytest.mark.slow
 def test_a_csv_and_a_parquet_file_hold_the_same_table(folder: Path, tmp_path: Path):
     both = hpc_compress.load_runs(folder)
     analysis.write_report(analysis.open_runs(analysis.find_runs(folder)), tmp_path)

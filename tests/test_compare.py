@@ -178,6 +178,7 @@ def test_pairs_are_of_one_dataset_and_seed():
 # --- the files ---
 
 
+@pytest.mark.slow
 def test_a_comparison_leaves_a_table_a_text_and_a_picture(runs: Path, tmp_path: Path):
     text = analysis.write_comparison(analysis.find_runs([runs]), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"compare.md", "compare.csv", "compare.png"}
@@ -195,6 +196,7 @@ def test_a_comparison_leaves_a_table_a_text_and_a_picture(runs: Path, tmp_path: 
     assert "Reference: screens." in analysis.write_comparison(analysis.find_runs([runs]), tmp_path, "screens")
 
 
+@pytest.mark.slow
 def test_what_is_not_measured_on_the_report_split_is_said(setup: Setup, runs: Path, tmp_path: Path):
     setup.run(tmp_path / "screens-2", *screens.SETTINGS, "seed=2", "report_candidates=1", launcher=Debug(worker="screens.run"))
     text = analysis.write_comparison([runs / "genetic-0", tmp_path / "screens-2"], tmp_path)
@@ -234,6 +236,7 @@ def test_each_seed_may_have_a_base_model_of_its_own(copied: Path):
     assert len(set(compare.curves(opened(copied))["seed"])) == 2
 
 
+@pytest.mark.slow
 def test_the_benchmark_keeps_what_other_days_found(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     import strategies
@@ -251,6 +254,7 @@ def test_the_benchmark_keeps_what_other_days_found(runs: Path, tmp_path: Path, m
     assert (tmp_path / "strategies.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_given_twice_is_refused(copied: Path):
     shutil.copytree(copied / "genetic-0", copied / "again" / "genetic-0")
     with pytest.raises(ConfigError, match="are both genetic on words with seed=0"):
@@ -290,6 +294,7 @@ def entries(setup: Setup, folder: Path, **words: tuple[str, ...]) -> list[contes
     return made
 
 
+@pytest.mark.slow
 def test_the_others_spend_what_the_reference_spent(setup: Setup, tmp_path: Path):
     progress = Silent()
     made = entries(setup, tmp_path, screens=screens.SETTINGS[:2], genetic=GENETIC)
@@ -304,6 +309,7 @@ def test_the_others_spend_what_the_reference_spent(setup: Setup, tmp_path: Path)
         assert run.result.stopped.startswith("budget.device_hours")
 
 
+@pytest.mark.slow
 def test_what_has_come_to_its_end_is_not_run_again(setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     made = entries(setup, tmp_path, genetic=GENETIC, screens=screens.SETTINGS[:2])
     contest.run(made, "genetic", Silent())
@@ -330,6 +336,7 @@ def test_a_search_that_fails_does_not_end_the_others(setup: Setup, tmp_path: Pat
     assert "the budget is not known" in outcome.failed[tmp_path / "screens-0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("limited", "last"), [(False, False), (True, True)])
 def test_a_budget_of_their_own_ends_all_of_them(setup: Setup, tmp_path: Path, limited: bool, last: bool):
     words = (*GENETIC[:1], "generations=1", f"budget.device_hours={20 / 3600}")
@@ -372,6 +379,7 @@ def test_a_mistake_is_named_before_the_first_search(
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_runs_that_are_there_are_compared_by_the_command(
     copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

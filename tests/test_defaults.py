@@ -77,6 +77,7 @@ def test_bf16_is_for_processors_that_compute_in_it(machine: Callable[..., None])
     assert set(resolved("launcher=slurm", "cluster.gpus_per_node=0")[1]) == {"int8", "nf4"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "gpus", "device"),
     [
@@ -106,6 +107,7 @@ def test_what_a_user_sets_wins(machine: Callable[..., None]):
     assert strategy.quantizations["int8"].step.params["rest"] == "fp16"  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpus", [0, 1])
 def test_the_published_setting_has_precisions_of_its_own(machine: Callable[..., None], gpus: int):
     machine(gpus=gpus, packages=("onnx", "onnxruntime"), flags="amx_bf16")
@@ -122,6 +124,7 @@ def test_a_setting_without_a_value_for_the_device_is_named(machine: Callable[...
         resolved("objective.a={cuda: 3}")
 
 
+@pytest.mark.slow
 def test_a_child_can_return_to_full_precision_and_to_the_whole_vocabulary(machine: Callable[..., None]):
     for gpus in (0, 1):
         machine(gpus=gpus)
@@ -139,6 +142,7 @@ def refuse(root: str, task_ids: list[str], **ignored: Any) -> Iterator[str]:
         yield task_id
 
 
+@pytest.mark.slow
 def test_the_run_folder_holds_what_was_chosen(tmp_path: Path, setup: Setup):
     root = tmp_path / "results/test"
     answer = ask(tmp_path, "search", *setup.overrides, "generations=0", "+launcher.worker=test_defaults.refuse")

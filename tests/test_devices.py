@@ -79,6 +79,7 @@ def with_structure(candidate: Candidate, screen: Any) -> Candidate:
     return found.model_copy(update={"measurement": found.measurement.model_copy(update={"structure": structure})})
 
 
+@pytest.mark.slow
 def test_evolve_searches_for_the_fronts_of_all_devices():
     chains = list(world.SPACE.possible_deploys().values())
     blocks = tuple(world.block(timed(chain), factor) for chain, factor in zip(chains, (1, 0.3, 3), strict=True))

@@ -239,6 +239,7 @@ def test_a_projection_is_trained_and_thrown_away(bert: Path, tiny_checkpoint: Ca
     assert not torch.equal(seen["before"], seen["after"])
 
 
+@pytest.mark.slow
 def test_companions_change_nothing_for_the_model(bert: Path):
     """Even where their gradients are a million times larger."""
     data, how = examples(), FineTune(**HOW)
@@ -258,6 +259,7 @@ def test_companions_change_nothing_for_the_model(bert: Path):
 # --- the teacher's outputs ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("regression", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["classes", "regression"])
 def test_outputs_from_disk_are_the_teachers(regression: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(teaching, "CHUNK", 7)
@@ -282,6 +284,7 @@ def test_outputs_from_disk_are_the_teachers(regression: bool, folder: Path, tmp_
     assert outputs.answer(batch, False).hidden == ()
 
 
+@pytest.mark.slow
 def test_with_outputs_on_disk_the_teacher_is_never_asked(bert: Path, tmp_path: Path):
     teacher, data = load(bert), examples()
     outputs = written(tmp_path / "t", teacher, data)
@@ -293,6 +296,7 @@ def test_with_outputs_on_disk_the_teacher_is_never_asked(bert: Path, tmp_path: P
     assert len(asked) == UPDATES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{"layers": 1}, {"online": True}], ids=str)
 def test_what_is_not_on_disk_is_asked_for_live(more: dict[str, Any], bert: Path):
     def taught() -> None:
@@ -364,6 +368,7 @@ def writes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], int]
     return lambda: len(log.read_text()) if log.exists() else 0
 
 
+@pytest.mark.slow
 def test_outputs_are_computed_once_a_run(bert: Path, tmp_path: Path, writes: Callable[[], int]):
     store, task = run_folder(tmp_path / "run", bert)
     context_of = multiprocessing.get_context("fork")
@@ -412,6 +417,7 @@ def test_the_disk_bound_is_kept(bert: Path, tmp_path: Path, writes: Callable[[],
     assert writes() == 1
 
 
+@pytest.mark.slow
 def test_a_full_disk_fails_no_distillation(
     bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
@@ -429,6 +435,7 @@ def test_a_full_disk_fails_no_distillation(
     assert [record.levelname for record in caplog.records if "goes on without storing" in record.message] == ["WARNING"]
 
 
+@pytest.mark.slow
 def test_a_workers_distillation_is_from_disk(bert: Path, tmp_path: Path, writes: Callable[[], int]):
     """And its weights are those of a worker that finds the outputs there."""
     (one, task), (other, _) = run_folder(tmp_path / "one", bert), run_folder(tmp_path / "other", bert)

@@ -361,11 +361,13 @@ def checks(monkeypatch: pytest.MonkeyPatch, printing: Callable[..., Path]) -> Ch
     return Checks(monkeypatch, printing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS, ids=str)
 def test_a_command_would_be_accepted(command: Command, checks: Checks, here: Path):
     checks.check(command.words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "line",
     [

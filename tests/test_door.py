@@ -281,6 +281,7 @@ def test_a_run_without_its_base_model_is_shown(root: Path):
         _ = analysis.open_run(root).base_id
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "figures",
     [
@@ -306,6 +307,7 @@ def test_figures_that_nobody_can_have_measured_are_damage(root: Path, figures: d
     READERS["report"](root)
 
 
+@pytest.mark.slow
 def test_a_report_does_without_the_base_model(root: Path, caplog: pytest.LogCaptureFixture):
     rows = json.loads((root / "run.json").read_text())["rows"]
     huge = [{**overlap, "rows": 10**400} for overlap in rows["overlaps"]]
@@ -347,6 +349,7 @@ def answered(root: Path) -> None:
             reader(root)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -411,6 +414,7 @@ def test_any_change_of_a_record_is_answered(finished: Path, tmp_path_factory: py
 # --- what is printed and written ---
 
 
+@pytest.mark.slow
 def test_no_text_of_a_stranger_runs_in_a_spreadsheet_or_a_terminal(root: Path):
     dataset = json.loads((root / "run.json").read_text())["dataset"]
     change(root / "run.json", dataset={**dataset, "name": "=HYPERLINK(1)|\x1b[2J\nnext $\\frac{$"})
@@ -426,6 +430,7 @@ def test_no_text_of_a_stranger_runs_in_a_spreadsheet_or_a_terminal(root: Path):
     assert len(lines) == 2 + len(table)
 
 
+@pytest.mark.slow
 def test_a_report_never_writes_through_a_link(root: Path, tmp_path: Path):
     (tmp_path / "mine.txt").write_text("precious")
     (root / "report.md").symlink_to(tmp_path / "mine.txt")
@@ -433,6 +438,7 @@ def test_a_report_never_writes_through_a_link(root: Path, tmp_path: Path):
     assert (tmp_path / "mine.txt").read_text() == "precious"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EACCES], ids=errno.errorcode.get)
 def test_a_report_that_can_not_be_written_says_so(root: Path, monkeypatch: pytest.MonkeyPatch, number: int):
     def refuse(*arguments: object) -> None:

@@ -117,6 +117,19 @@ def test_samples_differ_from_screen_to_screen_and_grow():
     assert samples[-1].judge > samples[0].judge
 
 
+def test_some_of_the_best_are_judged_again_beside_their_rivals():
+    seen: set[str] = set()
+    again = []
+    for turn in played(20, screens=8, switching=0, rescoring=False):
+        screened = [identity.canonical(proposal.genome) for proposal in turn.proposals if proposal.screen]
+        if screened:
+            again.append(sum(genome in seen for genome in screened))
+            seen.update(screened)
+    assert len(again) > 3
+    assert again[0] == 0
+    assert set(again[1:]) == {2}, "a quarter of them"
+
+
 WANTED = Target(quality=0.9, speed_up=3)
 FOUND = Structure(heads=(1, 0, 1), ffn=(32, 0, 64))
 
@@ -186,6 +199,7 @@ def test_the_probe_tries_the_step_that_finds_structures():
     assert "prune" in {step.operator for step in rehearsal.steps}
 
 
+@pytest.mark.slow
 def test_a_target_draws_the_search_near_it():
     def missed(target: Target) -> float:
         known = world.KNOWN.model_copy(update={"target": target})
@@ -232,6 +246,7 @@ def test_a_time_that_contradicts_its_prediction_is_measured_again():
 # --- the budget ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [60.0, 111.0, 180.0])
 def test_the_last_generation_is_as_small_as_the_budget_asks(budget: float):
     spent, sizes = 0.0, []

@@ -185,6 +185,7 @@ def with_candidate(root: Path, genome: Genome) -> str:
     return task_id
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_a_run_imports_nothing_without_trust(
     kind: str,

@@ -103,6 +103,7 @@ def test_a_process_that_outlives_its_job_is_waited_for(tmp_path: Path):
     assert not run.said("lost")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 def test_a_storm_of_faults_changes_no_outcome(tmp_path: Path, seed: int):
     chance = random.Random(seed)
@@ -325,6 +326,7 @@ def test_a_node_on_which_jobs_keep_dying_is_left_out(tmp_path: Path):
     assert left_out == sorted(left_out)  # once left out, it stays so
 
 
+@pytest.mark.slow
 def test_tasks_that_kill_their_jobs_condemn_no_node(tmp_path: Path):
     """One task in twenty, wherever it runs."""
     tasks = made_up(160)
@@ -977,6 +979,7 @@ def test_a_local_process_takes_the_gpu_and_threads_that_it_was_given(tmp_path: P
     assert os.environ["OMP_NUM_THREADS"] == "2"
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_command_gives_workers_own_modules_and_hides_no_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

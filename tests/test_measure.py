@@ -172,6 +172,7 @@ def test_the_best_precision_of_a_gpu_that_only_emulates_bf16_is_fp16(real_bf16: 
     assert best == ("bf16" if real_bf16 else "fp16")
 
 
+@pytest.mark.slow
 def test_a_report_tells_of_models_that_are_bound_by_the_start_of_kernels(setup: Setup, tmp_path: Path):
     setup.run(tmp_path, "generations=0")
     table = analysis.report(analysis.open_runs([tmp_path]))
@@ -195,6 +196,7 @@ def counted(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
+@pytest.mark.slow
 def test_the_table_of_block_times_is_exact_where_the_clock_is(counted: Clock, tiny_checkpoint: Callable[..., Path]):
     model = build("bert", tiny_checkpoint)
     batches = sample(batches=3)
@@ -206,6 +208,7 @@ def test_the_table_of_block_times_is_exact_where_the_clock_is(counted: Clock, ti
     assert times.ffn_ms == pytest.approx([count * per_neuron * tokens * 1e-6 for count in times.widths])
 
 
+@pytest.mark.slow
 def test_the_table_leaves_batches_out_where_it_would_take_too_long(
     counted: Clock, tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ):

@@ -457,6 +457,7 @@ def _run_folder(root: Path, checkpoint: Path) -> tuple[Store, Task]:
     return store, task
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("positive", "f1"), [("duplicate", 0.4), ("not_duplicate", 0.0)])
 def test_the_worker_takes_f1_of_the_positive_class(
     positive: str, f1: float, tiny_checkpoint: Callable[..., Path], tmp_path: Path

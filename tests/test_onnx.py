@@ -172,6 +172,7 @@ def test_a_model_that_lost_all_blocks_is_a_program_too(model: nn.Module):
         torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.slow
 def test_converting_is_silent_and_always_the_same(model: nn.Module, capfd: pytest.CaptureFixture[str]):
     handlers = list(logging.getLogger().handlers)
     with warnings.catch_warnings():
@@ -185,6 +186,7 @@ def test_converting_is_silent_and_always_the_same(model: nn.Module, capfd: pytes
 # --- saved = loaded ---
 
 
+@pytest.mark.slow
 def test_a_program_is_saved_as_it_is_and_small(model: nn.Module, tmp_path: Path):
     data = batches(model)
     reload(quantized(copy.deepcopy(model), scheme="dynamic_int8", embeddings="int8"), tmp_path / "dynamic")
@@ -204,6 +206,7 @@ def test_a_program_is_saved_as_it_is_and_small(model: nn.Module, tmp_path: Path)
     assert artifact.parameters(artifact.load(tmp_path / "dynamic")) == artifact.parameters(once)
 
 
+@pytest.mark.slow
 def test_threads_are_torchs_and_none_spins_after_a_run(model: nn.Module):
     data, threads = batches(model), torch.get_num_threads()
     try:
@@ -321,6 +324,7 @@ def test_what_a_search_measured_is_what_it_exports(setup: Any, tmp_path: Path):
     assert (again / PROGRAM).read_bytes() == (target / PROGRAM).read_bytes()
 
 
+@pytest.mark.slow
 def test_no_step_can_follow_a_program(setup: Any, tmp_path: Path):
     early = (
         "strategy.vocabularies={trim: {weight: 0}}",

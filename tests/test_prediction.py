@@ -213,6 +213,7 @@ def taken(model: nn.Module, monkeypatch: pytest.MonkeyPatch, **study: Any) -> De
     return profiling.profile(Profiling(**{"seconds": 0.1, **study}), model, MeasurementProtocol(batch_size=8), context(model))
 
 
+@pytest.mark.slow
 def test_a_profile_finds_what_each_block_takes(model: nn.Module, monkeypatch: pytest.MonkeyPatch):
     bf16 = (Step(operator="quantize", params={"scheme": "bf16"}),)
     found = taken(model, monkeypatch, deploys=((TRIM, *bf16), bf16))
@@ -231,6 +232,7 @@ def test_a_profile_finds_what_each_block_takes(model: nn.Module, monkeypatch: py
                 assert block.ffn_ms[i][j] == pytest.approx([factor * ffn_ms(rows, length, width) for width in block.widths])
 
 
+@pytest.mark.slow
 def test_a_profile_leaves_the_model_as_it_was(model: nn.Module, monkeypatch: pytest.MonkeyPatch):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     tokens = model.config.vocab_size
@@ -239,6 +241,7 @@ def test_a_profile_leaves_the_model_as_it_was(model: nn.Module, monkeypatch: pyt
     assert model.config.vocab_size == tokens == model.get_input_embeddings().num_embeddings
 
 
+@pytest.mark.slow
 def test_steps_that_calibrate_can_be_profiled(model: nn.Module, monkeypatch: pytest.MonkeyPatch):
     sparse = (Step(operator="sparsify", params={"share": 0.5}),)
     assert taken(model, monkeypatch, deploys=(sparse,)).blocks[1].deploy == sparse
@@ -250,6 +253,7 @@ def test_noise_in_a_profile_is_smoothed_until_it_rises():
     assert profiling._rising(rising).tolist() == rising.tolist()
 
 
+@pytest.mark.slow
 def test_a_real_clock_gives_a_profile_too(tiny_checkpoint: Callable[..., Path]):
     model = load(tiny_checkpoint("bert", layers=1, heads=HEADS, hidden=32, ffn=WIDTH))
     study = Profiling(seconds=0.1, deploys=((Step(operator="quantize", params={"scheme": "dynamic_int8"}),),))

@@ -326,6 +326,7 @@ def test_a_device_is_profiled_in_its_best_precision_too(folder: Path, gpu: Memor
     assert next(model.parameters()).device == CUDA
 
 
+@slow
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
 def test_a_quantized_model_leaves_nothing_behind(scheme: str, folder: Path, gpu: Memory, tmp_path: Path):
     artifact.save(quantize(load(folder), scheme), tmp_path)

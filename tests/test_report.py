@@ -136,6 +136,7 @@ def test_a_model_is_drawn_layer_by_layer(runs: Path, page: Path):
     assert structures._precisions(mixed, 3) == ["nf4", "int8", "bf16"]
 
 
+@pytest.mark.slow
 def test_runs_that_differ_by_seed_have_means_with_standard_errors(runs: Path, tmp_path: Path):
     text = Texts(written([runs / f"made-{seed}" for seed in range(3)], tmp_path)).text
     assert "3 runs" in text
@@ -143,6 +144,7 @@ def test_runs_that_differ_by_seed_have_means_with_standard_errors(runs: Path, tm
     assert re.search(r"made on plain, target\.\S+=None.*? 2 0\.\d{3} ± 0\.\d{3}", re.sub(r"\s+", " ", text))
 
 
+@pytest.mark.slow
 def test_a_run_of_an_earlier_version_has_a_page_too(runs: Path, tmp_path: Path):
     root = Path(shutil.copytree(runs / "made-0", tmp_path / "run"))
     plan = json.loads((root / "run.json").read_text())

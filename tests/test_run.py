@@ -293,6 +293,7 @@ def test_load_runs_has_a_row_for_each_candidate(finished: Path):
         assert row["speed_up"] == 1 or min(ratios) <= row["speed_up"] <= max(ratios)
 
 
+@pytest.mark.slow
 def test_the_report_has_the_base_model_and_the_best(finished: Path, tmp_path: Path):
     table = analysis.write_report(analysis.open_runs([finished]), tmp_path)
     result = analysis.open_run(finished).result
@@ -395,6 +396,7 @@ def test_an_exported_model_answers_as_it_was_measured(finished: Path, tmp_path: 
     assert (answers == rows["label"]).mean() == pytest.approx(run.report_of(run.result.best).measurement.metrics["accuracy"])
 
 
+@pytest.mark.slow
 def test_an_export_as_a_program_says_what_the_model_says(finished: Path, tmp_path: Path):
     pytest.importorskip("onnxruntime")
     table = hpc_compress.load_runs(finished)
@@ -497,6 +499,7 @@ def test_a_run_folder_is_private_and_nobody_else_may_write_there(setup: Setup, t
         lightly(setup, root)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alive", [True, False])
 def test_a_driver_on_another_node_is_told_by_its_signs_of_life(
     setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alive: bool

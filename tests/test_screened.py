@@ -147,6 +147,7 @@ def targets(setup: Setup, root: Path, *limits: str) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_the_report_has_a_table_of_the_front(finished: Path, tmp_path: Path):
     table, run = analysis.write_report(analysis.open_runs([finished]), tmp_path), analysis.open_run(finished)
     text = (tmp_path / "report.md").read_text()
@@ -170,6 +171,7 @@ def test_the_whole_front_is_reported_where_that_is_wanted(setup: Setup, tmp_path
     assert set(methods) <= {"base model", "best", "front"}
 
 
+@pytest.mark.slow
 def test_a_model_within_the_targets_is_named_reported_and_exported(setup: Setup, tmp_path: Path):
     root = targets(setup, tmp_path / "run", "target.speed_up=1.0", "target.megabytes=0.9")
     run, nearest = analysis.open_run(root), found.nearest(analysis.open_run(root))
@@ -200,6 +202,7 @@ def test_a_run_without_targets_says_nothing_of_them(finished: Path):
     assert found.nearest(analysis.open_run(finished)) is None
 
 
+@pytest.mark.slow
 def test_the_model_for_the_targets_keeps_its_files(setup: Setup, tmp_path: Path):
     """It may not be among the survivors."""
     root = tmp_path / "run"
@@ -213,6 +216,7 @@ def test_the_model_for_the_targets_keeps_its_files(setup: Setup, tmp_path: Path)
     assert f"candidate `{nearest.candidate}`" in (target / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_picture_shows_both_projections(finished: Path, tmp_path: Path):
     analysis.plot(hpc_compress.load_runs(finished), tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 20_000

@@ -196,6 +196,7 @@ def test_equal_seeds_make_equal_searches_and_others_do_not():
     assert evolve(genetic(), 5, seed=1) != evolve(genetic(), 5, seed=2)
 
 
+@pytest.mark.slow
 def test_the_rates_of_variation_are_those_that_were_asked_for():
     strategy = genetic(population=4000, redraw=0, crossover_probability=0.25, mutation_probability=0.5)
     proposals = strategy.ask(np.random.default_rng(0), [candidate("base", genome=Genome())])

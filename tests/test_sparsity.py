@@ -322,6 +322,7 @@ def test_training_refuses_weights_of_few_bits(model: nn.Module, precision: str):
         operator(Step(operator="fine_tune", params=TRAINING))(half, context(model))
 
 
+@pytest.mark.slow
 def test_calibration_computes_each_layer_once_before_and_once_after(model: nn.Module):
     """However many layers there are: each batch passes the first layer to be looked at, and once more to go on."""
     for step in (

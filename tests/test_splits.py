@@ -186,6 +186,7 @@ def test_any_bytes_are_answered(tmp_path_factory: pytest.TempPathFactory, conten
     answered(tmp_path_factory.getbasetemp(), name, content, config)
 
 
+@pytest.mark.slow
 @QUICK
 @given(rows=st.one_of(ROWS), more=st.lists(CELL, max_size=1), quoted=st.booleans(), config=st.sampled_from(DATASETS))
 @example(rows=[("a text", "9" * 5000), ("another", "٣")] * 20, more=[], quoted=True, config={})
@@ -254,6 +255,7 @@ def half_right(root: str, task_ids: list[str], **ignored: Any) -> Iterator[str]:
         yield task_id
 
 
+@pytest.mark.slow
 def test_a_search_from_a_base_model_that_has_learnt_nothing_ends_unless_it_is_forced(setup: Setup, tmp_path: Path):
     path, root = write(tmp_path / "rows.csv", [f"text {i}" for i in range(600)]), tmp_path / "run"
     words = ["probe=false", "generations=1", f"dataset.train={path}", "dataset.search_rows=100", "dataset.report_rows=100"]
@@ -268,6 +270,7 @@ def test_a_search_from_a_base_model_that_has_learnt_nothing_ends_unless_it_is_fo
     assert "- warning: the base model is no better" in (root / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_overlap_is_in_the_log_the_run_the_report_and_the_card(setup: Setup, tmp_path: Path):
     root, progress = tmp_path / "run", Silent()
     setup.run(root, "generations=0", "probe=false", progress=progress)

@@ -152,6 +152,7 @@ def _hold(store: Store) -> None:
         time.sleep(60)
 
 
+@pytest.mark.slow
 def test_killed_writers_leave_no_half_record(tmp_path: Path):
     """kill -9 at random moments of a writer that never rests: every read is a whole record or none."""
     store = Store(tmp_path)

@@ -93,6 +93,7 @@ def test_a_run_whose_best_model_is_damaged_is_left_out(runs: list[Path], tmp_pat
     assert (found.models["method"] == "best").sum() == 1
 
 
+@pytest.mark.slow
 def test_runs_that_differ_in_one_setting_are_drawn_over_generations(setup: Setup, tmp_path: Path):
     for population in (2, 3):
         words = [f"strategy.population={population}", "generations=3", "probe=false"]

@@ -51,6 +51,7 @@ def repeats(found: analysis.Run) -> Counter[Genome]:
     return Counter(str(outcome.task.genome) for outcome in found.outcomes.values() if outcome.task.repeat)
 
 
+@pytest.mark.slow
 def test_a_lucky_timing_does_not_last(setup: Setup, tmp_path: Path):
     def mature(found: analysis.Run) -> list[float]:
         born = {task_id for generation in found.generations[:2] for task_id in generation.born_ids}
@@ -62,6 +63,7 @@ def test_a_lucky_timing_does_not_last(setup: Setup, tmp_path: Path):
     assert [latency for latency in mature(searched(setup, tmp_path / "again")) if latency != 1] == []
 
 
+@pytest.mark.slow
 def test_each_survivor_is_timed_so_often_and_the_base_model_never_again(setup: Setup, tmp_path: Path):
     found = searched(setup, tmp_path, "timings=3")
     numbers = repeats(found)
@@ -77,6 +79,7 @@ def test_each_survivor_is_timed_so_often_and_the_base_model_never_again(setup: S
     assert not repeats(searched(setup, tmp_path / "once", "timings=1"))
 
 
+@pytest.mark.slow
 def test_no_lucky_child_of_the_last_generation_is_the_best(setup: Setup, tmp_path: Path):
     """All models are alike but for the first timing of those of the first generation, which is the last one here."""
     words = ("generations=1", "report_candidates=2")
@@ -110,6 +113,7 @@ def test_the_model_nearest_to_the_targets_is_timed_as_often_as_the_fittest(setup
     assert len(found.seen[best.candidate].measurement.timings) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("select_after", [1, 0.5])
 def test_a_resumed_run_looks_at_the_same_timings(setup: Setup, tmp_path: Path, select_after: float):
     words = [f"select_after={select_after}"]
@@ -138,6 +142,7 @@ def run_on_two_devices(root: str, task_ids: list[str], **ignored: Any) -> Iterat
         yield task_id
 
 
+@pytest.mark.slow
 def test_the_worker_times_the_base_model_in_16_bits_too(setup: Setup, tmp_path: Path):
     setup.run(tmp_path, "generations=0", "probe=false", "protocol.base_precision=bf16")
     found = analysis.open_run(tmp_path)

@@ -82,6 +82,7 @@ def test_a_board_gets_the_settings_and_a_point_for_each_generation(setup: Setup,
     assert {"quality", "speed_up", "megabytes", "device_hours", "models"} <= board.told[1][1][1].keys()
 
 
+@pytest.mark.slow
 def test_a_resumed_search_goes_on_with_its_run_and_repeats_nothing(setup: Setup, tmp_path: Path):
     boards = Boards()
     for generations in (1, 3):

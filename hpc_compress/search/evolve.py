@@ -115,7 +115,8 @@ class Evolve(AbstractSpaceStrategy):
     profile_seconds: float = Field(default=90.0, gt=0, description="that the device's profile takes, where no file is given")
     _candidates: dict[str, Candidate] = PrivateAttr(default_factory=dict)  # all that was told, by id
     _designs: dict[str, Design] = PrivateAttr(default_factory=dict)  # what was proposed to be measured, by genome
-    _divergences: dict[Cut, float] = PrivateAttr(default_factory=dict)  # the latest of each structure that was screened
+    # The latest of each structure that was screened, in the order in which they were.
+    _divergences: dict[Cut, float] = PrivateAttr(default_factory=dict)
     _alive: set[tuple[Cut, str]] = PrivateAttr(default_factory=set)  # of living candidates, whose masters are stored
     _asked: set[Levels] = PrivateAttr(default_factory=set)  # structures that were proposed to be screened
     _sample: int = PrivateAttr(default=0)  # number of the last one that was screened on
@@ -210,7 +211,13 @@ class Evolve(AbstractSpaceStrategy):
                 share = candidate.genome.steps[0].params.get("share", 0.0)
                 levels = self._structures.levels(candidate.screening.structure)
                 if levels is not None:
-                    self._divergences[Cut(levels, share)] = candidate.screening.divergence
+                    self._note(Cut(levels, share), candidate.screening.divergence)
+
+    def _note(self, cut: Cut, divergence: float) -> None:
+        """What was screened last stands last."""
+        if self._divergences.get(cut) != divergence:
+            self._divergences.pop(cut, None)
+            self._divergences[cut] = divergence
 
     # --- the course of a search: each `yield` is a generation ---
 
@@ -359,7 +366,11 @@ class Evolve(AbstractSpaceStrategy):
         return found
 
     def _offspring(self) -> list[Cut]:
-        """New structures near the best ones: switched, crossed, and the knapsack's at prices between them."""
+        """New structures near the best ones: switched, crossed, and the knapsack's at prices between them. Some of the best are
+        judged with them, on the same sentences: what was best on one sample is often worse on others."""
+        best = [cut for cut in self._best_cuts() if not cut.share and self._divergences.get(cut, 0.0) > self.negligible]
+        again = best[: self.screens // 4]  # those that were judged longest ago
+        count = self.screens - len(again)
         parents = [cut.levels for cut in self._best_cuts()]
         found: dict[Levels, float] = {}
         for _ in range(20 * self.screens):
@@ -376,9 +387,9 @@ class Evolve(AbstractSpaceStrategy):
                 least = float(np.interp(self._sites.price(levels), *self._least_masses))
                 found[levels] = self._sites.mass(levels) / max(1e-9, least)
         order = sorted(found, key=lambda levels: (found[levels], levels))
-        by_mass = {TRUSTED: self.screens, WIDENED: self.screens // 2, LEFT_OUT: 0}[self._mass_trust()]
+        by_mass = {TRUSTED: count, WIDENED: count // 2, LEFT_OUT: 0}[self._mass_trust()]
         drawn = [order[by_mass:][int(at)] for at in self._rng.permutation(len(order[by_mass:]))]
-        return [Cut(levels) for levels in [*order[:by_mass], *drawn][: self.screens]]
+        return [*again, *(Cut(levels) for levels in [*order[:by_mass], *drawn][:count])]
 
     # --- what a generation costs ---
 
