@@ -4,8 +4,8 @@ from compression import TorchPruning
 from transformers import PreTrainedModel
 
 from hpc_compress.context import Context
-from hpc_compress.search.grid import Grid
-from hpc_compress.types import Record, Step, Survey
+from hpc_compress.search.grid import AbstractGrid
+from hpc_compress.types import Record, Step
 
 
 class TorchPruned(Record):
@@ -17,18 +17,14 @@ class TorchPruned(Record):
         return TorchPruning("taylor", round_to=None)(model, context, self.share)
 
 
-class TorchPruningGrid(Grid):
-    """The sizes of a grid cut by Torch-Pruning, then trained and deployed as those of `Grid`."""
+class TorchPruningGrid(AbstractGrid):
+    """Eight sizes cut by Torch-Pruning, and then trained and deployed as those of `Grid`."""
 
     removed: tuple[float, ...] = (0.0, 0.2, 0.33, 0.5, 0.6, 0.67, 0.75, 0.8, 0.9)
 
     @property
     def steps(self) -> tuple[Step, ...]:
         return (*self._cut(0.5), *self.space.trainings[self.training])
-
-    @property
-    def studies(self) -> tuple[Survey, ...]:
-        return ()
 
     def _cut(self, share: float) -> tuple[Step, ...]:
         return (Step(operator="peers.TorchPruned", params={"share": share}),) if share else ()

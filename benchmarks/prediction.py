@@ -40,7 +40,7 @@ def _quantized(**params: Any) -> tuple[Step, ...]:
 
 DEPLOYS = {
     "fp32": (),
-    "onnx_int8": _quantized(scheme="onnx_int8"),
+    "onnx_int8": _quantized(scheme="onnx_int8", embeddings="int4"),
     "dynamic_int8": _quantized(scheme="dynamic_int8", embeddings="nf4"),
     "nf4": _quantized(scheme="nf4", embeddings="nf4"),
 }

@@ -205,7 +205,9 @@ class RunConfig(Record):
     )
     report_candidates: int = Field(default=3, ge=1, description="fittest candidates measured on the report split")
     tracking: Literal["mlflow", "clearml"] | None = Field(default=None, description="where people can also follow the search")
-    report_front: bool = Field(default=False, description="measure the whole front on the report split too")
+    report_front: bool = Field(
+        default=False, description="measure the whole front on the report split too; its models then keep their files"
+    )
     force: bool = Field(default=False, description="go on with a base model that is no better than a constant answer")
     probe: bool = Field(default=True, description="try every kind of step on a few sentences before the first generation")
     teacher_gb: float = Field(

@@ -8,7 +8,7 @@ from hpc_compress import door, identity
 from hpc_compress.config import ConfigError
 from hpc_compress.search.prediction import Prediction, timed
 from hpc_compress.search.space import Shape
-from hpc_compress.types import DeviceProfile, Profiling, Surveyed
+from hpc_compress.types import DeviceProfile, Profiling, Step, Surveyed
 
 ADVICE = "write it anew with hpc-compress profile and the words of this search"
 
@@ -55,5 +55,11 @@ def require_precisions(found: Sequence[DeviceProfile], paths: Sequence[str], wan
         known = {identity.canonical(list(block.deploy)) for block in profile.blocks}
         for chain in wanted:
             if identity.canonical(list(chain)) not in known:
-                said = " > ".join(str(step.params.get("scheme", step.operator)) for step in chain) or "fp32"
+                said = " > ".join(map(_said, chain)) or "fp32"
                 raise ConfigError(f"device={path} has no times for {said}, which the strategy may deploy in; {ADVICE}")
+
+
+def _said(step: Step) -> str:
+    """A precision, with that of its embeddings if it names one."""
+    embeddings = step.params.get("embeddings")
+    return str(step.params.get("scheme", step.operator)) + (f" with embeddings={embeddings}" if embeddings else "")

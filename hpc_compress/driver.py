@@ -392,7 +392,8 @@ class _Search:
         self.timing |= dict(zip(repeat_ids, repeats, strict=True))
         self.late |= {task_id: p for task_id, p in zip(born_ids, proposals, strict=True) if task_id not in self.told}
         earlier = self.store.read(f"generations/{number:04d}.json", Generation)
-        told, timed = self._told(number, born_ids, earlier)
+        last = number == self.config.generations or bool(getattr(strategy, "ended", ""))
+        told, timed = self._told(born_ids, earlier, last)
         outcomes = {task_id: self.dispatch.outcome(task_id) for task_id in told}
         self._stop_if_all_fail_alike(what, list(outcomes.values()))
         for task_id, outcome in outcomes.items():
@@ -503,10 +504,10 @@ class _Search:
             joined = with_timing(candidate.measurement, measurement)
             self.candidates[candidate_id] = candidate.model_copy(update={"measurement": joined})
 
-    def _told(
-        self, number: int, born_ids: Sequence[str], earlier: Generation | None
-    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def _told(self, born_ids: Sequence[str], earlier: Generation | None, last: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Wait for what selection shall look at: by id, since the order in which outcomes arrive must not matter.
+
+        last: no generation follows, so nothing may be late.
 
         Returns: tasks of candidates, and tasks that timed survivors again.
         """
@@ -515,7 +516,7 @@ class _Search:
             self.dispatch.wait((*earlier.told, *earlier.timed))
             return earlier.told, earlier.timed
         everyone = sorted({*self.late, *self.timing, *born_ids})
-        if self.config.select_after == 1 or number == self.config.generations:
+        if self.config.select_after == 1 or last:
             self.dispatch.wait(everyone)
         else:
             self.dispatch.wait(born_ids, math.ceil(self.config.select_after * len(set(born_ids))))
@@ -608,7 +609,7 @@ class _Search:
         return front.of(self._measured(device), self._seen(base, device).measurement, self.config.objectives)  # type: ignore[arg-type]
 
     def _reported_front(self, base: Candidate) -> list[Candidate]:
-        """The front of every device, where the report shall measure it."""
+        """The front of every device, where the report shall measure it. What joins it late, by another timing, may be made again."""
         everywhere = range(len(self.views)) if self.config.report_front else ()
         return [candidate for device in everywhere for candidate in self._front(base, device)]
 

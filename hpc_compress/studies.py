@@ -18,7 +18,7 @@ from hpc_compress.models.gates import counts
 from hpc_compress.operators import operator
 from hpc_compress.pruning import cutting
 from hpc_compress.pruning.steps import Carve
-from hpc_compress.types import VOCABULARY_STEPS, ByteCounts, Screen, Screening, Step, Structure, Survey, Surveyed
+from hpc_compress.types import VOCABULARY_STEPS, ByteCounts, Screen, Screening, Step, Structure, Survey, Surveyed, outside
 
 
 def survey(study: Survey, model: PreTrainedModel, context: Context, sample: Sequence[Batch]) -> Surveyed:
@@ -122,9 +122,8 @@ def _answers(model: PreTrainedModel, batches: Sequence[Batch]) -> list:
 
 
 def _judged(study: Screen, context: Context, fit: int) -> list[Batch]:
-    """Random sentences of train behind those that the repair is fit to; at least a fifth of train is never fit to here."""
-    total = len(context.train)
-    rows = np.arange(min(fit, total * 4 // 5), total)
+    """Random sentences of train that the repair is not fit to."""
+    rows = np.array(outside(fit, len(context.train)))
     rng = np.random.default_rng(identity.derive(study.sample, "judged"))
     chosen = np.sort(rng.permutation(rows)[: study.judge])
     return [batch.to(context.device) for batch in eval_batches(context.train.choose(chosen), 32)]

@@ -217,6 +217,12 @@ class Screen(Record):
     sample: int = Field(default=0, ge=0)  # which sentences those are: a number for each sample
 
 
+def outside(fit: int, rows: int) -> range:
+    """Which of `rows` training sentences a structure may be judged on whose repair is fit to the first `fit`: the others. At
+    least a fifth is never fit to."""
+    return range(min(fit, rows * 4 // 5), rows)
+
+
 class Profiling(Record):
     """Ask what the blocks of the base model take on the job's device. The genome is empty."""
 

@@ -46,7 +46,7 @@ MUTANTS = (
     Mutant("profiling.py", "found[::-1]  # in the order of the batches", "found", "test_prediction.py"),
     # search
     Mutant("search/prediction.py", "found[0] = 0.0", "pass", "test_prediction.py"),
-    Mutant("search/prediction.py", "heads.shape[1] * times.layer", "6 * times.layer", "test_prediction.py"),
+    Mutant("search/prediction.py", "times.layer + times.heads[heads]", "times.heads[heads]", "test_prediction.py"),
     Mutant(
         "driver.py",
         "self._repeats((*population[: self.config.report_candidates], *self._nearest(base)), base)",

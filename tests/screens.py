@@ -66,3 +66,16 @@ class Screens:
         rivals = {candidate.id: candidate for candidate in (*population, *candidates) if candidate.measurement}
         ranked = sorted(rivals.values(), key=lambda candidate: (self.score(candidate.measurement), candidate.id), reverse=True)
         return tuple(ranked[: self.population])
+
+
+class Once(Screens):
+    """Proposes four genomes to be measured, and then nothing more."""
+
+    def ask(self, rng: np.random.Generator, population: Sequence[Candidate]) -> list[Proposal]:
+        self.number += 1
+        genomes = [Genome(steps=(Step(operator="fine_tune", params={"epochs": epochs}),)) for epochs in range(1, 5)]
+        return [Proposal(genome=genome, parent=population[0].id) for genome in genomes if self.number == 1]
+
+    @property
+    def ended(self) -> str:
+        return "all is proposed" if self.number > 1 else ""

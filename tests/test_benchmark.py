@@ -12,9 +12,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from searches import Setup
 from test_models import context, examples, load, logits
+from test_strategies import KNOWN
 from torch import nn
 
+from hpc_compress import driver
 from hpc_compress.models import artifact, surgery
 from hpc_compress.models.gates import gated
 from hpc_compress.operators import operator
@@ -252,3 +255,24 @@ def test_the_report_of_untrained_cuts_counts_against_the_best_peer(bench: Any):
 def _only(data: Any, n: int) -> Any:
     begin, end = data.offsets[n : n + 2]
     return type(data)(data.input_ids[begin:end], None, np.array([0, end - begin]), data.labels[n : n + 1], data.pad_id)
+
+
+VARIANTS = (
+    *("torch_pruning", "evolve_no_screening", "evolve_no_drift", "evolve_no_rescoring", "evolve_no_switching"),
+    *("evolve_no_mixing", "evolve_always_trained", "evolve_for_a_target"),
+)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_of_a_strategy_is_one_that_a_search_takes(bench: Any, setup: Setup, name: str):
+    variants = importlib.import_module("strategies").VARIANTS
+    assert tuple(variants) == VARIANTS
+    of_genetic = [word for word in setup.overrides if not word.startswith("strategy.")]
+    wanted, plain = (setup.compose(*of_genetic, *words) for words in (variants[name], variants[name][:1]))
+    assert wanted != plain
+    strategy = driver.strategy_of(wanted["strategy"], KNOWN)
+    for step in strategy.steps:
+        assert callable(operator(step))
+    if name == "torch_pruning":
+        cuts = [step for proposal in strategy.ask(np.random.default_rng(0), []) for step in proposal.genome.steps[:1]]
+        assert {step.operator for step in cuts} == {"peers.TorchPruned"}

@@ -704,11 +704,8 @@ def answered(name: str, seed: int, rows: int = 150) -> tuple[np.ndarray, np.ndar
     return labels, np.where(flips, 1 - labels, labels), np.where(flips | more, 1 - labels, labels)
 
 
-SLOW_METRICS = ("f1", "macro_f1", "matthews")  # to be computed a few hundred times
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_METRICS)) for name in NAMES])
+@pytest.mark.parametrize("name", NAMES)
 def test_standard_errors_are_those_of_samples_drawn_row_by_row(name: str):
     labels, one, other = answered(name, seed=1)
     random, single, pairs = np.random.default_rng(7), [], []

@@ -259,7 +259,6 @@ def test_companions_change_nothing_for_the_model(bert: Path):
 # --- the teacher's outputs ---
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("regression", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["classes", "regression"])
 def test_outputs_from_disk_are_the_teachers(regression: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(teaching, "CHUNK", 7)

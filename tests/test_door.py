@@ -281,7 +281,6 @@ def test_a_run_without_its_base_model_is_shown(root: Path):
         _ = analysis.open_run(root).base_id
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "figures",
     [
@@ -353,8 +352,7 @@ def answered(root: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        # They have many numbers.
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("run.json", "outcome", "driver.json", "jobs/a/ends.json")),
+        *("run.json", "outcome", "driver.json", "jobs/a/ends.json"),
         *("result.json", "generations/0001.json", "jobs/a/submission.json"),
     ],
 )

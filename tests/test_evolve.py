@@ -107,6 +107,23 @@ def test_a_loss_that_all_first_models_would_share_is_seen():
     assert max(others) < 0.5 * change["vocabulary few"], "its loss is put down to the precisions"
 
 
+def test_cuts_that_lose_everything_untrained_are_trained():
+    """A training gives most of it back, as the search expects before it has seen one."""
+
+    def answered(candidate: Candidate, screen: Screen | None) -> Candidate:
+        found = world.answered(candidate, screen)
+        structure = world.SPACE.structure(world.SHAPE, candidate.genome)
+        if found.measurement is None or world.damage(structure) < 0.1:
+            return found
+        trained = any(step.operator == "distill" for step in candidate.genome.steps)
+        metrics = {"accuracy": 0.88 if trained else 0.6}
+        return found.model_copy(update={"measurement": found.measurement.model_copy(update={"metrics": metrics})})
+
+    last = played(12, answer=answered)[-1]
+    best = [candidate for candidate in last.survivors if candidate.measurement.metrics["accuracy"] == 0.88]
+    assert max(speed_up(candidate.measurement) for candidate in best) > 5
+
+
 def test_samples_differ_from_screen_to_screen_and_grow():
     screens = [
         {proposal.screen for proposal in turn.proposals} for turn in played(20) if turn.proposals and turn.proposals[0].screen
@@ -119,15 +136,30 @@ def test_samples_differ_from_screen_to_screen_and_grow():
 
 def test_some_of_the_best_are_judged_again_beside_their_rivals():
     seen: set[str] = set()
-    again = []
-    for turn in played(20, screens=8, switching=0, rescoring=False):
-        screened = [identity.canonical(proposal.genome) for proposal in turn.proposals if proposal.screen]
+    strategy, again = world.made("evolve", screens=8, judge=16, switching=0, rescoring=False), []
+    best: set[str] = set()
+    for turn in world.play(strategy, 20):
+        screened = {identity.canonical(proposal.genome) for proposal in turn.proposals if proposal.screen}
         if screened:
-            again.append(sum(genome in seen for genome in screened))
-            seen.update(screened)
-    assert len(again) > 3
-    assert again[0] == 0
-    assert set(again[1:]) == {2}, "a quarter of them"
+            again.append(screened & seen)
+            seen |= screened
+            assert again[-1] <= best
+        best = {identity.canonical(Genome(steps=strategy._steps(cut))) for cut in strategy._best_cuts()}
+    assert len(again) > 4
+    assert again[0] == set()
+    assert {len(each) for each in again[1:]} == {2}, "a quarter of them"
+    assert len(set.union(*again)) > 2, "others the next time"
+
+
+def test_none_is_judged_again_where_all_samples_are_alike():
+    survey = world.SURVEY.model_copy(update={"train_rows": 200})
+    known = world.KNOWN.model_copy(update={"survey": survey})
+    screened = [
+        identity.canonical(proposal.genome)
+        for proposal in proposed(played(20, known=known, screens=8, switching=0, rescoring=False))
+        if proposal.screen
+    ]
+    assert len(screened) == len(set(screened)) > 8
 
 
 WANTED = Target(quality=0.9, speed_up=3)

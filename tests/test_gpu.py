@@ -54,7 +54,7 @@ def test_a_quantized_model_is_close_on_the_gpu_too(model: torch.nn.Module, schem
 
 
 @pytest.mark.parametrize("method", ["round", "gptq"])
-@pytest.mark.parametrize("embeddings", ["int8", "nf4", "fp4"])
+@pytest.mark.parametrize("embeddings", ["int8", "int4", "nf4", "fp4"])
 def test_quantized_embeddings_and_gptq_work_on_the_gpu(model: torch.nn.Module, embeddings: str, method: str, tmp_path: Path):
     exact = logits(model)
     params = {"scheme": "nf4", "layers": {"int8": [0], "rest": [2]}, "embeddings": embeddings, "method": method}

@@ -103,7 +103,6 @@ def test_a_process_that_outlives_its_job_is_waited_for(tmp_path: Path):
     assert not run.said("lost")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 def test_a_storm_of_faults_changes_no_outcome(tmp_path: Path, seed: int):
     chance = random.Random(seed)

@@ -311,11 +311,19 @@ def test_a_killed_driver_takes_its_local_workers_with_it(tmp_path: Path, number:
 # --- late tasks ---
 
 
-def test_what_late_tasks_go_on_from_is_not_buried(setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The master of a prefix and the checkpoint of a training, both of a task that is still in the queue."""
-    kept: list[set[str]] = []
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+    """The keys of the artifacts that were kept, each time that others were deleted."""
+    keys_of_each: list[set[str]] = []
     keep = Store.keep_artifacts
-    monkeypatch.setattr(Store, "keep_artifacts", lambda store, keys: kept.append(set(keys)) or keep(store, keys))
+    monkeypatch.setattr(Store, "keep_artifacts", lambda store, keys: keys_of_each.append(set(keys)) or keep(store, keys))
+    return keys_of_each
+
+
+def test_what_late_tasks_go_on_from_is_not_buried(
+    setup: Setup, tmp_path: Path, kept: list[set[str]], monkeypatch: pytest.MonkeyPatch
+):
+    """The master of a prefix and the checkpoint of a training, both of a task that is still in the queue."""
     search = driver._Search._bury
 
     def bury(run: Any, alive: Any, base: Any) -> None:
@@ -333,18 +341,23 @@ def test_what_late_tasks_go_on_from_is_not_buried(setup: Setup, tmp_path: Path, 
     assert max(seen) > 1
 
 
+def test_nothing_is_late_in_a_last_generation_that_no_setting_names(setup: Setup, tmp_path: Path):
+    words = ("strategy._target_=screens.Once", "select_after=0.25", "generations=9")
+    result = lightly(setup, tmp_path, "light.run", *words)
+    assert (result.generations, result.stopped) == (2, "all is proposed")
+    first, last = analysis.open_run(tmp_path).generations
+    assert len(first.told) < 4
+    assert len(first.told) + len(last.told) == 4
+
+
 @pytest.mark.parametrize("reported", [True, False])
-def test_the_front_is_buried_unless_the_report_measures_it(
-    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reported: bool
-):
-    kept: list[set[str]] = []
-    keep = Store.keep_artifacts
-    monkeypatch.setattr(Store, "keep_artifacts", lambda store, keys: kept.append(set(keys)) or keep(store, keys))
+def test_the_front_is_buried_unless_the_report_measures_it(setup: Setup, tmp_path: Path, kept: list[set[str]], reported: bool):
     words = ("report_candidates=1", "strategy.survivors=1", "timings=1", f"report_front={str(reported).lower()}")
     lightly(setup, tmp_path, "light.run", *words)
     run = analysis.open_run(tmp_path)
     assert len(run.result.front) > 1
-    wanted = {identity.master_key(run.outcomes[id].task) for id in run.result.front}
+    tasks = [run.outcomes[id].task for id in run.result.front]
+    wanted = {key(task) for task in tasks for key in (identity.master_key, identity.deployed_key)}
     assert (wanted <= kept[-1]) == reported
 
 

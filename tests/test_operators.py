@@ -41,7 +41,7 @@ DEPLOYING = {
     "bf16": ("quantize", {"scheme": "bf16"}),
     "int8": ("quantize", {"scheme": "int8", "embeddings": "int8"}),
     "nf4": ("quantize", {"scheme": "nf4", "method": "gptq", "embeddings": "nf4", "rest": "bf16"}),
-    "fp4": ("quantize", {"scheme": "fp4"}),
+    "fp4": ("quantize", {"scheme": "fp4", "embeddings": "int4"}),
     "mixed": ("quantize", {"scheme": "int8", "layers": {"nf4": [0], "rest": [2]}}),
     "dynamic_int8": ("quantize", {"scheme": "dynamic_int8"}),
     "trim_vocabulary": ("trim_vocabulary", {}),

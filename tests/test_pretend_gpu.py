@@ -137,6 +137,7 @@ FORMS = {
     "2:4 in fp16": Step(operator="sparsify", params={"pattern": "2:4", "criterion": "magnitude", "precision": "fp16"}),
     "gptq in int8": Step(operator="quantize", params={"scheme": "int8", "rest": "fp16", "method": "gptq"}),
     "fp4 embeddings": Step(operator="quantize", params={"scheme": "fp16", "embeddings": "fp4"}),
+    "int4 embeddings": Step(operator="quantize", params={"scheme": "bf16", "embeddings": "int4"}),
 }
 CASES = STEPS | FORMS
 TRAINS = {"movement_prune", "fine_tune", "distill"}  # in bf16 on this GPU, and perhaps in fp32 on the CPU

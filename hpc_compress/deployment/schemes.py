@@ -1,5 +1,5 @@
 """Precisions, one row each: where they run, what they take, how weights are rounded to them. Knows single layers; nothing of
-models, calibration or storage. How a saved layer is read back lies with the models, in `modeling_hpc_compress.RESTORE`.
+models, calibration or storage. How a saved layer is read back lies with the models, in `modeling_hpc_compress.load_weights`.
 
 Imports torch only where weights are rounded, so that a login node can check a step.
 """
@@ -169,9 +169,7 @@ def _four_bit_embedding(scheme: str) -> Callable[["torch.Tensor"], "nn.Embedding
     def rounded(weight: "torch.Tensor") -> "nn.Embedding":
         import torch
         import torch.nn.functional as F
-        from bitsandbytes.functional import get_4bit_type
 
-        from hpc_compress.deployment.gptq import nearest
         from hpc_compress.models.modeling_hpc_compress import EMBEDDING_BLOCK, QuantizedEmbedding
 
         features = weight.shape[1]
@@ -179,9 +177,15 @@ def _four_bit_embedding(scheme: str) -> Callable[["torch.Tensor"], "nn.Embedding
         scale = blocks.abs().amax(2)  # (tokens, blocks)
         shares = (blocks.float() / scale.float().clamp(min=1e-30)[..., None]).flatten(1)[:, :features]
         if scheme == "int4":
+            # As `QuantizedEmbedding` decodes it: 16 even steps from -1 to 1, none of which is 0.
             codes = F.pad(torch.round((shares + 1) * 7.5).to(torch.uint8), (0, features % 2))
             first, second = codes.chunk(2, 1)
             return QuantizedEmbedding(scheme, features, first << 4 | second, scale)
+
+        from bitsandbytes.functional import get_4bit_type
+
+        from hpc_compress.deployment.gptq import nearest
+
         levels = get_4bit_type(scheme, device="cpu")
         return QuantizedEmbedding(scheme, features, _two_a_byte(nearest(shares, levels)), scale, levels)
 
@@ -278,7 +282,7 @@ SCHEMES = {
         note="It runs in ONNX Runtime, on CPUs: `pip install onnxruntime`.",
     ),
 }
-WHOLE = tuple(name for name, row in SCHEMES.items() if row.weights is not None)
+OF_MODELS = tuple(name for name, row in SCHEMES.items() if row.weights is not None)
 PLAIN = tuple(name for name, row in SCHEMES.items() if isinstance(row.weights, Plain))
 LOW_BIT = tuple(name for name, row in SCHEMES.items() if isinstance(row.weights, LowBit))
 EMBEDDINGS = tuple(name for name, row in SCHEMES.items() if row.embedding)

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from hpc_compress.config import ConfigError
 from hpc_compress.context import Context
-from hpc_compress.deployment.schemes import EMBEDDINGS, LOW_BIT, PLAIN, SCHEMES, WHOLE, Plain, Program
+from hpc_compress.deployment.schemes import EMBEDDINGS, LOW_BIT, OF_MODELS, PLAIN, SCHEMES, Plain, Program
 from hpc_compress.types import Record
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     LayerScheme = str
     EmbeddingScheme = str
 else:  # pydantic reads the names from the table
-    AnyScheme = Literal[WHOLE]
+    AnyScheme = Literal[OF_MODELS]
     PlainScheme = Literal[PLAIN]
     LayerScheme = Literal[(*LOW_BIT, "rest")]
     EmbeddingScheme = Literal[("rest", *EMBEDDINGS)]
@@ -38,7 +38,7 @@ class Quantize(Record):
     layers: dict[LayerScheme, tuple[Annotated[int, Field(ge=0)], ...]] = Field(
         default={}, description="encoder layers, counted from 0, that have another scheme, such as {nf4: [0, 1], rest: [5]}"
     )
-    embeddings: EmbeddingScheme = Field(default="rest", description="of the word embedding")
+    embeddings: EmbeddingScheme = Field(default="rest", description="of the word embedding; rest: with onnx_int8 it is int8")
     method: Literal["round", "gptq"] = Field(
         default="round", description="round to nearest, or let the weights still to be rounded make up for each error"
     )

@@ -31,10 +31,12 @@ from hpc_compress.search.prediction import Prediction
 from hpc_compress.search.strategy import AbstractSpaceStrategy
 from hpc_compress.search.structures import Levels, Structures
 from hpc_compress.search.variation import Sites
-from hpc_compress.types import Candidate, Genome, Profiling, Proposal, Screen, Step, Survey
+from hpc_compress.types import Candidate, Genome, Profiling, Proposal, Screen, Step, Survey, outside
 
 ROWS = 1500  # of training, which take about as long as measuring a model
-RECOVERED = 0.6  # of the lost quality is still lost after a training, as long as nothing is known of it
+# Lost tenths of the quality before and after a training: medians over cut models of QQP (results/compression.csv) and of words
+# (results/tokens.csv). What lost nearly all gets most of it back. They count as much as one measured model each.
+RECOVERED = ((1.0, 0.4), (3.0, 1.1), (8.0, 2.0))
 UNSETTLED = 0.1  # lost tenths of the quality that a training leaves, or makes, where hardly any was lost
 DRAWN = 2  # measurements of no difference, with which a difference between ways to deploy is averaged
 MOST_JUDGED = 4  # times the sentences that a structure is judged on at first
@@ -81,7 +83,7 @@ class Beliefs(NamedTuple):
     losses: dict[Design, float]  # of those that were measured, without what their way to deploy adds
     by_divergence: "Curve"  # loss of an untrained cut that was screened
     by_scores: "Curve"  # of one that was not, by the share of the scores that it removes
-    recovery: float  # what part of a loss a training leaves
+    recovery: "Curve"  # what a training leaves of a loss
     offsets: dict[str, float]  # by precision and by vocabulary, what it loses more than others do with the same model
 
 
@@ -115,10 +117,11 @@ class Evolve(AbstractSpaceStrategy):
     profile_seconds: float = Field(default=90.0, gt=0, description="that the device's profile takes, where no file is given")
     _candidates: dict[str, Candidate] = PrivateAttr(default_factory=dict)  # all that was told, by id
     _designs: dict[str, Design] = PrivateAttr(default_factory=dict)  # what was proposed to be measured, by genome
-    # The latest of each structure that was screened, in the order in which they were.
-    _divergences: dict[Cut, float] = PrivateAttr(default_factory=dict)
+    _divergences: dict[Cut, float] = PrivateAttr(default_factory=dict)  # the latest of each structure that was screened
     _alive: set[tuple[Cut, str]] = PrivateAttr(default_factory=set)  # of living candidates, whose masters are stored
-    _asked: set[Levels] = PrivateAttr(default_factory=set)  # structures that were proposed to be screened
+    _asked: dict[Levels, int] = PrivateAttr(
+        default_factory=dict
+    )  # structures proposed to be screened, and on which sample last
     _sample: int = PrivateAttr(default=0)  # number of the last one that was screened on
     _beliefs: "Beliefs | None" = PrivateAttr(default=None)  # what follows from the candidates; None: not thought over yet
     _course: Generator[list[Proposal], None, None] | None = PrivateAttr(default=None)
@@ -211,13 +214,7 @@ class Evolve(AbstractSpaceStrategy):
                 share = candidate.genome.steps[0].params.get("share", 0.0)
                 levels = self._structures.levels(candidate.screening.structure)
                 if levels is not None:
-                    self._note(Cut(levels, share), candidate.screening.divergence)
-
-    def _note(self, cut: Cut, divergence: float) -> None:
-        """What was screened last stands last."""
-        if self._divergences.get(cut) != divergence:
-            self._divergences.pop(cut, None)
-            self._divergences[cut] = divergence
+                    self._divergences[Cut(levels, share)] = candidate.screening.divergence
 
     # --- the course of a search: each `yield` is a generation ---
 
@@ -264,7 +261,7 @@ class Evolve(AbstractSpaceStrategy):
         """Ordered so that structures that begin alike follow one another: a worker then computes their beginning once."""
         self._sample += 1
         wanted = {cut for cut in cuts if cut.levels != self._sites.most}
-        self._asked.update(cut.levels for cut in wanted)
+        self._asked |= {cut.levels: self._sample for cut in wanted}
 
         def by_layer(cut: Cut) -> list[tuple[int, int]]:
             structure = self._structures.structure(cut.levels)
@@ -366,12 +363,12 @@ class Evolve(AbstractSpaceStrategy):
         return found
 
     def _offspring(self) -> list[Cut]:
-        """New structures near the best ones: switched, crossed, and the knapsack's at prices between them. Some of the best are
-        judged with them, on the same sentences: what was best on one sample is often worse on others."""
-        best = [cut for cut in self._best_cuts() if not cut.share and self._divergences.get(cut, 0.0) > self.negligible]
-        again = best[: self.screens // 4]  # those that were judged longest ago
+        """New structures near the best ones: switched, crossed, and the knapsack's at prices between them. Some of the best
+        carved ones are judged with them, on the same sentences: what was best on one sample is often worse on others."""
+        best = self._best_cuts()
+        again = self._judged_again(best)
         count = self.screens - len(again)
-        parents = [cut.levels for cut in self._best_cuts()]
+        parents = [cut.levels for cut in best]
         found: dict[Levels, float] = {}
         for _ in range(20 * self.screens):
             kind = self._rng.integers(3)
@@ -386,10 +383,22 @@ class Evolve(AbstractSpaceStrategy):
             if levels not in self._asked:
                 least = float(np.interp(self._sites.price(levels), *self._least_masses))
                 found[levels] = self._sites.mass(levels) / max(1e-9, least)
+        if not found:
+            return []
         order = sorted(found, key=lambda levels: (found[levels], levels))
         by_mass = {TRUSTED: count, WIDENED: count // 2, LEFT_OUT: 0}[self._mass_trust()]
         drawn = [order[by_mass:][int(at)] for at in self._rng.permutation(len(order[by_mass:]))]
         return [*again, *(Cut(levels) for levels in [*order[:by_mass], *drawn][:count])]
+
+    def _judged_again(self, best: Sequence[Cut]) -> list[Cut]:
+        """Of the best structures those that were judged longest ago; none where every sample has the same sentences. What
+        `prune` has found is not among them: its repair is made block by block, which takes much longer."""
+        assert self.known.survey is not None
+        sentences = outside(int(self.space.carve.get("sentences", 0)), self.known.survey.train_rows)
+        if self._screen.judge >= len(sentences):
+            return []
+        open_ = [cut for cut in best if not cut.share and self._divergences.get(cut, 0.0) > self.negligible]
+        return sorted(open_, key=lambda cut: self._asked.get(cut.levels, 0))[: self.screens // 4]
 
     # --- what a generation costs ---
 
@@ -646,7 +655,7 @@ class Evolve(AbstractSpaceStrategy):
             ]
             start, loss = max(less) if less else (0, self._loss_of_cut(design.cut))
             for _ in range(order.index(design.training) - start):
-                loss = max(self._believed().recovery * loss, UNSETTLED)
+                loss = max(min(self._believed().recovery(loss), loss), UNSETTLED)
         added = self._added(design.deploy, self._believed().offsets)
         shapes = (self._shape_of(design.cut.levels, design.deploy, device) for device in range(len(self._devices)))
         return [np.array(self._point(loss + added, *shape)) for shape in shapes]
@@ -666,17 +675,19 @@ class Evolve(AbstractSpaceStrategy):
                 makeup[part] = makeup.get(part, 0.0) + share
         return makeup
 
-    def _recovery(self, losses: dict[Design, float]) -> float:
-        """What part of a loss a training leaves: the median over structures that were measured before and after one."""
-        order = list(self.space.trainings)
-        ratios = [
-            loss / losses[before]
-            for design, loss in losses.items()
-            if order.index(design.training) > 0
-            and (before := design._replace(training=order[order.index(design.training) - 1])) in losses
-            and losses[before] > UNSETTLED
-        ]
-        return float(np.clip(np.median([RECOVERED, *ratios]), 0.1, 1.0))
+    def _recovery(self, losses: dict[Design, float]) -> "Curve":
+        """What one training leaves of a loss, by the models that were measured before and after. Of several at once, each is
+        taken to leave the same part."""
+        order, pairs = list(self.space.trainings), list(RECOVERED)
+        for design, loss in sorted(losses.items()):
+            trained = order.index(design.training)
+            less = [at for at in range(trained) if design._replace(training=order[at]) in losses]
+            start = losses[design._replace(training=order[less[-1]])] if less else 0.0
+            if start > UNSETTLED:
+                steps = trained - less[-1]
+                part = (max(loss, UNSETTLED) / start) ** (1 / steps)
+                pairs += [(start * part**step, start * part ** (step + 1)) for step in range(steps)]
+        return Curve.through(pairs)
 
     def _offsets(self, losses: dict[Design, float]) -> dict[str, float]:
         """What each precision and each vocabulary adds to the loss of a model, by ridge regression on the models that were

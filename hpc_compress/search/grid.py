@@ -1,5 +1,6 @@
 """A grid, as a user tries it by hand: a few sizes, each cut by the scores, trained, and deployed in every way."""
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -11,7 +12,7 @@ from hpc_compress.search.strategy import AbstractSpaceStrategy
 from hpc_compress.types import Candidate, Genome, Proposal, Step, Survey
 
 
-class Grid(AbstractSpaceStrategy):
+class AbstractGrid(AbstractSpaceStrategy):
     """Proposes the whole grid, some of it in each generation, and then nothing more. Learns nothing.
 
     What is not cut is not trained.
@@ -25,15 +26,11 @@ class Grid(AbstractSpaceStrategy):
     _done: bool = PrivateAttr(default=False)  # whether nothing was left to be proposed
 
     @model_validator(mode="after")
-    def _possible(self) -> "Grid":
+    def _possible(self) -> "AbstractGrid":
         self.space.require_training(self.training)
         if wrong := [share for share in self.removed if not 0 <= share < 1]:
             raise ValueError(f"removed={list(self.removed)} holds {wrong[0]}; a share is from 0 to below 1")
         return self
-
-    @property
-    def studies(self) -> tuple[Survey, ...]:
-        return (Survey(**self.space.scores),)
 
     def ask(self, rng: np.random.Generator, population: Sequence[Candidate]) -> list[Proposal]:
         self._remember(population)
@@ -64,8 +61,19 @@ class Grid(AbstractSpaceStrategy):
                 training = self.space.trainings[self.training] if cut else ()
                 yield Genome(steps=(*cut, *training), deploy=deploys[(at + shift) % len(deploys)])
 
+    @abstractmethod
     def _cut(self, share: float) -> tuple[Step, ...]:
         """The steps that remove this share of the encoder's parameters; none where nothing goes."""
+
+
+class Grid(AbstractGrid):
+    """Structures of the knapsack."""
+
+    @property
+    def studies(self) -> tuple[Survey, ...]:
+        return (Survey(**self.space.scores),)
+
+    def _cut(self, share: float) -> tuple[Step, ...]:
         assert self.known.survey is not None
         structure = Knapsack(self.space, self.known.shape, self.known.survey).best(share)
         return self.space.genome(self.known.shape, structure).steps

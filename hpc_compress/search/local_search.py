@@ -52,6 +52,7 @@ class LocalSearch(AbstractSpaceStrategy):
     _parent: Structure | None = PrivateAttr(default=None)
     _rivals: list[Structure] = PrivateAttr(default_factory=list)  # of the present selection, without the parent
     _found: list[Genome] = PrivateAttr(default_factory=list)  # to be measured
+    _idle: bool = PrivateAttr(default=False)  # whether nothing was left to be proposed
 
     @model_validator(mode="after")
     def _possible(self) -> "LocalSearch":
@@ -79,6 +80,7 @@ class LocalSearch(AbstractSpaceStrategy):
             found, self._found = self._found[: self.population], self._found[self.population :]
             return [Proposal(genome=genome) for genome in found]
         rivals = list(self._rivals)
+        self._idle = not rivals
         if rivals and self._is_last and self._parent and self._parent not in rivals:
             rivals.append(self._parent)
         screen = Screen(judge=self.selections[self._selection].judge, sample=self._asked)
@@ -89,6 +91,12 @@ class LocalSearch(AbstractSpaceStrategy):
         if self._rivals:
             self._select(candidates)
         return survival.of_front(self.known, population, candidates)
+
+    @property
+    def ended(self) -> str:
+        """Why nothing more is proposed; "": there is more."""
+        done = self._budget == len(self.removed) and not self._found and self._idle
+        return "every budget has its structure" if done else ""
 
     @property
     def _knapsack(self) -> Knapsack:
