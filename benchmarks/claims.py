@@ -22,6 +22,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from hpc_compress.analysis import compare
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 DOCUMENTS = ("README.md", "docs/measurements.md", "results/compression.md", "results/compression_peers.md", "results/tokens.md")
@@ -315,6 +317,65 @@ def vocabularies(table: pd.DataFrame) -> str:
     )
 
 
+def strategies(table: pd.DataFrame) -> str:
+    """What each strategy found with the device seconds of `genetic`, medians over seeds, and how soon it had found as much."""
+    last = compare.ends(table, "genetic")
+    if "device_seconds_many" in table:
+        many = table[table["device_seconds_many"].notna()]
+        counted = compare.ends(many.assign(device_seconds=many["device_seconds_many"]), "genetic")
+        keys = ["dataset", "seed", "strategy"]
+        last = last.merge(counted[[*keys, "time_ratio"]], on=keys, how="left", suffixes=("", "_many"))
+    else:
+        last["time_ratio_many"] = np.nan
+    rows = []
+    for (dataset, strategy), own in last.groupby(["dataset", "strategy"], sort=False):
+        soon, many = own["time_ratio"].median(), own["time_ratio_many"].median()
+        rows.append(
+            (
+                DATASETS[str(dataset)],
+                f"`{strategy}`",
+                len(own),
+                f"{own['hypervolume_report'].median():.2f}",
+                f"{own['hypervolume_search'].median():.2f}",
+                f"{own['ratio'].median():.2f}",
+                f"{own['device_seconds'].median():,.0f}",
+                f"{soon:.1%}" if np.isfinite(soon) else "never",
+                "" if np.isnan(many) else f"{many:.2%}" if np.isfinite(many) else "never",
+            )
+        )
+    columns = [
+        *("dataset", "strategy", "seeds", "hypervolume", "on the search split", "of `genetic`'s", "device seconds"),
+        *("needed of `genetic`'s seconds", "counted for 67,000 rows"),
+    ]
+    return pd.DataFrame(rows, columns=columns).to_markdown(index=False, disable_numparse=True)
+
+
+WANTED = ((3, 12), (8, 8))  # times as fast and as small
+
+
+def small_and_fast(fronts: pd.DataFrame) -> str:
+    """Of each front of `evolve` the model that is best on the search split among those that are fast and small enough, and what
+    it keeps on the report split."""
+    rows = []
+    for (dataset, seed), front in fronts[fronts["strategy"] == "evolve"].groupby(["dataset", "seed"], sort=False):
+        for speed, size in WANTED:
+            within = front[(front["speed_up"] >= speed) & (front["smaller"] >= size)]
+            best = within.loc[within["on_search"].idxmax()] if len(within) else None
+            kept = (
+                ("", "", "none", "")
+                if best is None
+                else (
+                    f"{best['speed_up']:.1f}x",
+                    f"{best['megabytes']:.1f}, 1/{best['smaller']:.1f}",
+                    f"{best['on_report']:.1%}",
+                    f"{best['on_search']:.1%}",
+                )
+            )
+            rows.append((DATASETS[str(dataset)], seed, f"{speed}x, 1/{size}", *kept))
+    columns = ["dataset", "seed", "at least", "speed", "MB", "of the base's quality", "on the search split"]
+    return pd.DataFrame(rows, columns=columns).to_markdown(index=False, disable_numparse=True)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "demo": lambda: demo(pd.read_csv(RESULTS / "report.csv")),
     "compression": lambda: sentences(read(RESULTS / "compression.csv")),
@@ -323,6 +384,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "tokens": lambda: sentences(read(RESULTS / "tokens.csv")),
     "embeddings": lambda: encoders(pd.read_csv(RESULTS / "embeddings.csv")),
     "vocabularies": lambda: vocabularies(pd.read_csv(RESULTS / "vocabularies.csv")),
+    "strategies": lambda: strategies(pd.read_csv(RESULTS / "strategies.csv")),
+    "small and fast": lambda: small_and_fast(pd.read_csv(RESULTS / "strategies_fronts.csv")),
     "most cut": lambda: most_cut(read(RESULTS / "compression.csv")),
 }
 

@@ -11,7 +11,8 @@ after each search.
 
 Beside the strategies of conf/strategy there are: torch_pruning, a grid whose cuts are Torch-Pruning's; and evolve_no_screening,
 evolve_no_drift, evolve_no_rescoring, evolve_no_switching, evolve_no_mixing and evolve_always_trained, which each lack a part of
-evolve; and evolve_for_a_target: 99 % of the quality at 3 times the speed and 1/12 of the bytes. All choose from one space of genomes; genetic is as conf/strategy/genetic.yaml has it, with precisions of its own.
+evolve; and evolve_for_a_target: 99 % of the quality at 3 times the speed and 1/12 of the bytes. All choose from one space of
+genomes. Only genetic is as conf/strategy/genetic.yaml has it, with precisions of its own.
 """
 
 import argparse
@@ -111,15 +112,41 @@ def collect(work: Path, out: Path) -> None:
     )
     many = compare.curves([_with_rows(run, MANY) for run in runs])["device_seconds"]
     table = compare.curves(runs).assign(version=commit.stdout.strip(), device_seconds_many=many)
-    path = out / "strategies.csv"
+    table = _added(table, out / "strategies.csv")
+    _added(pd.concat([_front(run) for run in runs]), out / "strategies_fronts.csv")
+    text = compare.summary(table, "genetic", runs[0].plan.config.objectives) + _counted(table)
+    (out / "strategies.md").write_text(text, encoding="utf-8")
+    compare.plot(table, out / "strategies.png")
+
+
+def _added(table: Any, path: Path) -> Any:
+    """The table with the rows that a csv file has of other datasets and seeds; now in that file."""
+    import pandas as pd
+
     if path.is_file():
         old, keys = pd.read_csv(path, dtype={"version": str}), ["dataset", "seed"]
         fresh = pd.MultiIndex.from_frame(table[keys])
         table = pd.concat([old[~pd.MultiIndex.from_frame(old[keys]).isin(fresh)], table], ignore_index=True)
     table.to_csv(path, index=False)
-    text = compare.summary(table, "genetic", runs[0].plan.config.objectives) + _counted(table)
-    (out / "strategies.md").write_text(text, encoding="utf-8")
-    compare.plot(table, out / "strategies.png")
+    return table
+
+
+def _front(run: Any) -> Any:
+    """The models of a run's front, with their qualities on both splits as shares of the base model's."""
+    import hpc_compress
+    from hpc_compress.analysis import compare
+
+    table = hpc_compress.load_runs(run.root)
+    base = table.set_index("candidate").loc[run.base_id]
+    table = table[table["on_front"] & table["report_quality"].notna()]
+    return table.assign(
+        strategy=compare.strategy_of(run),
+        seed=run.plan.config.seed,
+        on_search=table["quality"] / base["quality"],
+        on_report=table["report_quality"] / base["report_quality"],
+        megabytes=table["model_bytes"] / 1e6,
+        smaller=table["base_model_bytes"] / table["model_bytes"],
+    )[["dataset", "seed", "strategy", "on_search", "on_report", "speed_up", "megabytes", "smaller", "genome", "deploy"]]
 
 
 def _with_rows(run: Any, rows: int) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from hpc_compress.problems import Problem
     from hpc_compress.problems.outputs import Teacher
 
+    UnitScores = dict[str, list[np.ndarray]]
+
 
 def _no_outputs() -> "Teacher | None":
     return None
@@ -21,6 +24,10 @@ def _no_outputs() -> "Teacher | None":
 
 def _made(name: str, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
     return make()
+
+
+def _computed(key: tuple[Any, ...], compute: "Callable[[], UnitScores]") -> "UnitScores":
+    return compute()
 
 
 def _no_times() -> "BlockTimes":
@@ -52,6 +59,9 @@ class Context:
     # Something that later operators of this process may use again, such as activations of the base model: by name, what it
     # depends on, and how to make it. One of each name is kept.
     kept: Callable[[str, tuple[Any, ...], Callable[[], Any]], Any] = _made
+    # Scores of the model that the operator is given, one array a layer by kind of unit: by what they depend on, and how to
+    # compute them, which is done once a run.
+    scores: "Callable[[tuple[Any, ...], Callable[[], UnitScores]], UnitScores]" = _computed
     progress: Callable[[int, int], None] | None = None  # told (updates done, updates in all)
     checkpoint: Checkpoint | None = None  # for a long training; a user's own operator may hand it to `training.fit` too
 

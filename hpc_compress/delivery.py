@@ -37,8 +37,8 @@ def as_program(folder: Path) -> list[torch.Tensor]:
     schemes = sorted({scheme for module in model.modules() if (scheme := modeling.scheme_of(module))})
     if schemes:
         raise ConfigError(
-            f"this model is in {', '.join(schemes)}, which can not be exported to ONNX; export a candidate in fp32, bf16, fp16 or "
-            "onnx_int8 (column `deploy` of candidates.csv), or leave --to=onnx out"
+            f"this model is in {', '.join(schemes)}, which can not be exported to ONNX; export a candidate in fp32, bf16, fp16 "
+            "or onnx_int8 (column `deploy` of candidates.csv), or leave --to=onnx out"
         )
     said = _answers(model.float())
     try:

@@ -609,7 +609,7 @@ class _Search:
         return front.of(self._measured(device), self._seen(base, device).measurement, self.config.objectives)  # type: ignore[arg-type]
 
     def _reported_front(self, base: Candidate) -> list[Candidate]:
-        """The front of every device, where the report shall measure it. What joins it late, by another timing, may be made again."""
+        """The front of every device, where the report shall measure it. What joins it late, by a new timing, is made again."""
         everywhere = range(len(self.views)) if self.config.report_front else ()
         return [candidate for device in everywhere for candidate in self._front(base, device)]
 

@@ -37,7 +37,7 @@ TOKENIZER = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-USED = ("artifacts", "base", "data", "teacher", "checkpoints", "block_times", "locks")  # folders of a run
+USED = ("artifacts", "base", "data", "teacher", "checkpoints", "block_times", "scores", "locks")  # folders of a run
 EXTRAS = "files_of_operators"  # in an export's config.json: what operators of a user's own wrote, and files of other libraries
 Form = Literal["transformers", "onnx", "sentence-transformers"]
 LEAD_TO_CODE = (

@@ -4,6 +4,7 @@ run.json                    Plan, by the driver
 generations/<number>.json   Generation, by the driver
 result.json                 Result, by the driver
 driver.json                 Heartbeat, by the driver
+scores/<key>.json           ScoresFile, by the worker that needs them first
 jobs/<name>/submission.json, sent.json, ends.json
                             Submission, Sent and Ends, by a launcher that submits job arrays
 cancelled                   asks the driver to stop; by `hpc-compress cancel`
@@ -14,10 +15,11 @@ import importlib.metadata
 import importlib.util
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from hpc_compress import identity
@@ -224,3 +226,17 @@ class Ends(Record):
 
     ends: dict[int, End] = Field(default={})  # by array index
     gpus: Count = 0  # of each element
+
+
+class ScoresFile(Record):
+    """What each unit of a model is worth, by kind of unit and layer."""
+
+    scores: dict[str, tuple[tuple[float, ...], ...]]
+
+    @staticmethod
+    def of(arrays: Mapping[str, Sequence[np.ndarray]]) -> "ScoresFile":
+        """arrays: one of float64 for each layer, all finite; they come back to the last bit."""
+        return ScoresFile(scores={unit: tuple(tuple(layer.tolist()) for layer in layers) for unit, layers in arrays.items()})
+
+    def arrays(self) -> dict[str, list[np.ndarray]]:
+        return {unit: [np.array(layer, dtype=float) for layer in layers] for unit, layers in self.scores.items()}

@@ -12,6 +12,7 @@ RUN/checkpoints/<key>.pt         state of a training under way; deleted when its
 RUN/generations/<number>.json    who was born and who survived
 RUN/jobs/<name>/                 what was submitted, how it ended, and its logs
 RUN/block_times/<key>.json       what blocks take on this kind of device, for cuts by time
+RUN/scores/<key>.json            what each unit of a model is worth, for cuts
 RUN/driver.json                  what the driver is at, and its last sign of life
 RUN/result.json                  the end of the search
 RUN/seen.json                    what readers keep of outcomes, to be faster the next time; may be deleted

@@ -27,6 +27,7 @@ from hpc_compress.models import artifact
 from hpc_compress.operators import operator
 from hpc_compress.problems import problem_of
 from hpc_compress.problems.outputs import Teacher
+from hpc_compress.records import ScoresFile
 from hpc_compress.store import Store
 from hpc_compress.training import teaching
 from hpc_compress.types import (
@@ -320,6 +321,7 @@ class Job:
             block_times=lambda: self._block_times(task),
             given=identity.master_key(task, prefix[:-1]),
             kept=self._keep_last,
+            scores=self._scores,
             progress=lambda done, total: self.report(step.operator, done, total),
             checkpoint=checkpoint,
         )
@@ -385,6 +387,20 @@ class Job:
                 times = measure.block_times(model, batches, task.protocol, on)
                 self.store.write(name, times)
         return times
+
+    def _scores(self, key: tuple[Any, ...], compute: Callable[[], dict[str, list[np.ndarray]]]) -> dict[str, list[np.ndarray]]:
+        """Computed once, by whoever needs them first: every task that cuts the base model starts from them."""
+
+        def find() -> dict[str, list[np.ndarray]]:
+            name = f"scores/{identity.content_hash(key)}.json"
+            with self.store.lock(name.replace("/", "_")):
+                stored = self.store.read(name, ScoresFile)
+                if stored is None:
+                    stored = ScoresFile.of(compute())
+                    self.store.write(name, stored)
+            return stored.arrays()
+
+        return self._keep_last("scores", key, find)
 
     def _examples(self, task: Task, split: str, folder: Path | None = None) -> Encoded:
         """A split as the base model's tokenizer sees it, or as that of a deployed model in `folder` if it has one."""

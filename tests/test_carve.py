@@ -3,20 +3,24 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from test_distillation import job, run_folder
 from test_models import context, examples, load, logits
 from torch import nn
 
 from hpc_compress.config import ConfigError
 from hpc_compress.data.batches import eval_batches
-from hpc_compress.models import surgery
+from hpc_compress.models import artifact, surgery
 from hpc_compress.models.gates import counts
 from hpc_compress.models.modeling_hpc_compress import FAMILIES
 from hpc_compress.operators import operator
+from hpc_compress.pruning import cutting
 from hpc_compress.search.space import Shape
-from hpc_compress.types import Step
+from hpc_compress.store import Store
+from hpc_compress.types import Genome, Step, Task
 
 QUICK = ("bert", "mpnet")
 
@@ -101,3 +105,39 @@ def test_more_than_the_model_has_is_refused(tiny_checkpoint: Callable[..., Path]
 def test_the_shape_follows_the_structure():
     shape = Shape(heads=(12, 12, 12))
     assert shape.after(Step(operator="carve", params={"heads": [3, 0], "ffn": [64, 0], "layers": [0, 2]})).heads == (3, 0)
+
+
+def test_units_are_scored_once_a_run(tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By whichever job comes first; what later ones read leads to the same models."""
+    scored: list[str] = []
+    score = cutting.Scores.of
+
+    def counted(self: cutting.Scores, *args: Any) -> Any:
+        scored.append(self.criterion)
+        return score(self, *args)
+
+    monkeypatch.setattr(cutting.Scores, "of", counted)
+    folder = tiny_checkpoint("bert", layers=2, heads=4, hidden=32, ffn=64)
+
+    def weights(root: Path, width: int) -> dict[str, torch.Tensor]:
+        """Of a model that a job of its own has carved."""
+        step = Step(operator="carve", params={"heads": [2, 3], "ffn": [width, 40], "sentences": 8})
+        store, task = (Store(root), runs[root]) if root in runs else run_folder(root, folder)
+        runs[root] = task
+        return artifact.load(
+            job(store)._master(task.model_copy(update={"genome": Genome(steps=(step,))}), (step,))
+        ).state_dict()
+
+    runs: dict[Path, Task] = {}
+    weights(tmp_path / "one", 48)
+    second = weights(tmp_path / "one", 24)
+    assert len(scored) == 1
+    alone = weights(tmp_path / "other", 24)
+    assert len(scored) == 2
+    assert all(torch.equal(second[name], alone[name]) for name in alone)
+    [path] = (tmp_path / "one" / "scores").iterdir()
+    path.write_text(path.read_text()[:-9])
+    weights(tmp_path / "one", 8)
+    assert len(scored) == 3, "a damaged file is made anew"
+    weights(tmp_path / "one", 16)
+    assert len(scored) == 3

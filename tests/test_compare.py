@@ -252,6 +252,9 @@ def test_the_benchmark_keeps_what_other_days_found(runs: Path, tmp_path: Path, m
     assert both["hypervolume_search"].max() < 99
     assert "of another day" in (tmp_path / "strategies.md").read_text()
     assert (tmp_path / "strategies.png").read_bytes().startswith(b"\x89PNG")
+    fronts = pd.read_csv(tmp_path / "strategies_fronts.csv")
+    assert set(fronts["strategy"]) == {"genetic", "screens"}
+    assert (fronts[["on_search", "on_report", "smaller"]] > 0).all(axis=None)
 
 
 @pytest.mark.slow

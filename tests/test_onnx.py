@@ -16,7 +16,7 @@ import pytest
 import torch
 from elsewhere import outputs_elsewhere
 from test_families import KINDS, build, reload, shrink
-from test_models import context
+from test_models import context, load
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -125,7 +125,7 @@ def test_linears_and_the_word_embedding_alone_are_int8(model: nn.Module):
 
 @pytest.mark.parametrize("embeddings", ["int8", "int4", "nf4", "fp4"])
 def test_a_program_looks_up_what_torch_does(tiny_checkpoint: Callable[..., Path], embeddings: str):
-    """Of a model without blocks, whose program rounds nothing else; its rows have several blocks, and an odd number of features."""
+    """Of a model without blocks, whose program rounds nothing else. Its rows have several blocks, and 133 features."""
     import onnx
 
     model = load(tiny_checkpoint("bert", layers=2, heads=2, hidden=140, ffn=16))

@@ -109,7 +109,10 @@ def sharing(model: nn.Module) -> Any:
             kept[name] = key, make()
         return kept[name][1]
 
-    return dataclasses.replace(context(model), kept=keep, given="base")
+    def scores(key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
+        return keep("scores", key, compute)
+
+    return dataclasses.replace(context(model), kept=keep, scores=scores, given="base")
 
 
 CARVE = Step(operator="carve", params={"heads": [2, 2, 2], "ffn": [48, 32, 48], "sentences": 12})

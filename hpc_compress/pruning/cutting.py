@@ -188,7 +188,7 @@ def kept_of(model: PreTrainedModel, context: Context, structure: Structure, how:
 def scores_of(model: PreTrainedModel, context: Context, scores: Scores, sentences: int) -> UnitArrays:
     """Scores of the model that the operator was given, uncut; computed once for all structures of it."""
     key = (context.given, scores.criterion, tuple(scores.units), sentences)
-    return context.kept("scores", key, lambda: scores.of(model, context.problem, context.batches(sentences)))
+    return context.scores(key, lambda: scores.of(model, context.problem, context.batches(sentences)))
 
 
 def repairer_of(
