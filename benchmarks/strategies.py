@@ -6,8 +6,7 @@ run searches with, so it has seen no search row and no report row. What was made
     python benchmarks/strategies.py --data FOLDER --datasets trec6 --strategies genetic evolve --seeds 0 1 2 --out results
 
 All runs take long, so they may be made on several days: strategies.csv keeps the rows of datasets and seeds that are not
-among the runs. All rows of one dataset and seed are from one machine. `version` is the commit by which they were collected,
-after each search.
+among the runs. All rows of one dataset and seed are from one machine. `version` is the commit that made the run.
 
 Beside the strategies of conf/strategy there are: torch_pruning, a grid whose cuts are Torch-Pruning's; and evolve_no_screening,
 evolve_no_drift, evolve_no_rescoring, evolve_no_switching, evolve_no_mixing and evolve_always_trained, which each lack a part of
@@ -51,7 +50,7 @@ DATASETS = {  # overrides of the search
 COMMON = ["dataset=file", f"dataset.max_train_rows={ROWS}", "dataset.search_rows=500", "timings=2"]
 TRAINING = "model.fine_tune={epochs: 4, learning_rate: 1e-4, batch_size: 32}"
 MANY = 67_000  # rows of a large dataset, SST-2's
-CUT = 20.0  # seconds that a cut with its repair takes at most, of the stage that cuts and trains
+CUT = 20.0  # seconds that a cut with its repair takes at most, of the stage in which genetic cuts and trains
 MEASURED = "protocol={sentences: 128, warmup_passes: 1, min_passes: 5, max_passes: 15, max_seconds: 5}"
 VARIANTS = {  # of a strategy
     "torch_pruning": ["strategy=grid", "strategy._target_=peers.TorchPruningGrid", "~strategy.removed"],
@@ -107,11 +106,9 @@ def collect(work: Path, out: Path) -> None:
 
     roots = sorted(path.parent for dataset in DATASETS for path in work.glob(f"{dataset}/*/result.json"))
     runs = analysis.open_runs(roots)
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    )
     many = compare.curves([_with_rows(run, MANY) for run in runs])["device_seconds"]
-    table = compare.curves(runs).assign(version=commit.stdout.strip(), device_seconds_many=many)
+    versions = [(run.plan.environment.commit or "")[:7] for run in runs for _ in range(1 + len(run.generations))]
+    table = compare.curves(runs).assign(version=versions, device_seconds_many=many)
     table = _added(table, out / "strategies.csv")
     _added(pd.concat([_front(run) for run in runs]), out / "strategies_fronts.csv")
     text = compare.summary(table, "genetic", runs[0].plan.config.objectives) + _counted(table)
@@ -150,13 +147,18 @@ def _front(run: Any) -> Any:
 
 
 def _with_rows(run: Any, rows: int) -> Any:
-    """The run, had every epoch been on so many rows: seconds of trainings are multiplied, all others stay as measured."""
-    seen = {}
+    """The run, had every epoch been on so many rows: seconds of trainings are multiplied, all others stay as measured.
+
+    One stage cuts and trains. Of genetic's a whole cut is taken off, of the others' nothing: both count against the others.
+    """
+    from hpc_compress.analysis import compare
+
+    seen, cut = {}, CUT if compare.strategy_of(run) == "genetic" else 0.0
     for task_id, item in run.seen.items():
         outcome = run.outcomes[task_id]
         operators = {step.operator for step in outcome.task.genome.steps}
         trained = outcome.seconds.get("train", 0.0) if operators & {"distill", "fine_tune"} else 0.0
-        trained = max(0.0, trained - (CUT if operators - {"distill", "fine_tune"} else 0.0))
+        trained = max(0.0, trained - (cut if operators - {"distill", "fine_tune"} else 0.0))
         seen[task_id] = item.model_copy(update={"seconds": item.seconds + trained * (rows / ROWS - 1)})
     return dataclasses.replace(run, seen=seen)
 
@@ -168,14 +170,14 @@ def _counted(table: Any) -> str:
     known = table[table["device_seconds_many"].notna()]
     last = compare.ends(known.assign(device_seconds=known["device_seconds_many"]), "genetic")
     lines = [
-        f"* {row['dataset']}, seed {row['seed']}, counted for {MANY:,} rows: genetic would have taken {theirs:,.0f} s; "
+        f"* {row['dataset']}, seed {row['seed']}, counted for {MANY:,} rows: genetic would have needed {theirs:,.0f} s; "
         f"{row['strategy']} would have had its hypervolume on the search split after {row['seconds_needed']:,.0f} s, "
         f"{row['time_ratio']:.2%} of that."
         for row in last.to_dict("records")
         if row["strategy"] == "evolve" and math.isfinite(row["time_ratio"])
         for theirs in [row["seconds_needed"] / row["time_ratio"]]
     ]
-    return "\n".join(["", *lines, ""])
+    return "\n".join(["", *lines, ""]) if lines else ""
 
 
 def _base(folder: Path, words: list[str]) -> Path:

@@ -60,7 +60,7 @@ class Strategy(Protocol):
     One that has a field `known` is given a `search.known.Known`; every other one is given `shape` and `score`. It may have
     more attributes: `studies`, what it asks about the base model before the first generation; `timed_again(population)`, which
     survivors are timed again in a generation (without it: all); `notes()`, new lines for the log; and `ended`, why it proposes
-    nothing any more ("": it goes on).
+    nothing any more ("": it goes on), which is to be known after `ask`, so that the last generation waits for all its tasks.
     """
 
     @property

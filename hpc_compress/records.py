@@ -17,7 +17,7 @@ import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -228,10 +228,13 @@ class Ends(Record):
     gpus: Count = 0  # of each element
 
 
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
 class ScoresFile(Record):
     """What each unit of a model is worth, by kind of unit and layer."""
 
-    scores: dict[str, tuple[tuple[float, ...], ...]]
+    scores: dict[str, tuple[tuple[Finite, ...], ...]]
 
     @staticmethod
     def of(arrays: Mapping[str, Sequence[np.ndarray]]) -> "ScoresFile":

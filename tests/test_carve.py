@@ -107,6 +107,17 @@ def test_the_shape_follows_the_structure():
     assert shape.after(Step(operator="carve", params={"heads": [3, 0], "ffn": [64, 0], "layers": [0, 2]})).heads == (3, 0)
 
 
+def weights_of(store: Store, task: Task, **params: Any) -> dict[str, torch.Tensor]:
+    """Of a model that a job of its own has carved in a run folder."""
+    step = Step(operator="carve", params={"sentences": 8, **params})
+    asked = task.model_copy(update={"genome": Genome(steps=(step,))})
+    return artifact.load(job(store)._master(asked, (step,))).state_dict()
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_units_are_scored_once_a_run(tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """By whichever job comes first; what later ones read leads to the same models."""
     scored: list[str] = []
@@ -117,27 +128,27 @@ def test_units_are_scored_once_a_run(tiny_checkpoint: Callable[..., Path], tmp_p
         return score(self, *args)
 
     monkeypatch.setattr(cutting.Scores, "of", counted)
-    folder = tiny_checkpoint("bert", layers=2, heads=4, hidden=32, ffn=64)
-
-    def weights(root: Path, width: int) -> dict[str, torch.Tensor]:
-        """Of a model that a job of its own has carved."""
-        step = Step(operator="carve", params={"heads": [2, 3], "ffn": [width, 40], "sentences": 8})
-        store, task = (Store(root), runs[root]) if root in runs else run_folder(root, folder)
-        runs[root] = task
-        return artifact.load(
-            job(store)._master(task.model_copy(update={"genome": Genome(steps=(step,))}), (step,))
-        ).state_dict()
-
-    runs: dict[Path, Task] = {}
-    weights(tmp_path / "one", 48)
-    second = weights(tmp_path / "one", 24)
+    checkpoint = tiny_checkpoint("bert", layers=2, heads=4, hidden=32, ffn=64)
+    run, alone = run_folder(tmp_path / "run", checkpoint), run_folder(tmp_path / "alone", checkpoint)
+    weights_of(*run, heads=[2, 3], ffn=[48, 40])
+    second = weights_of(*run, heads=[3, 2], ffn=[24, 40])
     assert len(scored) == 1
-    alone = weights(tmp_path / "other", 24)
+    assert same(weights_of(*alone, heads=[3, 2], ffn=[24, 40]), second)
     assert len(scored) == 2
-    assert all(torch.equal(second[name], alone[name]) for name in alone)
-    [path] = (tmp_path / "one" / "scores").iterdir()
-    path.write_text(path.read_text()[:-9])
-    weights(tmp_path / "one", 8)
-    assert len(scored) == 3, "a damaged file is made anew"
-    weights(tmp_path / "one", 16)
-    assert len(scored) == 3
+    [path] = (tmp_path / "run" / "scores").iterdir()
+    for number, damaged in enumerate((path.read_text()[:-9], path.read_text().replace("[[", "[[NaN,")), 3):
+        path.write_text(damaged)
+        weights_of(*run, heads=[2, 2], ffn=[8 * number, 40])
+        assert len(scored) == number, "a damaged file is made anew"
+    path.write_text('{"scores": {"heads": [[1.0]], "ffn": [[1.0]]}}')
+    with pytest.raises(ValueError, match=r"gave \[1\] finite scores for heads"):
+        weights_of(*run, heads=[1, 1], ffn=[8, 8])
+
+
+def test_dimensions_are_scored_on_the_model_that_is_left(tiny_checkpoint: Callable[..., Path], tmp_path: Path):
+    """So another structure of the same run has no part in it."""
+    checkpoint = tiny_checkpoint("bert", layers=2, heads=4, hidden=32, ffn=64)
+    run, alone = run_folder(tmp_path / "run", checkpoint), run_folder(tmp_path / "alone", checkpoint)
+    weights_of(*run, heads=[4, 1], ffn=[64, 0], hidden=24)
+    found = weights_of(*run, heads=[1, 4], ffn=[0, 64], hidden=24)
+    assert same(weights_of(*alone, heads=[1, 4], ffn=[0, 64], hidden=24), found)

@@ -38,7 +38,9 @@ class Quantize(Record):
     layers: dict[LayerScheme, tuple[Annotated[int, Field(ge=0)], ...]] = Field(
         default={}, description="encoder layers, counted from 0, that have another scheme, such as {nf4: [0, 1], rest: [5]}"
     )
-    embeddings: EmbeddingScheme = Field(default="rest", description="of the word embedding; rest: with onnx_int8 it is int8")
+    embeddings: EmbeddingScheme = Field(
+        default="rest", description="of the word embedding; rest: the precision of the rest of the model, with onnx_int8 int8"
+    )
     method: Literal["round", "gptq"] = Field(
         default="round", description="round to nearest, or let the weights still to be rounded make up for each error"
     )

@@ -45,13 +45,18 @@ class Scores:
         """Raises: ValueError for scores of the wrong number, or that are not finite."""
         found = criteria.criterion(self.criterion, problem)(model, batches, self.units)
         scores = {unit: [np.asarray(score.detach().cpu().double()) for score in found[unit]] for unit in self.units}
+        self.require_fit(scores, model)
+        return scores
+
+    def require_fit(self, scores: UnitArrays, model: PreTrainedModel) -> None:
+        """Raises: ValueError for scores of the wrong number, or that are not finite."""
         for unit in self.units:
-            sizes, wanted = [len(score) for score in scores[unit]], counts(model, unit)
-            if sizes != wanted or not all(np.isfinite(score).all() for score in scores[unit]):
+            found = scores.get(unit, [])
+            sizes, wanted = [len(score) for score in found], counts(model, unit)
+            if sizes != wanted or not all(np.isfinite(score).all() for score in found):
                 raise ValueError(
                     f"criterion {self.criterion} gave {sizes} finite scores for {unit}; one for each of {wanted} is needed"
                 )
-        return scores
 
 
 def drop_layers(
@@ -160,7 +165,8 @@ def carve(model: PreTrainedModel, context: Context, structure: Structure, how: C
     if repairer is not None:
         repairer.repair(model, kept)
     if structure.hidden is not None:
-        scores = scores_of(model, context, Scores(how.criterion, ["hidden"]), how.sentences)
+        # Of the model as it is cut by now, which differs from structure to structure.
+        scores = Scores(how.criterion, ["hidden"]).of(model, context.problem, context.batches(how.sentences))
         order = np.argsort(scores["hidden"][0], kind="stable")
         surgery.prune_hidden(model, order[: surgery.hidden_size(model) - structure.hidden].tolist())
     return model
@@ -188,7 +194,9 @@ def kept_of(model: PreTrainedModel, context: Context, structure: Structure, how:
 def scores_of(model: PreTrainedModel, context: Context, scores: Scores, sentences: int) -> UnitArrays:
     """Scores of the model that the operator was given, uncut; computed once for all structures of it."""
     key = (context.given, scores.criterion, tuple(scores.units), sentences)
-    return context.scores(key, lambda: scores.of(model, context.problem, context.batches(sentences)))
+    found = context.scores(key, lambda: scores.of(model, context.problem, context.batches(sentences)))
+    scores.require_fit(found, model)  # a file holds what it holds
+    return found
 
 
 def repairer_of(

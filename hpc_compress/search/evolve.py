@@ -35,7 +35,8 @@ from hpc_compress.types import Candidate, Genome, Profiling, Proposal, Screen, S
 
 ROWS = 1500  # of training, which take about as long as measuring a model
 # Lost tenths of the quality before and after a training: medians over cut models of QQP (results/compression.csv) and of words
-# (results/tokens.csv). What lost nearly all gets most of it back. They count as much as one measured model each.
+# (results/tokens.csv). What lost nearly all gets most of it back. They count as much as one measured model each, and for a
+# second training too, as long as none was measured.
 RECOVERED = ((1.0, 0.4), (3.0, 1.1), (8.0, 2.0))
 UNSETTLED = 0.1  # lost tenths of the quality that a training leaves, or makes, where hardly any was lost
 DRAWN = 2  # measurements of no difference, with which a difference between ways to deploy is averaged
@@ -392,9 +393,9 @@ class Evolve(AbstractSpaceStrategy):
 
     def _judged_again(self, best: Sequence[Cut]) -> list[Cut]:
         """Of the best structures those that were judged longest ago; none where every sample has the same sentences. What
-        `prune` has found is not among them: its repair is made block by block, which takes much longer."""
+        `prune` has found is not among them: where its model is not stored, it takes half a minute to make."""
         assert self.known.survey is not None
-        sentences = outside(int(self.space.carve.get("sentences", 0)), self.known.survey.train_rows)
+        sentences = outside(Survey(**self.space.scores).sentences, self.known.survey.train_rows)
         if self._screen.judge >= len(sentences):
             return []
         open_ = [cut for cut in best if not cut.share and self._divergences.get(cut, 0.0) > self.negligible]
