@@ -1,6 +1,7 @@
 """A cut to a structure that is given in full: equal to the cut that found it, whatever the history."""
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ def test_units_are_scored_once_a_run(tiny_checkpoint: Callable[..., Path], tmp_p
     assert same(weights_of(*alone, heads=[3, 2], ffn=[24, 40]), second)
     assert len(scored) == 2
     [path] = (tmp_path / "run" / "scores").iterdir()
-    for number, damaged in enumerate((path.read_text()[:-9], path.read_text().replace("[[", "[[NaN,")), 3):
+    for number, damaged in enumerate((path.read_text()[:-9], re.sub(r"\[\s*\[", "[[NaN,", path.read_text())), 3):
         path.write_text(damaged)
         weights_of(*run, heads=[2, 2], ffn=[8 * number, 40])
         assert len(scored) == number, "a damaged file is made anew"
