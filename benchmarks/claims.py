@@ -339,8 +339,8 @@ def strategies(table: pd.DataFrame) -> str:
                 f"{own['hypervolume_search'].median():.2f}",
                 f"{own['ratio'].median():.2f}",
                 f"{own['device_seconds'].median():,.0f}",
-                _share(soon, ".1%"),
-                _share(counted_, ".1%"),
+                _share(soon),
+                _share(counted_),
             )
         )
     columns = [
@@ -350,8 +350,10 @@ def strategies(table: pd.DataFrame) -> str:
     return pd.DataFrame(rows, columns=columns).to_markdown(index=False, disable_numparse=True)
 
 
-def _share(value: float, form: str) -> str:
-    return "" if np.isnan(value) else format(value, form) if np.isfinite(value) else "never"
+def _share(value: float) -> str:
+    if np.isnan(value):
+        return ""
+    return f"{value:.1%}" if np.isfinite(value) else "never"
 
 
 WANTED = ((3, 12), (8, 8))  # times as fast and as small
