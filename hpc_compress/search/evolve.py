@@ -42,6 +42,8 @@ UNSETTLED = 0.1  # lost tenths of the quality that a training leaves, or makes, 
 DRAWN = 2  # measurements of no difference, with which a difference between ways to deploy is averaged
 MOST_JUDGED = 4  # times the sentences that a structure is judged on at first
 DOUBTFUL = 0.2  # halvings between the measured and the predicted time of a model (15 %), from which it is timed again
+LITTLE = 2  # generations of measurements: a training that costs more waits until structures were screened
+DEEPER = 0.7  # of the price of the deepest structure so far, the next deeper one has
 AIMED = 20.0  # times the gain of a model that keeps to the targets, against one that is far from them
 
 
@@ -229,19 +231,24 @@ class Evolve(AbstractSpaceStrategy):
         others = [Design(cut, self._cheapest, deploy) for deploy in leading for cut in plain]
         first = list(dict.fromkeys([*others[: len(plain)], *compared, *others]))
         yield self._measured(first[: max(self.population, len(plain) + len(set(compared)))])
+        # What needs no training, then what needs little: what one training leaves of a loss tells what others will.
+        little = [
+            name for name in self.space.trainings if self._cost(Design(mildest, name, leading[0])) <= LITTLE * self.population
+        ]
+        yield from filter(None, [self._promising([self._cheapest], max(1, self.population // 2))])
+        yield from filter(None, [self._promising(little)])
         if self.screens:
-            yield self._screened([cut for cut in plain if cut.levels != self._sites.most])
-            yield from self._rescored([cut for cut in plain if self._divergences.get(cut, 0.0) > self.negligible])
-        yield self._promising()
+            yield self._screened(self._unscreened())
+            yield from self._rescored(self._open_cuts())
+            yield self._promising()
         done: list[Levels] = []
         while True:
-            if self._hurries:
-                yield self._promising()
-            elif self._screens and self.switching > len(done):
-                yield from self._switched(done)
-            elif self._screens:
-                yield self._screened(self._offspring())
-                yield from self._rescored(self._between())
+            if self._screens and not self._hurries:
+                if self.switching > len(done):
+                    yield from self._switched(done)
+                else:
+                    yield from filter(None, [self._screened([*self._unscreened(), *self._offspring()])])
+                    yield from self._rescored(self._between())
             yield self._promising()
 
     @property
@@ -273,7 +280,7 @@ class Evolve(AbstractSpaceStrategy):
 
     def _between(self) -> list[Cut]:
         """Two cuts of the knapsack's, at prices between those of the best structures that lose something."""
-        prices = [self._sites.price(cut.levels) for cut in self._best_cuts() if self._divergences.get(cut, 0) > self.negligible]
+        prices = [self._sites.price(cut.levels) for cut in self._open_cuts()]
         if not prices:
             return []
         return [Cut(self._sites.knapsack(float(price))) for price in self._rng.uniform(min(prices), max(prices), size=2)]
@@ -296,8 +303,7 @@ class Evolve(AbstractSpaceStrategy):
     def _switched(self, done: list[Levels]) -> Generator[list[Proposal], None, None]:
         """Level switching by marginals at one depth: what each single move changes, then the best moves together. Two
         generations. done: structures at which this was tried; the new one is added."""
-        cuts = [cut for cut in self._best_cuts() if cut.levels not in done]
-        open_ = [cut for cut in cuts if self._divergences.get(cut, 0.0) > self.negligible]
+        open_ = [cut for cut in self._open_cuts() if cut.levels not in done]
         if not open_:
             done.append(())  # there is nothing to improve
             return
@@ -313,12 +319,15 @@ class Evolve(AbstractSpaceStrategy):
         together = self._sites.combined(cut.levels, gains, by=2, count=max(4, self.screens // 3))
         yield self._screened([Cut(cut.levels), *map(Cut, together)])
 
-    def _promising(self) -> list[Proposal]:
-        """The designs that are expected to add the most hypervolume for what they cost; each counts as done for the next."""
+    def _promising(self, trainings: Sequence[str] = (), count: int = 0) -> list[Proposal]:
+        """The designs that are expected to add the most hypervolume for what they cost; each counts as done for the next.
+
+        trainings: the only ones that come into question; none: all do. count: of designs; 0: `population`.
+        """
         fronts = [_Front(known, self._vectors(known)) for known in self._devices]
-        pool = {design: self._expected(design) for design in self._pool()}
+        pool = {design: self._expected(design) for design in self._pool() if not trainings or design.training in trainings}
         chosen: list[Design] = []
-        while pool and len(chosen) < self.population:
+        while pool and len(chosen) < (count or self.population):
             gains = {
                 design: sum(each.gain(vector) for each, vector in zip(fronts, vectors, strict=True))
                 / self._cost(design, chosen)
@@ -326,7 +335,7 @@ class Evolve(AbstractSpaceStrategy):
             }
             # Where nothing at all is expected to add anything, what is best in the first objective is tried all the same.
             design = max(gains, key=lambda design: (gains[design], -float(pool[design][0][0]), design))
-            if gains[design] <= 0 and any(each.grew for each in fronts):
+            if gains[design] <= 0 and (trainings or any(each.grew for each in fronts)):
                 break
             chosen.append(design)
             for each, vector in zip(fronts, pool.pop(design), strict=True):
@@ -339,11 +348,28 @@ class Evolve(AbstractSpaceStrategy):
         deploys = self.space.possible_deploys()
         designs = [
             Design(cut, training, deploy)
-            for cut in dict.fromkeys((*self._best_cuts(), *self._plain))
+            for cut in dict.fromkeys((*self._best_cuts(), *self._plain, self._deeper()))
             for training in self.space.trainings
             for deploy in (*deploys, *self._mixed(cut))
         ]
         return [design for design in designs if design not in tried]
+
+    def _deeper(self) -> Cut:
+        """The knapsack's structure below the deepest one so far: how deep a cut still pays shows when it was trained."""
+        deepest = min(self._sites.price(design.cut.levels) for design in self._designs.values())
+        return Cut(self._sites.knapsack(DEEPER * deepest))
+
+    def _unscreened(self) -> list[Cut]:
+        """Structures that were proposed to be measured and were never screened."""
+        return [
+            cut
+            for cut in dict.fromkeys(design.cut for design in self._designs.values())
+            if cut.levels not in self._asked and not cut.share
+        ]
+
+    def _open_cuts(self) -> list[Cut]:
+        """The best structures that lose something: only these are worth improving."""
+        return [cut for cut in self._best_cuts() if self._divergences.get(cut, 0.0) > self.negligible]
 
     def _mixed(self, cut: Cut) -> list[str]:
         """Of two precisions in which a structure was measured, a third or two thirds of the layers have the second one: those
@@ -364,12 +390,14 @@ class Evolve(AbstractSpaceStrategy):
         return found
 
     def _offspring(self) -> list[Cut]:
-        """New structures near the best ones: switched, crossed, and the knapsack's at prices between them. Some of the best
-        carved ones are judged with them, on the same sentences: what was best on one sample is often worse on others."""
-        best = self._best_cuts()
-        again = self._judged_again(best)
+        """New structures near the best ones that lose something: switched, crossed, and the knapsack's at prices between them.
+        Some of the best carved ones are judged with them, on the same sentences: what was best on one sample is often worse on
+        others."""
+        parents = [cut.levels for cut in self._open_cuts()]
+        if not parents:
+            return []
+        again = self._judged_again()
         count = self.screens - len(again)
-        parents = [cut.levels for cut in best]
         found: dict[Levels, float] = {}
         for _ in range(20 * self.screens):
             kind = self._rng.integers(3)
@@ -386,19 +414,23 @@ class Evolve(AbstractSpaceStrategy):
                 found[levels] = self._sites.mass(levels) / max(1e-9, least)
         if not found:
             return []
-        order = sorted(found, key=lambda levels: (found[levels], levels))
-        by_mass = {TRUSTED: count, WIDENED: count // 2, LEFT_OUT: 0}[self._mass_trust()]
-        drawn = [order[by_mass:][int(at)] for at in self._rng.permutation(len(order[by_mass:]))]
-        return [*again, *(Cut(levels) for levels in [*order[:by_mass], *drawn][:count])]
+        # Those that remove the least at their price: one of each range of prices, else all would be of one depth.
+        by_mass = min(len(found), {TRUSTED: count, WIDENED: count // 2, LEFT_OUT: 0}[self._mass_trust()])
+        order = sorted(found, key=lambda levels: (self._sites.price(levels), levels))
+        ranges = [order[len(order) * at // by_mass : len(order) * (at + 1) // by_mass] for at in range(by_mass)]
+        chosen = [min(each, key=lambda levels: (found[levels], levels)) for each in ranges]
+        others = [levels for levels in order if levels not in chosen]
+        drawn = [others[int(at)] for at in self._rng.permutation(len(others))]
+        return [*again, *(Cut(levels) for levels in [*chosen, *drawn][:count])]
 
-    def _judged_again(self, best: Sequence[Cut]) -> list[Cut]:
+    def _judged_again(self) -> list[Cut]:
         """Of the best structures those that were judged longest ago; none where every sample has the same sentences. What
         `prune` has found is not among them: where its model is not stored, it takes half a minute to make."""
         assert self.known.survey is not None
         sentences = outside(Survey(**self.space.scores).sentences, self.known.survey.train_rows)
         if self._screen.judge >= len(sentences):
             return []
-        open_ = [cut for cut in best if not cut.share and self._divergences.get(cut, 0.0) > self.negligible]
+        open_ = [cut for cut in self._open_cuts() if not cut.share]
         return sorted(open_, key=lambda cut: self._asked.get(cut.levels, 0))[: self.screens // 4]
 
     # --- what a generation costs ---
@@ -710,7 +742,7 @@ class Evolve(AbstractSpaceStrategy):
         found = np.linalg.lstsq(matrix, np.concatenate([*differences, np.zeros(len(parts))]), rcond=None)[0]
         return {part: round(float(value), 9) for part, value in zip(parts, found, strict=True)}  # equal on every machine
 
-    def _cost(self, design: Design, beside: Iterable[Design]) -> float:
+    def _cost(self, design: Design, beside: Iterable[Design] = ()) -> float:
         """Of measuring a design, in measurements: what is cut in a second is trained for minutes. A training goes on from what
         is stored, and models that differ in precision only share theirs.
 
