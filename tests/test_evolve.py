@@ -234,10 +234,9 @@ def test_the_probe_tries_the_step_that_finds_structures():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "wanted", [Target(quality=0.9, speed_up=3), Target(quality=0.95, speed_up=2.5), Target(quality=0.93, megabytes=20)], ids=str
-)
-def test_a_target_draws_the_search_near_it(wanted: Target):
+def test_a_target_draws_the_search_near_it():
+    wanted = Target(quality=0.9, speed_up=3)
+
     def missed(target: Target) -> float:
         known = world.KNOWN.model_copy(update={"target": target})
         found = []
@@ -247,7 +246,7 @@ def test_a_target_draws_the_search_near_it(wanted: Target):
             found += [candidate.measurement for turn in turns[3:] for candidate in turn.told if candidate.measurement]
         return float(np.mean([front.missed(measurement, world.KNOWN.base, wanted) for measurement in found]))
 
-    assert missed(wanted) < 0.9 * missed(Target())
+    assert missed(wanted) < 0.8 * missed(Target())
 
 
 def test_a_stage_that_does_not_rank_is_said_and_done_without():

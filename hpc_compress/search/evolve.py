@@ -33,7 +33,8 @@ from hpc_compress.search.structures import Levels, Structures
 from hpc_compress.search.variation import Sites
 from hpc_compress.types import Candidate, Genome, Profiling, Proposal, Screen, Step, Survey, outside
 
-ROWS = 1500  # of training, which take about as long as measuring a model
+ROWS = 650  # of training with the whole model, which take about as long as measuring a model
+OUTSIDE = 0.1  # of that time, what a training takes besides the encoder's blocks
 # Lost tenths of the quality before and after a training: medians over cut models of QQP (results/compression.csv) and of words
 # (results/tokens.csv). What lost nearly all gets most of it back. They count as much as one measured model each, and for a
 # second training too, as long as none was measured.
@@ -232,11 +233,8 @@ class Evolve(AbstractSpaceStrategy):
         first = list(dict.fromkeys([*others[: len(plain)], *compared, *others]))
         yield self._measured(first[: max(self.population, len(plain) + len(set(compared)))])
         # What needs no training, then what needs little: what one training leaves of a loss tells what others will.
-        little = [
-            name for name in self.space.trainings if self._cost(Design(mildest, name, leading[0])) <= LITTLE * self.population
-        ]
-        yield from filter(None, [self._promising([self._cheapest], max(1, self.population // 2))])
-        yield from filter(None, [self._promising(little)])
+        yield from filter(None, [self._promising(max(1, self.population // 2), costing=1)])
+        yield from filter(None, [self._promising(costing=LITTLE * self.population)])
         if self.screens:
             yield self._screened(self._unscreened())
             yield from self._rescored(self._open_cuts())
@@ -319,13 +317,13 @@ class Evolve(AbstractSpaceStrategy):
         together = self._sites.combined(cut.levels, gains, by=2, count=max(4, self.screens // 3))
         yield self._screened([Cut(cut.levels), *map(Cut, together)])
 
-    def _promising(self, trainings: Sequence[str] = (), count: int = 0) -> list[Proposal]:
+    def _promising(self, count: int = 0, costing: float = math.inf) -> list[Proposal]:
         """The designs that are expected to add the most hypervolume for what they cost; each counts as done for the next.
 
-        trainings: the only ones that come into question; none: all do. count: of designs; 0: `population`.
+        count: of designs; 0: `population`. costing: at most so much each, in measurements.
         """
         fronts = [_Front(known, self._vectors(known)) for known in self._devices]
-        pool = {design: self._expected(design) for design in self._pool() if not trainings or design.training in trainings}
+        pool = {design: self._expected(design) for design in self._pool() if self._cost(design) <= costing}
         chosen: list[Design] = []
         while pool and len(chosen) < (count or self.population):
             gains = {
@@ -335,7 +333,7 @@ class Evolve(AbstractSpaceStrategy):
             }
             # Where nothing at all is expected to add anything, what is best in the first objective is tried all the same.
             design = max(gains, key=lambda design: (gains[design], -float(pool[design][0][0]), design))
-            if gains[design] <= 0 and (trainings or any(each.grew for each in fronts)):
+            if gains[design] <= 0 and (math.isfinite(costing) or any(each.grew for each in fronts)):
                 break
             chosen.append(design)
             for each, vector in zip(fronts, pool.pop(design), strict=True):
@@ -343,12 +341,14 @@ class Evolve(AbstractSpaceStrategy):
         return self._measured(chosen)
 
     def _pool(self) -> list[Design]:
-        """Every design of the best structures that was not proposed yet."""
+        """Every design of the best structures, and of those of living models, that was not proposed yet."""
         tried = set(self._designs.values())
         deploys = self.space.possible_deploys()
         designs = [
             Design(cut, training, deploy)
-            for cut in dict.fromkeys((*self._best_cuts(), *self._plain, self._deeper()))
+            for cut in dict.fromkeys(
+                (*self._best_cuts(), *self._plain, *(cut for cut, _ in sorted(self._alive)), self._deeper())
+            )
             for training in self.space.trainings
             for deploy in (*deploys, *self._mixed(cut))
         ]
@@ -759,7 +759,7 @@ class Evolve(AbstractSpaceStrategy):
         ]
         epochs = sum(float(step.params.get("epochs", 1)) for step in steps[max(stored, default=0) :])
         rows = self.known.survey.train_rows if self.known.survey else 0
-        return 1 + epochs * rows / ROWS
+        return 1 + epochs * rows / ROWS * (OUTSIDE + (1 - OUTSIDE) * self._sites.price(design.cut.levels))
 
     def _mass_trust(self) -> int:
         """How far what is free is trusted to rank structures as screening does."""
