@@ -127,6 +127,52 @@ def test_cuts_that_lose_everything_untrained_are_trained():
     assert max(speed_up(candidate.measurement) for candidate in best) > 5
 
 
+def test_cuts_grow_deeper_as_long_as_that_pays():
+    def deepest(answer: Any) -> float:
+        strategy = world.made("evolve", budgets=(1.0, 0.6), screens=0)
+        turns = list(world.play(strategy, 12, answer=answer))
+        return min(SITES.price(STRUCTURES.levels(world.SPACE.structure(world.SHAPE, p.genome))) for p in proposed(turns))
+
+    def lossless(candidate: Candidate, screen: Screen | None) -> Candidate:
+        found = world.answered(candidate, screen)
+        metrics = {"accuracy": 0.9}
+        return found.model_copy(update={"measurement": found.measurement.model_copy(update={"metrics": metrics})})
+
+    def useless(candidate: Candidate, screen: Screen | None) -> Candidate:
+        found = world.answered(candidate, screen)
+        metrics = {"accuracy": 0.9 if world.damage(world.SPACE.structure(world.SHAPE, candidate.genome)) < 0.1 else 0.1}
+        return found.model_copy(update={"measurement": found.measurement.model_copy(update={"metrics": metrics})})
+
+    assert deepest(lossless) < 0.1
+    assert deepest(useless) > 0.2
+
+
+def test_only_structures_that_lose_something_have_offspring():
+    def offspring(negligible: float) -> int:
+        measured: set[str] = set()
+        count = 0
+        for proposal in proposed(played(12, negligible=negligible, rescoring=False)):
+            count += proposal.screen is not None and str(proposal.genome.steps) not in measured
+            measured |= {str(proposal.genome.steps[:1])}
+        return count
+
+    assert offspring(10.0) == 0
+    assert offspring(0.02) > 8
+
+
+def test_offspring_are_of_every_depth():
+    strategy = world.made("evolve", switching=0, rescoring=False, screens=32)
+    ranges = []
+    for turn in world.play(strategy, 12):
+        structures = [world.SPACE.structure(world.SHAPE, proposal.genome) for proposal in turn.proposals if proposal.screen]
+        prices = [SITES.price(STRUCTURES.levels(structure)) for structure in structures]
+        parents = [SITES.price(cut.levels) for cut in strategy._worth_varying()]
+        if len(prices) > 16:
+            ranges.append(np.ptp(prices) / np.ptp(parents))
+    assert len(ranges) > 2
+    assert min(ranges) > 0.6
+
+
 def test_samples_differ_from_screen_to_screen_and_grow():
     screens = [
         {proposal.screen for proposal in turn.proposals} for turn in played(20) if turn.proposals and turn.proposals[0].screen

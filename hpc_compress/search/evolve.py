@@ -1,4 +1,4 @@
-"""A search that thinks first and trains last: predict every structure, screen the promising, train and measure the few.
+"""A search that thinks first: predict every structure, screen the promising, train and measure the few.
 
 What it knows of a genome grows at rising cost. Predicted: the share of the scores that a structure removes, its time by the
 device's profile, its bytes. Screened: how far the repaired, untrained model's outputs are from the base model's, on sentences
@@ -35,6 +35,7 @@ from hpc_compress.types import Candidate, Genome, Profiling, Proposal, Screen, S
 
 ROWS = 650  # of training with the whole model, which take about as long as measuring a model
 OUTSIDE = 0.1  # of that time, what a training takes besides the encoder's blocks
+FOUND = 4.0  # measurements that take as long as finding a structure block by block
 # Lost tenths of the quality before and after a training: medians over cut models of QQP (results/compression.csv) and of words
 # (results/tokens.csv). What lost nearly all gets most of it back. They count as much as one measured model each, and for a
 # second training too, as long as none was measured.
@@ -43,7 +44,7 @@ UNSETTLED = 0.1  # lost tenths of the quality that a training leaves, or makes, 
 DRAWN = 2  # measurements of no difference, with which a difference between ways to deploy is averaged
 MOST_JUDGED = 4  # times the sentences that a structure is judged on at first
 DOUBTFUL = 0.2  # halvings between the measured and the predicted time of a model (15 %), from which it is timed again
-LITTLE = 2  # generations of measurements: a training that costs more waits until structures were screened
+LITTLE = 2  # generations of measurements: first trainings that together cost more wait until structures were screened
 DEEPER = 0.7  # of the price of the deepest structure so far, the next deeper one has
 AIMED = 20.0  # times the gain of a model that keeps to the targets, against one that is far from them
 
@@ -81,10 +82,14 @@ class Bill(NamedTuple):
     again: int  # repeated timings of all candidates, before it
 
 
+Trained = tuple[Cut, str]  # a model: a cut and the training after it
+
+
 class Beliefs(NamedTuple):
     """What the measured designs say of others. Losses are tenths of the base model's quality."""
 
-    losses: dict[Design, float]  # of those that were measured, without what their way to deploy adds
+    losses: dict[Trained, float]  # of each measured model, without what its ways to deploy add
+    measured: dict[Design, str]  # candidates, by design
     by_divergence: "Curve"  # loss of an untrained cut that was screened
     by_scores: "Curve"  # of one that was not, by the share of the scores that it removes
     recovery: "Curve"  # what a training leaves of a loss
@@ -92,7 +97,8 @@ class Beliefs(NamedTuple):
 
 
 class Evolve(AbstractSpaceStrategy):
-    """First the knapsack's structures at some budgets, measured untrained; then better structures by screening; then training.
+    """First the knapsack's structures at some budgets, measured untrained; then a few trainings that cost little; then better
+    structures by screening, and trainings where they pay.
 
     The knapsack's structures always compete. Each later generation measures the designs that are expected to add the most
     hypervolume for what they cost. The population is the front, so a search that is stopped has a complete one.
@@ -122,10 +128,10 @@ class Evolve(AbstractSpaceStrategy):
     _candidates: dict[str, Candidate] = PrivateAttr(default_factory=dict)  # all that was told, by id
     _designs: dict[str, Design] = PrivateAttr(default_factory=dict)  # what was proposed to be measured, by genome
     _divergences: dict[Cut, float] = PrivateAttr(default_factory=dict)  # the latest of each structure that was screened
-    _alive: set[tuple[Cut, str]] = PrivateAttr(default_factory=set)  # of living candidates, whose masters are stored
-    _asked: dict[Levels, int] = PrivateAttr(
-        default_factory=dict
-    )  # structures proposed to be screened, and on which sample last
+    _alive: set[Trained] = PrivateAttr(default_factory=set)  # of living candidates, whose masters are stored
+    _asked: dict[Levels, int] = PrivateAttr(default_factory=dict)  # structures sent to be screened, and on which sample last
+    _deepened: list[Cut] = PrivateAttr(default_factory=list)  # the knapsack's below the budgets that were tried
+    _best: list[Cut] | None = PrivateAttr(default=None)  # see `_best_cuts`; None: not thought over yet
     _sample: int = PrivateAttr(default=0)  # number of the last one that was screened on
     _beliefs: "Beliefs | None" = PrivateAttr(default=None)  # what follows from the candidates; None: not thought over yet
     _course: Generator[list[Proposal], None, None] | None = PrivateAttr(default=None)
@@ -177,7 +183,13 @@ class Evolve(AbstractSpaceStrategy):
         if self._course is None:
             self._course = self._stages()
         self._pay()
-        return self._affordable(next(self._course), beside=len(self.timed_again(population)))
+        proposals = self._affordable(next(self._course), beside=len(self.timed_again(population)))
+        for proposal in proposals:
+            if proposal.screen is not None and _kind(proposal) == "screen":
+                levels = self._structures.levels(self.space.structure(self.known.shape, proposal.genome))
+                assert levels is not None
+                self._asked[levels] = proposal.screen.sample
+        return proposals
 
     def tell(self, population: Sequence[Candidate], candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
         self._learn((*population, *candidates))
@@ -208,7 +220,7 @@ class Evolve(AbstractSpaceStrategy):
         return said
 
     def _learn(self, candidates: Iterable[Candidate]) -> None:
-        self._beliefs = None
+        self._beliefs = self._best = None
         for candidate in candidates:
             self._candidates[candidate.id] = candidate
             if candidate.measurement is not None:
@@ -232,22 +244,24 @@ class Evolve(AbstractSpaceStrategy):
         others = [Design(cut, self._cheapest, deploy) for deploy in leading for cut in plain]
         first = list(dict.fromkeys([*others[: len(plain)], *compared, *others]))
         yield self._measured(first[: max(self.population, len(plain) + len(set(compared)))])
-        # What needs no training, then what needs little: what one training leaves of a loss tells what others will.
-        yield from filter(None, [self._promising(max(1, self.population // 2), costing=1)])
-        yield from filter(None, [self._promising(costing=LITTLE * self.population)])
+        # What needs no training, then trainings that cost little: one tells what others will leave of a loss.
+        untrained = [design for design in self._pool() if design.training == self._cheapest]
+        yield from _some(self._promising(untrained, costing=max(1.0, self.population / 2)))
+        trained = [design for design in self._pool() if design.training != self._cheapest]
+        yield from _some(self._promising(trained, costing=LITTLE * self.population))
         if self.screens:
-            yield self._screened(self._unscreened())
+            yield from _some(self._screened(self._unscreened()))
             yield from self._rescored(self._open_cuts())
-            yield self._promising()
+            yield self._promising(self._pool())
         done: list[Levels] = []
         while True:
             if self._screens and not self._hurries:
                 if self.switching > len(done):
                     yield from self._switched(done)
                 else:
-                    yield from filter(None, [self._screened([*self._unscreened(), *self._offspring()])])
+                    yield from _some(self._screened(self._offspring()))
                     yield from self._rescored(self._between())
-            yield self._promising()
+            yield self._promising(self._pool())
 
     @property
     def _screens(self) -> bool:
@@ -265,9 +279,8 @@ class Evolve(AbstractSpaceStrategy):
 
     def _screened(self, cuts: Iterable[Cut]) -> list[Proposal]:
         """Ordered so that structures that begin alike follow one another: a worker then computes their beginning once."""
-        self._sample += 1
         wanted = {cut for cut in cuts if cut.levels != self._sites.most}
-        self._asked |= {cut.levels: self._sample for cut in wanted}
+        self._sample += bool(wanted)
 
         def by_layer(cut: Cut) -> list[tuple[int, int]]:
             structure = self._structures.structure(cut.levels)
@@ -277,8 +290,8 @@ class Evolve(AbstractSpaceStrategy):
         return [Proposal(genome=Genome(steps=self._steps(cut)), screen=self._screen) for cut in ordered]
 
     def _between(self) -> list[Cut]:
-        """Two cuts of the knapsack's, at prices between those of the best structures that lose something."""
-        prices = [self._sites.price(cut.levels) for cut in self._open_cuts()]
+        """Two cuts of the knapsack's, at prices between those of the structures worth improving."""
+        prices = [self._sites.price(cut.levels) for cut in self._worth_varying()]
         if not prices:
             return []
         return [Cut(self._sites.knapsack(float(price))) for price in self._rng.uniform(min(prices), max(prices), size=2)]
@@ -293,10 +306,11 @@ class Evolve(AbstractSpaceStrategy):
         assert survey is not None
         shares = (round(1 - self._parameters(cut.levels) / survey.encoder_parameters, 2) for cut in cuts)
         asked = {cut.share for cut in self._divergences}
-        steps = [self._steps(Cut((), share)) for share in dict.fromkeys(shares) if share > 0 and share not in asked]
+        steps = [self._steps(Cut((), share)) for share in dict.fromkeys(shares) if 0 < share < 1 and share not in asked]
         proposals = [Proposal(genome=Genome(steps=step), screen=self._screen) for step in steps]
         first = 1 if "rescore" not in self._paid and math.isfinite(self.known.left()) else len(proposals)
-        yield from filter(None, (proposals[:first], proposals[first:]))
+        yield from _some(proposals[:first])
+        yield from _some(proposals[first:])
 
     def _switched(self, done: list[Levels]) -> Generator[list[Proposal], None, None]:
         """Level switching by marginals at one depth: what each single move changes, then the best moves together. Two
@@ -317,64 +331,80 @@ class Evolve(AbstractSpaceStrategy):
         together = self._sites.combined(cut.levels, gains, by=2, count=max(4, self.screens // 3))
         yield self._screened([Cut(cut.levels), *map(Cut, together)])
 
-    def _promising(self, count: int = 0, costing: float = math.inf) -> list[Proposal]:
-        """The designs that are expected to add the most hypervolume for what they cost; each counts as done for the next.
+    def _promising(self, designs: Iterable[Design], costing: float = math.inf) -> list[Proposal]:
+        """Of these designs those that are expected to add the most hypervolume for what they cost; each counts as done for the
+        next.
 
-        count: of designs; 0: `population`. costing: at most so much each, in measurements.
+        costing: at most so much together, in measurements.
         """
         fronts = [_Front(known, self._vectors(known)) for known in self._devices]
-        pool = {design: self._expected(design) for design in self._pool() if self._cost(design) <= costing}
+        pool = {design: self._expected(design) for design in designs}
         chosen: list[Design] = []
-        while pool and len(chosen) < (count or self.population):
+        spent = 0.0
+        while len(chosen) < self.population:
+            costs = {design: self._cost(design, chosen) for design in pool}
             gains = {
-                design: sum(each.gain(vector) for each, vector in zip(fronts, vectors, strict=True))
-                / self._cost(design, chosen)
-                for design, vectors in pool.items()
+                design: sum(each.gain(vector) for each, vector in zip(fronts, pool[design], strict=True)) / cost
+                for design, cost in costs.items()
+                if spent + cost <= costing
             }
+            if not gains:
+                break
             # Where nothing at all is expected to add anything, what is best in the first objective is tried all the same.
             design = max(gains, key=lambda design: (gains[design], -float(pool[design][0][0]), design))
             if gains[design] <= 0 and (math.isfinite(costing) or any(each.grew for each in fronts)):
                 break
             chosen.append(design)
+            spent += costs[design]
             for each, vector in zip(fronts, pool.pop(design), strict=True):
                 each.add(vector)
+        if self._deeper not in self._plain and any(design.cut == self._deeper for design in chosen):
+            self._deepened.append(self._deeper)
         return self._measured(chosen)
 
     def _pool(self) -> list[Design]:
-        """Every design of the best structures, and of those of living models, that was not proposed yet."""
+        """Every design that was not proposed yet, of the best structures, the knapsack's and the one below them, and living
+        models."""
         tried = set(self._designs.values())
-        deploys = self.space.possible_deploys()
-        designs = [
-            Design(cut, training, deploy)
-            for cut in dict.fromkeys(
-                (*self._best_cuts(), *self._plain, *(cut for cut, _ in sorted(self._alive)), self._deeper())
-            )
+        living = (cut for cut, _ in sorted(self._alive))
+        return [
+            design
+            for cut in dict.fromkeys((*self._best_cuts(), *self._plain, self._deeper, *living))
+            for deploy in (*self.space.possible_deploys(), *self._mixed(cut))
             for training in self.space.trainings
-            for deploy in (*deploys, *self._mixed(cut))
+            if (design := Design(cut, training, deploy)) not in tried
         ]
-        return [design for design in designs if design not in tried]
 
+    @property
     def _deeper(self) -> Cut:
-        """The knapsack's structure below the deepest one so far: how deep a cut still pays shows when it was trained."""
-        deepest = min(self._sites.price(design.cut.levels) for design in self._designs.values())
-        return Cut(self._sites.knapsack(DEEPER * deepest))
+        """The knapsack's structure below the deepest that was not trained in vain: a training shows whether it pays."""
+        trained: dict[Cut, float] = {}
+        for (cut, training), loss in self._believed().losses.items():
+            if training != self._cheapest:
+                trained[cut] = min(loss, trained.get(cut, math.inf))
+        prices = [self._sites.price(cut.levels) for cut in (*self._plain, *trained) if trained.get(cut, 0.0) < 1]
+        return Cut(self._sites.knapsack(DEEPER * min(prices)))
 
     def _unscreened(self) -> list[Cut]:
-        """Structures that were proposed to be measured and were never screened."""
-        return [
-            cut
-            for cut in dict.fromkeys(design.cut for design in self._designs.values())
-            if cut.levels not in self._asked and not cut.share
-        ]
+        """Structures that were proposed to be measured and never sent to be screened."""
+        cuts = dict.fromkeys(design.cut for design in self._designs.values())
+        return [cut for cut in cuts if not cut.share and cut.levels not in self._asked and cut.levels != self._sites.most]
 
     def _open_cuts(self) -> list[Cut]:
-        """The best structures that lose something: only these are worth improving."""
+        """The best structures that lose something."""
         return [cut for cut in self._best_cuts() if self._divergences.get(cut, 0.0) > self.negligible]
+
+    def _worth_varying(self) -> list[Cut]:
+        """The best structures that lose something, and the cheapest one that loses nothing: what is between them may lose
+        nothing either."""
+        open_ = self._open_cuts()
+        closed = [cut for cut in self._best_cuts() if cut not in open_]
+        return open_ and [*open_, *sorted(closed, key=lambda cut: self._sites.price(cut.levels))[:1]]
 
     def _mixed(self, cut: Cut) -> list[str]:
         """Of two precisions in which a structure was measured, a third or two thirds of the layers have the second one: those
         with the highest scores that are left."""
-        measured = {design.deploy for design in self._believed().losses if design.cut == cut}
+        measured = {design.deploy for design in self._believed().measured if design.cut == cut}
         found, chains = [], self.space.possible_deploys()
         for one, other, scheme in mixing.pairs(chains) if self.mixing else []:
             if not {one, other} <= measured:
@@ -390,13 +420,14 @@ class Evolve(AbstractSpaceStrategy):
         return found
 
     def _offspring(self) -> list[Cut]:
-        """New structures near the best ones that lose something: switched, crossed, and the knapsack's at prices between them.
-        Some of the best carved ones are judged with them, on the same sentences: what was best on one sample is often worse on
-        others."""
-        parents = [cut.levels for cut in self._open_cuts()]
+        """Structures to be screened: those that were measured only; and new ones near the best that lose something: switched,
+        crossed, and the knapsack's at prices between them. Some of the best carved ones are judged with them, on the same
+        sentences: what was best on one sample is often worse on others."""
+        parents = [cut.levels for cut in self._worth_varying()]
+        unscreened = self._unscreened()
         if not parents:
-            return []
-        again = self._judged_again()
+            return unscreened
+        again = [*unscreened, *self._judged_again()][: self.screens]
         count = self.screens - len(again)
         found: dict[Levels, float] = {}
         for _ in range(20 * self.screens):
@@ -412,8 +443,6 @@ class Evolve(AbstractSpaceStrategy):
             if levels not in self._asked:
                 least = float(np.interp(self._sites.price(levels), *self._least_masses))
                 found[levels] = self._sites.mass(levels) / max(1e-9, least)
-        if not found:
-            return []
         # Those that remove the least at their price: one of each range of prices, else all would be of one depth.
         by_mass = min(len(found), {TRUSTED: count, WIDENED: count // 2, LEFT_OUT: 0}[self._mass_trust()])
         order = sorted(found, key=lambda levels: (self._sites.price(levels), levels))
@@ -479,7 +508,7 @@ class Evolve(AbstractSpaceStrategy):
                 designs += [design] if design is not None else []
         if len(fitting) < len(proposals):
             if kind != "measure":
-                return self._affordable(self._promising(), beside)
+                return self._affordable(self._promising(self._pool()), beside)
             self._ended = "the rest of budget.device_hours is too short for another model"
         self._bill = Bill(kind, units, self.known.left(), self._timings())
         return fitting
@@ -533,9 +562,13 @@ class Evolve(AbstractSpaceStrategy):
         chains = self.space.possible_deploys()
         return Sites.of(self._structures, self._prediction, chains[self._first_deploy])
 
-    @cached_property
+    @property
     def _plain(self) -> tuple[Cut, ...]:
         """The knapsack's structures, which always compete."""
+        return (*self._budgeted, *self._deepened)
+
+    @cached_property
+    def _budgeted(self) -> tuple[Cut, ...]:
         return tuple(Cut(levels) for levels in dict.fromkeys(map(self._sites.knapsack, self._reachable())))
 
     @cached_property
@@ -637,34 +670,38 @@ class Evolve(AbstractSpaceStrategy):
     def _believed(self) -> Beliefs:
         if self._beliefs is None:
             assert self.known.base is not None
-            base, losses = quality_of(self.known.base), {}
+            base = quality_of(self.known.base)
+            lost: dict[Design, float] = {}
+            measured: dict[Design, str] = {}
             for candidate in self._measured_candidates():
                 design = self._designs.get(canonical(candidate.genome))
                 if design is not None and candidate.measurement is not None:
-                    losses[design] = front.lost_quality(quality_of(candidate.measurement), base)
-            offsets = self._offsets(losses)
-            losses = {design: loss - self._added(design.deploy, offsets) for design, loss in losses.items()}
-            found: dict[Cut, list[float]] = {}
-            for design, loss in sorted(losses.items()):
-                if design.training == self._cheapest:
-                    found.setdefault(design.cut, []).append(loss)
-            untrained = {cut: float(np.mean(each)) for cut, each in found.items()}
+                    lost[design] = front.lost_quality(quality_of(candidate.measurement), base)
+                    measured[design] = candidate.id
+            offsets = self._offsets(lost)
+            found: dict[Trained, list[float]] = {}
+            for design, loss in sorted(lost.items()):
+                found.setdefault(design[:2], []).append(loss - self._added(design.deploy, offsets))
+            losses = {model: float(np.mean(each)) for model, each in found.items()}
+            untrained = {cut: loss for (cut, training), loss in losses.items() if training == self._cheapest}
             screened = [(self._divergences[cut], loss) for cut, loss in untrained.items() if cut in self._divergences]
             masses = [(self._sites.mass(cut.levels), loss) for cut, loss in untrained.items()]
             self._screen_stage.judge(screened)
             curves = Curve.through(screened), Curve.through(masses)
-            self._beliefs = Beliefs(losses, *curves, self._recovery(losses), offsets)
+            self._beliefs = Beliefs(losses, measured, *curves, self._recovery(losses), offsets)
         return self._beliefs
 
     def _best_cuts(self) -> list[Cut]:
         """Structures that no other one beats in time, parameters and divergence; without screening, the knapsack's."""
         if not self._screens or not self._divergences:
             return list(self._plain)
-        cuts = [Cut(self._sites.most), *self._divergences]
-        rows = np.array(
-            [[self._sites.price(cut.levels), self._parameters(cut.levels), self._divergences.get(cut, 0.0)] for cut in cuts]
-        )
-        return [cut for cut, best in zip(cuts, front.nondominated(rows), strict=True) if best]
+        if self._best is None:
+            cuts = [Cut(self._sites.most), *self._divergences]
+            rows = [
+                (self._sites.price(cut.levels), self._parameters(cut.levels), self._divergences.get(cut, 0.0)) for cut in cuts
+            ]
+            self._best = [cut for cut, best in zip(cuts, front.nondominated(np.array(rows)), strict=True) if best]
+        return self._best
 
     def _loss_of_cut(self, cut: Cut) -> float:
         """Expected lost tenths of the quality, untrained: by its divergence if it was screened, else by its removed scores."""
@@ -675,21 +712,14 @@ class Evolve(AbstractSpaceStrategy):
 
     def _expected(self, design: Design) -> list[np.ndarray]:
         """The vector of objectives that a design will have on each device, as far as can be told."""
-        losses = self._believed().losses
-        alike = [loss for other, loss in losses.items() if other[:2] == design[:2]]
-        order = list(self.space.trainings)
-        if alike:
-            loss = float(np.mean(alike))
-        else:
-            less = [
-                (order.index(other.training), loss)
-                for other, loss in losses.items()
-                if other.cut == design.cut and order.index(other.training) < order.index(design.training)
-            ]
-            start, loss = max(less) if less else (0, self._loss_of_cut(design.cut))
-            for _ in range(order.index(design.training) - start):
-                loss = max(min(self._believed().recovery(loss), loss), UNSETTLED)
-        added = self._added(design.deploy, self._believed().offsets)
+        beliefs, order = self._believed(), list(self.space.trainings)
+        trained = order.index(design.training)
+        start = max((at for at in range(trained + 1) if (design.cut, order[at]) in beliefs.losses), default=0)
+        known = beliefs.losses.get((design.cut, order[start]))
+        loss = self._loss_of_cut(design.cut) if known is None else known
+        for _ in range(trained - start):
+            loss = max(min(beliefs.recovery(loss), loss), UNSETTLED)
+        added = self._added(design.deploy, beliefs.offsets)
         shapes = (self._shape_of(design.cut.levels, design.deploy, device) for device in range(len(self._devices)))
         return [np.array(self._point(loss + added, *shape)) for shape in shapes]
 
@@ -708,14 +738,14 @@ class Evolve(AbstractSpaceStrategy):
                 makeup[part] = makeup.get(part, 0.0) + share
         return makeup
 
-    def _recovery(self, losses: dict[Design, float]) -> "Curve":
+    def _recovery(self, losses: dict[Trained, float]) -> "Curve":
         """What one training leaves of a loss, by the models that were measured before and after. Of several at once, each is
         taken to leave the same part."""
         order, pairs = list(self.space.trainings), list(RECOVERED)
-        for design, loss in sorted(losses.items()):
-            trained = order.index(design.training)
-            less = [at for at in range(trained) if design._replace(training=order[at]) in losses]
-            start = losses[design._replace(training=order[less[-1]])] if less else 0.0
+        for (cut, training), loss in losses.items():
+            trained = order.index(training)
+            less = [at for at in range(trained) if (cut, order[at]) in losses]
+            start = losses[cut, order[less[-1]]] if less else 0.0
             if start > UNSETTLED:
                 steps = trained - less[-1]
                 part = (max(loss, UNSETTLED) / start) ** (1 / steps)
@@ -758,8 +788,11 @@ class Evolve(AbstractSpaceStrategy):
             if (design.cut, name) in self._alive and steps[: len(own)] == own
         ]
         epochs = sum(float(step.params.get("epochs", 1)) for step in steps[max(stored, default=0) :])
-        rows = self.known.survey.train_rows if self.known.survey else 0
-        return 1 + epochs * rows / ROWS * (OUTSIDE + (1 - OUTSIDE) * self._sites.price(design.cut.levels))
+        survey = self.known.survey
+        assert survey is not None
+        kept = self._parameters(design.cut.levels) / survey.encoder_parameters
+        found = FOUND if design.cut.share and not stored else 0.0
+        return 1 + found + epochs * survey.train_rows / ROWS * (OUTSIDE + (1 - OUTSIDE) * kept)
 
     def _mass_trust(self) -> int:
         """How far what is free is trusted to rank structures as screening does."""
@@ -782,11 +815,9 @@ class Evolve(AbstractSpaceStrategy):
         """The measured candidate that was trained less, whose weights this one goes on from."""
         order = list(self.space.trainings)
         less = {
-            order.index(other.training): candidate.id
-            for candidate in self._measured_candidates()
-            if (other := self._designs.get(canonical(candidate.genome))) is not None
-            and other.cut == design.cut
-            and order.index(other.training) < order.index(design.training)
+            order.index(other.training): candidate
+            for other, candidate in self._believed().measured.items()
+            if other.cut == design.cut and order.index(other.training) < order.index(design.training)
         }
         return less[max(less)] if less else None
 
@@ -799,6 +830,8 @@ class _Front:
     vectors: list[np.ndarray]
 
     def __post_init__(self) -> None:
+        best = front.nondominated(np.array(self.vectors))
+        self.vectors = [vector for vector, on_front in zip(self.vectors, best, strict=True) if on_front]
         self.start = self.volume = self._volume(self.vectors)
 
     @property
@@ -821,6 +854,11 @@ class _Front:
             return 1.0
         assert self.known.base is not None
         return 1 + AIMED * 16 ** -front.missed_by(vector, self.known.objectives, self.known.base, self.known.target)
+
+
+def _some(proposals: list[Proposal]) -> Iterable[list[Proposal]]:
+    """A generation, if it holds anything."""
+    return [proposals] if proposals else []
 
 
 def _kind(proposal: Proposal) -> str:
