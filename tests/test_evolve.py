@@ -15,7 +15,7 @@ from hpc_compress.config import Target
 from hpc_compress.models import inspection
 from hpc_compress.models.modeling_hpc_compress import FAMILIES
 from hpc_compress.search import front
-from hpc_compress.search.evolve import Curve, Design
+from hpc_compress.search.beliefs import Curve, Design
 from hpc_compress.search.fidelity import LEFT_OUT
 from hpc_compress.search.objective import speed_up
 from hpc_compress.search.prediction import Prediction
@@ -318,6 +318,10 @@ def test_a_time_that_contradicts_its_prediction_is_measured_again():
     strategy = world.made("evolve", elites=1)
     *_, turn = world.play(strategy, 5)
     assert len(turn.survivors) > 4
+    rng = np.random.default_rng(0)
+    strategy.ask(rng, turn.survivors)
+    assert not {c.id for c in strategy.timed_again(turn.survivors)} & {c.id for c in turn.told}, "what is new waits"
+    strategy.ask(rng, turn.survivors)
     assert strategy.timed_again(turn.survivors) == [turn.survivors[0]]
     *others, lucky = [candidate for candidate in turn.survivors if candidate.genome != Genome()]
     faster = {"latency_ms": tuple(ms / 1.3 for ms in lucky.measurement.latency_ms)}

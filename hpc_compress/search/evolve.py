@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 import numpy as np
 from pydantic import Field, PrivateAttr, model_validator
-from scipy.optimize import isotonic_regression
 
 from hpc_compress.identity import canonical
-from hpc_compress.search import front, mixing, survival
+from hpc_compress.search import beliefs, front, mixing, survival
+from hpc_compress.search.beliefs import UNSETTLED, Beliefs, Cut, Design, Trained
 from hpc_compress.search.fidelity import LEFT_OUT, TRUSTED, WIDENED, Stage
 from hpc_compress.search.knapsack import Knapsack
 from hpc_compress.search.known import Known
@@ -36,32 +36,11 @@ from hpc_compress.types import Candidate, Genome, Profiling, Proposal, Screen, S
 ROWS = 650  # of training with the whole model, which take about as long as measuring a model
 OUTSIDE = 0.1  # of that time, what a training takes besides the encoder's blocks
 FOUND = 4.0  # measurements that take as long as finding a structure block by block
-# Lost tenths of the quality before and after a training: medians over cut models of QQP (results/compression.csv) and of words
-# (results/tokens.csv). What lost nearly all gets most of it back. They count as much as one measured model each, and for a
-# second training too, as long as none was measured.
-RECOVERED = ((1.0, 0.4), (3.0, 1.1), (8.0, 2.0))
-UNSETTLED = 0.1  # lost tenths of the quality that a training leaves, or makes, where hardly any was lost
-DRAWN = 2  # measurements of no difference, with which a difference between ways to deploy is averaged
 MOST_JUDGED = 4  # times the sentences that a structure is judged on at first
 DOUBTFUL = 0.2  # halvings between the measured and the predicted time of a model (15 %), from which it is timed again
 LITTLE = 2  # generations of measurements: first trainings that together cost more wait until structures were screened
 DEEPER = 0.7  # of the price of the deepest structure so far, the next deeper one has
 AIMED = 20.0  # times the gain of a model that keeps to the targets, against one that is far from them
-
-
-class Cut(NamedTuple):
-    """What is left of the encoder, and how it is found."""
-
-    levels: Levels
-    share: float = 0.0  # of the encoder, which `prune` removes block by block to find these levels; 0: they are given
-
-
-class Design(NamedTuple):
-    """A genome, by the names of the space."""
-
-    cut: Cut
-    training: str
-    deploy: str
 
 
 class Mixture(NamedTuple):
@@ -80,20 +59,6 @@ class Bill(NamedTuple):
     units: float
     left: float  # device seconds of the budget before it
     again: int  # repeated timings of all candidates, before it
-
-
-Trained = tuple[Cut, str]  # a model: a cut and the training after it
-
-
-class Beliefs(NamedTuple):
-    """What the measured designs say of others. Losses are tenths of the base model's quality."""
-
-    losses: dict[Trained, float]  # of each measured model, without what its ways to deploy add
-    measured: dict[Design, str]  # candidates, by design
-    by_divergence: "Curve"  # loss of an untrained cut that was screened
-    by_scores: "Curve"  # of one that was not, by the share of the scores that it removes
-    recovery: "Curve"  # what a training leaves of a loss
-    offsets: dict[str, float]  # by precision and by vocabulary, what it loses more than others do with the same model
 
 
 class Evolve(AbstractSpaceStrategy):
@@ -131,9 +96,11 @@ class Evolve(AbstractSpaceStrategy):
     _alive: set[Trained] = PrivateAttr(default_factory=set)  # of living candidates, whose masters are stored
     _asked: dict[Levels, int] = PrivateAttr(default_factory=dict)  # structures sent to be screened, and on which sample last
     _deepened: list[Cut] = PrivateAttr(default_factory=list)  # the knapsack's below the budgets that were tried
+    _before: set[str] = PrivateAttr(default_factory=set)  # ids of the population that the last generation was asked for
+    _settled: set[str] = PrivateAttr(default_factory=set)  # ids of those in it that are still in the population
     _best: list[Cut] | None = PrivateAttr(default=None)  # see `_best_cuts`; None: not thought over yet
     _sample: int = PrivateAttr(default=0)  # number of the last one that was screened on
-    _beliefs: "Beliefs | None" = PrivateAttr(default=None)  # what follows from the candidates; None: not thought over yet
+    _beliefs: Beliefs | None = PrivateAttr(default=None)  # what follows from the candidates; None: not thought over yet
     _course: Generator[list[Proposal], None, None] | None = PrivateAttr(default=None)
     _rng: np.random.Generator = PrivateAttr(default_factory=lambda: np.random.default_rng(0))  # of the present generation
     _mixtures: dict[str, Mixture] = PrivateAttr(default_factory=dict)  # by name
@@ -178,6 +145,8 @@ class Evolve(AbstractSpaceStrategy):
     def ask(self, rng: np.random.Generator, population: Sequence[Candidate]) -> list[Proposal]:
         self._rng = rng
         self._learn(population)
+        living = {candidate.id for candidate in population}
+        self._before, self._settled = living, living & self._before
         designs = (self._designs.get(canonical(candidate.genome)) for candidate in population)
         self._alive = {(design.cut, design.training) for design in designs if design is not None}
         if self._course is None:
@@ -196,8 +165,10 @@ class Evolve(AbstractSpaceStrategy):
         return survival.of_front(self.known, population, candidates)
 
     def timed_again(self, population: Sequence[Candidate]) -> list[Candidate]:
-        """The fittest few, and those whose time is far from its prediction: a wrong timing would keep a model on the front."""
-        return [*population[: self.elites], *filter(self._is_doubtful, population[self.elites :])]
+        """The fittest few, and those whose time is far from its prediction: a wrong timing would keep a model on the front.
+        What has just been measured waits for a generation, which may beat it."""
+        settled = [candidate for candidate in population if candidate.id in self._settled]
+        return [*settled[: self.elites], *filter(self._is_doubtful, settled[self.elites :])]
 
     def _is_doubtful(self, candidate: Candidate) -> bool:
         design = self._designs.get(canonical(candidate.genome))
@@ -246,7 +217,7 @@ class Evolve(AbstractSpaceStrategy):
         yield self._measured(first[: max(self.population, len(plain) + len(set(compared)))])
         # What needs no training, then trainings that cost little: one tells what others will leave of a loss.
         untrained = [design for design in self._pool() if design.training == self._cheapest]
-        yield from _some(self._promising(untrained, costing=max(1.0, self.population / 2)))
+        yield from _some(self._promising(untrained, costing=max(1.0, self.population / 4)))
         trained = [design for design in self._pool() if design.training != self._cheapest]
         yield from _some(self._promising(trained, costing=LITTLE * self.population))
         if self.screens:
@@ -678,7 +649,7 @@ class Evolve(AbstractSpaceStrategy):
                 if design is not None and candidate.measurement is not None:
                     lost[design] = front.lost_quality(quality_of(candidate.measurement), base)
                     measured[design] = candidate.id
-            offsets = self._offsets(lost)
+            offsets = beliefs.offsets(lost, self._makeup)
             found: dict[Trained, list[float]] = {}
             for design, loss in sorted(lost.items()):
                 found.setdefault(design[:2], []).append(loss - self._added(design.deploy, offsets))
@@ -687,8 +658,8 @@ class Evolve(AbstractSpaceStrategy):
             screened = [(self._divergences[cut], loss) for cut, loss in untrained.items() if cut in self._divergences]
             masses = [(self._sites.mass(cut.levels), loss) for cut, loss in untrained.items()]
             self._screen_stage.judge(screened)
-            curves = Curve.through(screened), Curve.through(masses)
-            self._beliefs = Beliefs(losses, measured, *curves, self._recovery(losses), offsets)
+            curves = beliefs.Curve.through(screened), beliefs.Curve.through(masses)
+            self._beliefs = Beliefs(losses, measured, *curves, beliefs.recovery(losses, list(self.space.trainings)), offsets)
         return self._beliefs
 
     def _best_cuts(self) -> list[Cut]:
@@ -705,21 +676,21 @@ class Evolve(AbstractSpaceStrategy):
 
     def _loss_of_cut(self, cut: Cut) -> float:
         """Expected lost tenths of the quality, untrained: by its divergence if it was screened, else by its removed scores."""
-        beliefs = self._believed()
+        believed = self._believed()
         if cut in self._divergences and self._screen_stage.trust != LEFT_OUT:
-            return beliefs.by_divergence(self._divergences[cut])
-        return beliefs.by_scores(self._sites.mass(cut.levels))
+            return believed.by_divergence(self._divergences[cut])
+        return believed.by_scores(self._sites.mass(cut.levels))
 
     def _expected(self, design: Design) -> list[np.ndarray]:
         """The vector of objectives that a design will have on each device, as far as can be told."""
-        beliefs, order = self._believed(), list(self.space.trainings)
+        believed, order = self._believed(), list(self.space.trainings)
         trained = order.index(design.training)
-        start = max((at for at in range(trained + 1) if (design.cut, order[at]) in beliefs.losses), default=0)
-        known = beliefs.losses.get((design.cut, order[start]))
+        start = max((at for at in range(trained + 1) if (design.cut, order[at]) in believed.losses), default=0)
+        known = believed.losses.get((design.cut, order[start]))
         loss = self._loss_of_cut(design.cut) if known is None else known
         for _ in range(trained - start):
-            loss = max(min(beliefs.recovery(loss), loss), UNSETTLED)
-        added = self._added(design.deploy, beliefs.offsets)
+            loss = max(min(believed.recovery(loss), loss), UNSETTLED)
+        added = self._added(design.deploy, believed.offsets)
         shapes = (self._shape_of(design.cut.levels, design.deploy, device) for device in range(len(self._devices)))
         return [np.array(self._point(loss + added, *shape)) for shape in shapes]
 
@@ -737,40 +708,6 @@ class Evolve(AbstractSpaceStrategy):
             for part in (f"precision {precision}", f"vocabulary {vocabulary}"):
                 makeup[part] = makeup.get(part, 0.0) + share
         return makeup
-
-    def _recovery(self, losses: dict[Trained, float]) -> "Curve":
-        """What one training leaves of a loss, by the models that were measured before and after. Of several at once, each is
-        taken to leave the same part."""
-        order, pairs = list(self.space.trainings), list(RECOVERED)
-        for (cut, training), loss in losses.items():
-            trained = order.index(training)
-            less = [at for at in range(trained) if (cut, order[at]) in losses]
-            start = losses[cut, order[less[-1]]] if less else 0.0
-            if start > UNSETTLED:
-                steps = trained - less[-1]
-                part = (max(loss, UNSETTLED) / start) ** (1 / steps)
-                pairs += [(start * part**step, start * part ** (step + 1)) for step in range(steps)]
-        return Curve.through(pairs)
-
-    def _offsets(self, losses: dict[Design, float]) -> dict[str, float]:
-        """What each precision and each vocabulary adds to the loss of a model, by ridge regression on the models that were
-        measured in several ways; nearer to 0 where few were."""
-        models: dict[tuple[Cut, str], list[Design]] = {}
-        for design in losses:
-            models.setdefault(design[:2], []).append(design)
-        parts = sorted({part for design in losses for part in self._makeup(design.deploy)})
-        rows, differences = [], []
-        for designs in models.values():
-            made = np.array([[self._makeup(design.deploy).get(part, 0.0) for part in parts] for design in designs])
-            lost = np.array([losses[design] for design in designs])
-            rows.append(made - made.mean(0))
-            differences.append(lost - lost.mean())
-        if not rows:
-            return {}
-        # DRAWN more measurements of each part, which show no difference.
-        matrix = np.concatenate([*rows, math.sqrt(DRAWN) * np.eye(len(parts))])
-        found = np.linalg.lstsq(matrix, np.concatenate([*differences, np.zeros(len(parts))]), rcond=None)[0]
-        return {part: round(float(value), 9) for part, value in zip(parts, found, strict=True)}  # equal on every machine
 
     def _cost(self, design: Design, beside: Iterable[Design] = ()) -> float:
         """Of measuring a design, in measurements: what is cut in a second is trained for minutes. A training goes on from what
@@ -866,21 +803,3 @@ def _kind(proposal: Proposal) -> str:
     if proposal.screen is None:
         return "measure"
     return "screen" if all(step.operator == "carve" for step in proposal.genome.steps) else "rescore"
-
-
-class Curve(NamedTuple):
-    """A rising function through the origin and some points, by isotonic regression. Points at 0, or nearly so, say nothing."""
-
-    x: np.ndarray
-    y: np.ndarray
-
-    @staticmethod
-    def through(pairs: Sequence[tuple[float, float]]) -> "Curve":
-        x, y = np.array(sorted([(0.0, 0.0), *(pair for pair in pairs if pair[0] > 1e-9)])).T
-        return Curve(x, np.maximum(isotonic_regression(y).x, 0.0))
-
-    def __call__(self, at: float) -> float:
-        """Beyond the last point it goes on in a line through the origin; without any point it is the identity."""
-        if at > self.x[-1]:
-            return float(self.y[-1] * at / self.x[-1]) if self.x[-1] > 0 else float(at)
-        return float(np.interp(at, self.x, self.y))
