@@ -152,6 +152,57 @@ def test_the_table_of_the_demo_has_its_report_in_words(claims: Any):
     ]
 
 
+def curve(strategy: str, seconds: list[float], many: list[float], volumes: list[float]) -> pd.DataFrame:
+    """Of one run, generation by generation; only the last one has a hypervolume on the report split."""
+    return pd.DataFrame(
+        {
+            "dataset": "sst2",
+            "seed": 0,
+            "strategy": strategy,
+            "device_seconds": seconds,
+            "device_seconds_many": many,
+            "hypervolume_search": volumes,
+            "hypervolume_report": [np.nan, *[np.nan] * (len(volumes) - 2), volumes[-1] + 1],
+        }
+    )
+
+
+def cells(text: str) -> dict[str, list[str]]:
+    """By the strategy, which is the second column of a Markdown table."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+    return {row[1].strip("`"): row for row in rows}
+
+
+def test_strategies_are_compared_by_what_they_found_and_how_soon(claims: Any):
+    nan = [np.nan] * 3
+    table = pd.concat(
+        [
+            curve("genetic", [10, 500, 1000], [10, 5000, 10000], [0, 2, 4]),
+            curve("evolve", [20, 100, 1000], [20, 200, 20000], [0, 5, 7]),
+            curve("grid", [20, 400, 900], nan, [0, 1, 3]),  # no count for many rows
+        ]
+    )
+    found = cells(claims.strategies(table))
+    assert found["evolve"][3:] == ["8.00", "7.00", "1.60", "1,000", "10.0%", "2.0%"]
+    assert found["grid"][3:] == ["4.00", "3.00", "0.80", "900", "never", ""]
+    assert cells(claims.strategies(table.assign(device_seconds_many=np.nan)))["evolve"][-1] == "", "nothing was counted"
+    alone = cells(claims.strategies(table[table["strategy"] == "evolve"]))
+    assert alone["evolve"][3] == "8.00", "without genetic there is nothing to compare with"
+
+
+def test_the_best_model_of_a_front_that_is_fast_and_small_is_chosen_on_the_search_split(claims: Any):
+    columns = ["dataset", "seed", "strategy", "on_search", "on_report", "speed_up", "megabytes", "smaller"]
+    rows = [
+        ("sst2", 0, "evolve", 0.99, 0.90, 4.0, 7.0, 13.0),
+        ("sst2", 0, "evolve", 0.98, 0.99, 6.0, 7.0, 13.0),
+        ("sst2", 0, "evolve", 1.00, 1.00, 2.0, 7.0, 13.0),  # too slow
+        ("sst2", 0, "grid", 1.00, 1.00, 9.0, 7.0, 13.0),
+    ]
+    *_, first, second = claims.small_and_fast(pd.DataFrame(rows, columns=columns)).splitlines()
+    assert [cell.strip() for cell in first.split("|")[3:-1]] == ["3x, 1/12", "4.0x", "7.0, 1/13.0", "90.0%", "99.0%"]
+    assert "none" in second
+
+
 def test_steps_of_evolve_have_words(claims: Any):
     assert claims._described("carve > distill > distill > trim_vocabulary > quantize_dynamic_int8") == (
         "cut, distilled twice, vocabulary trimmed, dynamic int8"

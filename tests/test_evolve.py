@@ -25,7 +25,7 @@ from hpc_compress.search.variation import Sites
 from hpc_compress.types import Candidate, Genome, Screen, Screening, Step, Structure
 
 STRUCTURES = Structures(world.SPACE, world.SHAPE)
-SITES = Sites.of(STRUCTURES, Prediction.of(world.SURVEY, world.PROFILE), ())
+SITES = Sites.of(STRUCTURES, [Prediction.of(world.SURVEY, world.PROFILE)], ())
 levels = st.tuples(*[st.integers(0, most) for most in SITES.most])
 
 
@@ -274,6 +274,19 @@ def test_a_model_whose_layers_share_a_bias_is_searched(setup: Any, tiny_checkpoi
     assert any("prune" in seen.genome for seen in run.seen.values()), "found block by block, as far as that goes"
 
 
+@given(levels)
+def test_a_structure_is_priced_by_all_devices(each: tuple[int, ...]):
+    blocks = [
+        block.model_copy(update={"attention_ms": (tuple(tuple(5 * ms for ms in row) for row in block.attention_ms[0]),)})
+        for block in world.PROFILE.blocks
+    ]
+    slow = Prediction.of(world.SURVEY, world.PROFILE.model_copy(update={"blocks": tuple(blocks)}))
+    here = Prediction.of(world.SURVEY, world.PROFILE)
+    prices = [Sites.of(STRUCTURES, predictions, ()).price(each) for predictions in ([here], [slow], [here, slow])]
+    assert prices[2] == pytest.approx((prices[0] + prices[1]) / 2)
+    assert Sites.of(STRUCTURES, [here, slow], ()).price(SITES.most) == pytest.approx(1)
+
+
 def test_the_probe_tries_the_step_that_finds_structures():
     rehearsal = world.made("evolve", known=world.Known(shape=world.SHAPE), rescoring=True)
     assert "prune" in {step.operator for step in rehearsal.steps}
@@ -310,7 +323,7 @@ def test_a_stage_that_does_not_rank_is_said_and_done_without():
     assert any("rank correlation of removed scores and divergence" in note for note in notes)
     assert len(notes) == len(set(notes))
     strategy._screen_stage.trust = LEFT_OUT
-    assert not strategy._screens, "a stage that is left out costs nothing more"
+    assert not strategy._still_screens, "a stage that is left out costs nothing more"
     assert tuple(strategy._best_cuts()) == strategy._plain
 
 

@@ -232,6 +232,20 @@ many_generations = pytest.mark.parametrize(
 # --- what they promise ---
 
 
+@pytest.mark.parametrize("name", ["grid", "local_search"])
+def test_what_has_nothing_left_to_propose_says_so(name: str):
+    strategy, measured = made(name), 0
+    for turn in play(strategy, 100):
+        measured += sum(proposal.screen is None for proposal in turn.proposals)
+        if strategy.ended:
+            break
+        assert turn.proposals
+    assert strategy.ended
+    assert not turn.proposals
+    sizes = {"grid": 5, "local_search": 2}[name]
+    assert measured == sizes * len(SPACE.possible_deploys()) - (name == "grid"), "the base model is known"
+
+
 @every_strategy
 def test_what_is_proposed_is_in_the_space_and_new_and_never_more_than_was_asked_for(name: str):
     strategy, coordinates = made(name), Coordinates(space=SPACE, shape=SHAPE)

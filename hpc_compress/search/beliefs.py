@@ -13,11 +13,10 @@ from scipy.optimize import isotonic_regression
 from hpc_compress.search.structures import Levels
 
 # Lost tenths of the quality before and after a training: medians over cut models of QQP (results/compression.csv) and of words
-# (results/tokens.csv). What lost nearly all gets most of it back. They count as much as one measured model each, and for a
-# second training too, as long as none was measured.
+# (results/tokens.csv). What lost nearly all gets most of it back. They always count as one measured model each.
 RECOVERED = ((1.0, 0.4), (3.0, 1.1), (8.0, 2.0))
-UNSETTLED = 0.1  # lost tenths of the quality that a training leaves, or makes, where hardly any was lost
-DRAWN = 2  # measurements of no difference, with which a difference between ways to deploy is averaged
+UNSETTLED = 0.1  # the smallest loss that is expected after a training
+RIDGE = 2  # penalty on differences between ways to deploy: as many measurements without a difference
 
 
 class Cut(NamedTuple):
@@ -68,8 +67,8 @@ class Beliefs(NamedTuple):
 
 
 def recovery(losses: Mapping[Trained, float], trainings: Sequence[str]) -> Curve:
-    """What one training leaves of a loss, by the models that were measured before and after. Of several at once, each is taken
-    to leave the same part.
+    """What one training leaves of a loss, by the models that were measured before and after. Trainings without
+    a measurement between them are taken to leave the same share each.
 
     trainings: from the shortest to the longest; each goes on from the one before.
     """
@@ -103,7 +102,7 @@ def offsets(losses: Mapping[Design, float], makeup: Callable[[str], Mapping[str,
         differences.append(lost - lost.mean())
     if not rows:
         return {}
-    # DRAWN more measurements of each part, which show no difference.
-    matrix = np.concatenate([*rows, math.sqrt(DRAWN) * np.eye(len(parts))])
+    # RIDGE more measurements of each part, which show no difference.
+    matrix = np.concatenate([*rows, math.sqrt(RIDGE) * np.eye(len(parts))])
     found = np.linalg.lstsq(matrix, np.concatenate([*differences, np.zeros(len(parts))]), rcond=None)[0]
     return {part: round(float(value), 9) for part, value in zip(parts, found, strict=True)}  # equal on every machine

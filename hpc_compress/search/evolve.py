@@ -38,8 +38,8 @@ OUTSIDE = 0.1  # of that time, what a training takes besides the encoder's block
 FOUND = 4.0  # measurements that take as long as finding a structure block by block
 MOST_JUDGED = 4  # times the sentences that a structure is judged on at first
 DOUBTFUL = 0.2  # halvings between the measured and the predicted time of a model (15 %), from which it is timed again
-LITTLE = 2  # generations of measurements: first trainings that together cost more wait until structures were screened
-DEEPER = 0.7  # of the price of the deepest structure so far, the next deeper one has
+LITTLE = 2  # generations of measurements, which the first trainings cost at most together; others wait for the screening
+DEEPER = 0.7  # of the price of the deepest structure that was not trained in vain, the next deeper one has
 AIMED = 20.0  # times the gain of a model that keeps to the targets, against one that is far from them
 
 
@@ -65,8 +65,8 @@ class Evolve(AbstractSpaceStrategy):
     """First the knapsack's structures at some budgets, measured untrained; then a few trainings that cost little; then better
     structures by screening, and trainings where they pay.
 
-    The knapsack's structures always compete. Each later generation measures the designs that are expected to add the most
-    hypervolume for what they cost. The population is the front, so a search that is stopped has a complete one.
+    The knapsack's structures always compete. Later generations screen structures, or measure the designs that are expected
+    to add the most hypervolume for what they cost. The population is the front, so a search that is stopped has a complete one.
     """
 
     budgets: tuple[float, ...] = Field(
@@ -166,7 +166,7 @@ class Evolve(AbstractSpaceStrategy):
 
     def timed_again(self, population: Sequence[Candidate]) -> list[Candidate]:
         """The fittest few, and those whose time is far from its prediction: a wrong timing would keep a model on the front.
-        What has just been measured waits for a generation, which may beat it."""
+        A model waits until it has lived for one more generation."""
         settled = [candidate for candidate in population if candidate.id in self._settled]
         return [*settled[: self.elites], *filter(self._is_doubtful, settled[self.elites :])]
 
@@ -209,46 +209,48 @@ class Evolve(AbstractSpaceStrategy):
         plain = self._plain
         leading = self._leading()
         # Every cut in the first of the leading ways to deploy. The mildest cut in the second one too, and with every other
-        # vocabulary: what all first models had in common, no comparison would show.
+        # vocabulary: what a way to deploy loses shows only where one cut is deployed in several ways.
         mildest = min(plain, key=lambda cut: (cut.levels == self._sites.most, self._sites.mass(cut.levels)))
-        compared = [Design(mildest, self._cheapest, other) for other in (*self._revocalized(leading[0]), *leading[1:])]
-        others = [Design(cut, self._cheapest, deploy) for deploy in leading for cut in plain]
+        compared = [Design(mildest, self._first_training, other) for other in (*self._revocalized(leading[0]), *leading[1:])]
+        others = [Design(cut, self._first_training, deploy) for deploy in leading for cut in plain]
         first = list(dict.fromkeys([*others[: len(plain)], *compared, *others]))
-        yield self._measured(first[: max(self.population, len(plain) + len(set(compared)))])
-        # What needs no training, then trainings that cost little: one tells what others will leave of a loss.
-        untrained = [design for design in self._pool() if design.training == self._cheapest]
+        yield self._to_measure(first[: max(self.population, len(plain) + len(set(compared)))])
+        # What needs no training; then trainings that cost little, which show what others will leave of a loss.
+        untrained = [design for design in self._pool() if design.training == self._first_training]
         yield from _some(self._promising(untrained, costing=max(1.0, self.population / 4)))
-        trained = [design for design in self._pool() if design.training != self._cheapest]
+        trained = [design for design in self._pool() if design.training != self._first_training]
         yield from _some(self._promising(trained, costing=LITTLE * self.population))
         if self.screens:
-            yield from _some(self._screened(self._unscreened()))
-            yield from self._rescored(self._open_cuts())
+            yield from _some(self._to_screen(self._unscreened()))
+            yield from self._to_rescore(self._open_cuts())
             yield self._promising(self._pool())
         done: list[Levels] = []
         while True:
-            if self._screens and not self._hurries:
+            if self._still_screens and not self._hurries:
                 if self.switching > len(done):
                     yield from self._switched(done)
                 else:
-                    yield from _some(self._screened(self._offspring()))
-                    yield from self._rescored(self._between())
+                    yield from _some(self._to_screen(self._offspring()))
+                    yield from self._to_rescore(self._between())
             yield self._promising(self._pool())
 
     @property
-    def _screens(self) -> bool:
+    def _still_screens(self) -> bool:
         """Whether structures are still screened: what it finds must rank them."""
         return self.screens > 0 and self._screen_stage.trust != LEFT_OUT
 
-    def _measured(self, designs: Iterable[Design]) -> list[Proposal]:
+    def _to_measure(self, designs: Iterable[Design]) -> list[Proposal]:
         proposals = []
         for design in designs:
+            if design.cut not in self._plain and design.cut == self._deeper:
+                self._deepened.append(design.cut)
             genome = self._genome(design)
             self._designs[canonical(genome)] = design
             if self._is_new(genome):
                 proposals.append(Proposal(genome=genome, parent=self._parent(design)))
         return proposals
 
-    def _screened(self, cuts: Iterable[Cut]) -> list[Proposal]:
+    def _to_screen(self, cuts: Iterable[Cut]) -> list[Proposal]:
         """Ordered so that structures that begin alike follow one another: a worker then computes their beginning once."""
         wanted = {cut for cut in cuts if cut.levels != self._sites.most}
         self._sample += bool(wanted)
@@ -267,7 +269,7 @@ class Evolve(AbstractSpaceStrategy):
             return []
         return [Cut(self._sites.knapsack(float(price))) for price in self._rng.uniform(min(prices), max(prices), size=2)]
 
-    def _rescored(self, cuts: Sequence[Cut]) -> Generator[list[Proposal], None, None]:
+    def _to_rescore(self, cuts: Sequence[Cut]) -> Generator[list[Proposal], None, None]:
         """Ask the nodes for structures as deep as these, found block by block: in one generation, or within a budget the first
         one alone, since nobody knows yet what it costs."""
         if not (self.rescoring and cuts):
@@ -290,21 +292,21 @@ class Evolve(AbstractSpaceStrategy):
         if not open_:
             done.append(())  # there is nothing to improve
             return
-        # Where about half of what counts is lost there is most to win.
+        # Where about half of what may be lost is lost, there is most to win.
         cut = min(open_, key=lambda cut: (abs(self._loss_of_cut(cut) - 0.5), cut))
         done.append(cut.levels)  # also where nothing comes of it
         near = self._sites.neighbours(cut.levels, by=2)
-        yield self._screened([Cut(cut.levels), *(Cut(levels) for levels in near.values())])
+        yield self._to_screen([Cut(cut.levels), *(Cut(levels) for levels in near.values())])
         start = self._divergences.get(Cut(cut.levels), math.inf)
         gains = {
             move: start - self._divergences[Cut(levels)] for move, levels in near.items() if Cut(levels) in self._divergences
         }
         together = self._sites.combined(cut.levels, gains, by=2, count=max(4, self.screens // 3))
-        yield self._screened([Cut(cut.levels), *map(Cut, together)])
+        yield self._to_screen([Cut(cut.levels), *map(Cut, together)])
 
     def _promising(self, designs: Iterable[Design], costing: float = math.inf) -> list[Proposal]:
-        """Of these designs those that are expected to add the most hypervolume for what they cost; each counts as done for the
-        next.
+        """Of these designs those that are expected to add the most hypervolume for what they cost. Each choice joins the
+        expected front before the next choice.
 
         costing: at most so much together, in measurements.
         """
@@ -329,9 +331,7 @@ class Evolve(AbstractSpaceStrategy):
             spent += costs[design]
             for each, vector in zip(fronts, pool.pop(design), strict=True):
                 each.add(vector)
-        if self._deeper not in self._plain and any(design.cut == self._deeper for design in chosen):
-            self._deepened.append(self._deeper)
-        return self._measured(chosen)
+        return self._to_measure(chosen)
 
     def _pool(self) -> list[Design]:
         """Every design that was not proposed yet, of the best structures, the knapsack's and the one below them, and living
@@ -348,10 +348,11 @@ class Evolve(AbstractSpaceStrategy):
 
     @property
     def _deeper(self) -> Cut:
-        """The knapsack's structure below the deepest that was not trained in vain: a training shows whether it pays."""
+        """The knapsack's structure below the deepest one that was not trained in vain. In vain: even its best training lost
+        more than the hypervolume counts."""
         trained: dict[Cut, float] = {}
         for (cut, training), loss in self._believed().losses.items():
-            if training != self._cheapest:
+            if training != self._first_training:
                 trained[cut] = min(loss, trained.get(cut, math.inf))
         prices = [self._sites.price(cut.levels) for cut in (*self._plain, *trained) if trained.get(cut, 0.0) < 1]
         return Cut(self._sites.knapsack(DEEPER * min(prices)))
@@ -444,7 +445,7 @@ class Evolve(AbstractSpaceStrategy):
             if self._bill.kind == "measure":
                 own += again
             else:
-                spent = max(0.0, spent - again * self._price("measure"))
+                spent = max(0.0, spent - again * self._seconds_of("measure"))
             if own > 0:
                 self._paid[self._bill.kind] = (seconds + spent, units + own)
         self._bill = None
@@ -453,7 +454,7 @@ class Evolve(AbstractSpaceStrategy):
         """How often a candidate was timed again, over all of them."""
         return sum(len(candidate.measurement.again) for candidate in self._measured_candidates() if candidate.measurement)
 
-    def _price(self, kind: str) -> float:
+    def _seconds_of(self, kind: str) -> float:
         """Device seconds of a unit of work, by the generations so far; 0 while there was none of this kind."""
         seconds, units = self._paid.get(kind, (0.0, 1.0))
         return seconds / units
@@ -467,13 +468,13 @@ class Evolve(AbstractSpaceStrategy):
         if not proposals:
             return proposals
         kind, fitting, units = _kind(proposals[0]), [], 0.0
-        again = beside * self._price("measure")
-        after = 0.0 if kind == "measure" else self._price("measure")
+        again = beside * self._seconds_of("measure")
+        after = 0.0 if kind == "measure" else self._seconds_of("measure")
         designs: list[Design] = []
         for proposal in proposals:
             design = self._designs.get(canonical(proposal.genome)) if kind == "measure" else None
             cost = 1.0 if design is None else self._cost(design, designs)
-            if (units + cost) * self._price(kind) + again + after <= self.known.left():
+            if (units + cost) * self._seconds_of(kind) + again + after <= self.known.left():
                 fitting.append(proposal)
                 units += cost
                 designs += [design] if design is not None else []
@@ -487,13 +488,13 @@ class Evolve(AbstractSpaceStrategy):
     @property
     def _hurries(self) -> bool:
         """Whether the budget leaves no time to screen structures and then to measure what was found."""
-        return self.screens * self._price("screen") + (self.elites + 1) * self._price("measure") > self.known.left()
+        return self.screens * self._seconds_of("screen") + (self.elites + 1) * self._seconds_of("measure") > self.known.left()
 
     # --- what is known, and what is expected ---
 
     @property
     def _devices(self) -> tuple[Known, ...]:
-        """Every device that the models are for; structures are priced by the first one."""
+        """Every device that the models are for."""
         return (self.known, *self.known.others)
 
     @cached_property
@@ -507,7 +508,7 @@ class Evolve(AbstractSpaceStrategy):
         return self._predictions[0]
 
     @property
-    def _cheapest(self) -> str:
+    def _first_training(self) -> str:
         """The training of the first models: none, in most spaces."""
         return next(iter(self.space.trainings))
 
@@ -531,7 +532,7 @@ class Evolve(AbstractSpaceStrategy):
     @cached_property
     def _sites(self) -> Sites:
         chains = self.space.possible_deploys()
-        return Sites.of(self._structures, self._prediction, chains[self._first_deploy])
+        return Sites.of(self._structures, self._predictions, chains[self._first_deploy])
 
     @property
     def _plain(self) -> tuple[Cut, ...]:
@@ -654,7 +655,7 @@ class Evolve(AbstractSpaceStrategy):
             for design, loss in sorted(lost.items()):
                 found.setdefault(design[:2], []).append(loss - self._added(design.deploy, offsets))
             losses = {model: float(np.mean(each)) for model, each in found.items()}
-            untrained = {cut: loss for (cut, training), loss in losses.items() if training == self._cheapest}
+            untrained = {cut: loss for (cut, training), loss in losses.items() if training == self._first_training}
             screened = [(self._divergences[cut], loss) for cut, loss in untrained.items() if cut in self._divergences]
             masses = [(self._sites.mass(cut.levels), loss) for cut, loss in untrained.items()]
             self._screen_stage.judge(screened)
@@ -664,7 +665,7 @@ class Evolve(AbstractSpaceStrategy):
 
     def _best_cuts(self) -> list[Cut]:
         """Structures that no other one beats in time, parameters and divergence; without screening, the knapsack's."""
-        if not self._screens or not self._divergences:
+        if not self._still_screens or not self._divergences:
             return list(self._plain)
         if self._best is None:
             cuts = [Cut(self._sites.most), *self._divergences]

@@ -25,8 +25,8 @@ class Sites:
     losses: tuple[np.ndarray, ...]  # for each site (levels,): the removed share of the scores
 
     @staticmethod
-    def of(structures: Structures, prediction: Prediction, deploy: Sequence[Step]) -> "Sites":
-        """deploy: the way to deploy whose times are the prices."""
+    def of(structures: Structures, predictions: Sequence[Prediction], deploy: Sequence[Step]) -> "Sites":
+        """predictions: for each device; a price is the mean over them. deploy: the way to deploy whose times are the prices."""
         depth = len(structures.shape.heads)
         none = np.zeros((1, depth), dtype=int)
         times, losses = [], []
@@ -35,11 +35,11 @@ class Sites:
             rows[:, list(site.layers)] = np.array(site.counts)[:, None]
             others = np.zeros_like(rows)
             pair = (rows, others) if site.unit == "heads" else (others, rows)
-            times.append(prediction.latency(*pair, deploy) - prediction.latency(none, none, deploy))
-            mass = prediction.mass(*pair)
+            times.append([each.latency(*pair, deploy) - each.latency(none, none, deploy) for each in predictions])
+            mass = predictions[0].mass(*pair)
             losses.append(mass - mass[-1])
-        whole = sum(float(time[-1]) for time in times)
-        return Sites(tuple(time / max(whole, 1e-12) for time in times), tuple(losses))
+        whole = np.maximum(sum(np.array([time[-1] for time in each]) for each in times), 1e-12)
+        return Sites(tuple((np.array(each) / whole[:, None]).mean(0) for each in times), tuple(losses))
 
     @property
     def most(self) -> Levels:
