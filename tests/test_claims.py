@@ -162,7 +162,7 @@ def curve(strategy: str, seconds: list[float], many: list[float], volumes: list[
             "device_seconds": seconds,
             "device_seconds_many": many,
             "hypervolume_search": volumes,
-            "hypervolume_report": [np.nan, *[np.nan] * (len(volumes) - 2), volumes[-1] + 1],
+            "hypervolume_report": [*[np.nan] * (len(volumes) - 1), volumes[-1] + 1],
         }
     )
 

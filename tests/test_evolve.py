@@ -15,7 +15,7 @@ from hpc_compress.config import Target
 from hpc_compress.models import inspection
 from hpc_compress.models.modeling_hpc_compress import FAMILIES
 from hpc_compress.search import front
-from hpc_compress.search.beliefs import Curve, Design
+from hpc_compress.search.beliefs import Curve, Cut, Design
 from hpc_compress.search.fidelity import LEFT_OUT
 from hpc_compress.search.objective import speed_up
 from hpc_compress.search.prediction import Prediction
@@ -147,11 +147,38 @@ def test_cuts_grow_deeper_as_long_as_that_pays():
     assert deepest(useless) > 0.2
 
 
+def test_where_every_cut_loses_everything_the_search_goes_on():
+    def useless(candidate: Candidate, screen: Screen | None) -> Candidate:
+        found = world.answered(candidate, screen)
+        if found.measurement is None:
+            return found
+        return found.model_copy(update={"measurement": found.measurement.model_copy(update={"metrics": {"accuracy": 0.1}})})
+
+    turns = played(12, answer=useless, budgets=(0.4,), screens=0)
+    assert any(turn.proposals for turn in turns[4:])
+
+
+def test_a_training_costs_by_what_is_left_and_a_model_that_was_found_is_found_again_where_it_died():
+    strategy = world.made("evolve")
+    list(world.play(strategy, 1))
+    whole, small = Cut(SITES.most), Cut(SITES.knapsack(0.1))
+    costs = [
+        strategy._cost(Design(cut, training, "fp32"), ()) for cut in (whole, small) for training in ("none", "short", "long")
+    ]
+    assert costs[0] == costs[3] == 1
+    assert 1 < costs[4] < costs[1] < costs[2]
+    assert strategy._cost(Design(small, "short", "nf4"), [Design(small, "short", "fp32")]) == 1, "they share a model"
+    found = Cut(SITES.knapsack(0.1), 0.5)
+    assert strategy._cost(Design(found, "none", "fp32"), ()) == 1, "stored until it is measured"
+    strategy._believed().measured[Design(found, "none", "nf4")] = "dead"
+    assert strategy._cost(Design(found, "none", "fp32"), ()) > 1
+
+
 def test_only_structures_that_lose_something_have_offspring():
     def offspring(negligible: float) -> int:
         measured: set[str] = set()
         count = 0
-        for proposal in proposed(played(12, negligible=negligible, rescoring=False)):
+        for proposal in proposed(played(12, negligible=negligible, rescoring=False, switching=0)):
             count += proposal.screen is not None and str(proposal.genome.steps) not in measured
             measured |= {str(proposal.genome.steps[:1])}
         return count
@@ -327,13 +354,25 @@ def test_a_stage_that_does_not_rank_is_said_and_done_without():
     assert tuple(strategy._best_cuts()) == strategy._plain
 
 
+def test_what_is_new_waits_before_it_is_timed_again():
+    strategy = world.made("evolve", elites=100)
+    rng = np.random.default_rng(0)
+    *_, turn = world.play(strategy, 2)
+    told = {candidate.id for candidate in turn.told}
+    old = [candidate for candidate in turn.survivors if candidate.id not in told]
+    assert 0 < len(old) < len(turn.survivors)
+    strategy.ask(rng, turn.survivors)
+    assert strategy.timed_again(turn.survivors) == old
+    strategy.ask(rng, turn.survivors)
+    assert strategy.timed_again(turn.survivors) == list(turn.survivors)
+
+
 def test_a_time_that_contradicts_its_prediction_is_measured_again():
     strategy = world.made("evolve", elites=1)
     *_, turn = world.play(strategy, 5)
     assert len(turn.survivors) > 4
     rng = np.random.default_rng(0)
     strategy.ask(rng, turn.survivors)
-    assert not {c.id for c in strategy.timed_again(turn.survivors)} & {c.id for c in turn.told}, "what is new waits"
     strategy.ask(rng, turn.survivors)
     assert strategy.timed_again(turn.survivors) == [turn.survivors[0]]
     *others, lucky = [candidate for candidate in turn.survivors if candidate.genome != Genome()]

@@ -352,10 +352,10 @@ class Evolve(AbstractSpaceStrategy):
         more than the hypervolume counts."""
         trained: dict[Cut, float] = {}
         for (cut, training), loss in self._believed().losses.items():
-            if training != self._first_training:
+            if self.space.trainings[training]:
                 trained[cut] = min(loss, trained.get(cut, math.inf))
         prices = [self._sites.price(cut.levels) for cut in (*self._plain, *trained) if trained.get(cut, 0.0) < 1]
-        return Cut(self._sites.knapsack(DEEPER * min(prices)))
+        return Cut(self._sites.knapsack(DEEPER * min(prices, default=1.0)))
 
     def _unscreened(self) -> list[Cut]:
         """Structures that were proposed to be measured and never sent to be screened."""
@@ -461,19 +461,21 @@ class Evolve(AbstractSpaceStrategy):
 
     def _affordable(self, proposals: list[Proposal], beside: int) -> list[Proposal]:
         """Those that fit what the budget leaves, in their order. Where some models do not fit, this generation is the last one.
-        Where structures do not fit, models are measured instead: what is only screened at the end is no result.
+        Where no training fits, models that need none are measured instead. Where structures do not fit, models are: what is
+        only screened at the end is no result.
 
         beside: models that are timed again in the same generation.
         """
         if not proposals:
             return proposals
-        kind, fitting, units = _kind(proposals[0]), [], 0.0
+        kind, fitting, units, dearest = _kind(proposals[0]), [], 0.0, 0.0
         again = beside * self._seconds_of("measure")
         after = 0.0 if kind == "measure" else self._seconds_of("measure")
         designs: list[Design] = []
         for proposal in proposals:
             design = self._designs.get(canonical(proposal.genome)) if kind == "measure" else None
             cost = 1.0 if design is None else self._cost(design, designs)
+            dearest = max(dearest, cost)
             if (units + cost) * self._seconds_of(kind) + again + after <= self.known.left():
                 fitting.append(proposal)
                 units += cost
@@ -481,6 +483,9 @@ class Evolve(AbstractSpaceStrategy):
         if len(fitting) < len(proposals):
             if kind != "measure":
                 return self._affordable(self._promising(self._pool()), beside)
+            if not fitting and dearest > 1:
+                cheap = [design for design in self._pool() if self._cost(design, ()) == 1]
+                return self._affordable(self._promising(cheap), beside)
             self._ended = "the rest of budget.device_hours is too short for another model"
         self._bill = Bill(kind, units, self.known.left(), self._timings())
         return fitting
@@ -710,7 +715,7 @@ class Evolve(AbstractSpaceStrategy):
                 makeup[part] = makeup.get(part, 0.0) + share
         return makeup
 
-    def _cost(self, design: Design, beside: Iterable[Design] = ()) -> float:
+    def _cost(self, design: Design, beside: Iterable[Design]) -> float:
         """Of measuring a design, in measurements: what is cut in a second is trained for minutes. A training goes on from what
         is stored, and models that differ in precision only share theirs.
 
@@ -729,7 +734,9 @@ class Evolve(AbstractSpaceStrategy):
         survey = self.known.survey
         assert survey is not None
         kept = self._parameters(design.cut.levels) / survey.encoder_parameters
-        found = FOUND if design.cut.share and not stored else 0.0
+        # What was found is stored until it is measured, and then as long as a model of it lives.
+        lost = design.cut.share and not stored and any(other.cut == design.cut for other in self._believed().measured)
+        found = FOUND if lost else 0.0
         return 1 + found + epochs * survey.train_rows / ROWS * (OUTSIDE + (1 - OUTSIDE) * kept)
 
     def _mass_trust(self) -> int:
