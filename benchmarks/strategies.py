@@ -104,6 +104,7 @@ def collect(work: Path, out: Path) -> None:
     from hpc_compress import analysis
     from hpc_compress.analysis import compare
 
+    out.mkdir(parents=True, exist_ok=True)
     roots = sorted(path.parent for dataset in DATASETS for path in work.glob(f"{dataset}/*/result.json"))
     runs = analysis.open_runs(roots)
     many = compare.curves([_with_rows(run, MANY) for run in runs])["device_seconds"]

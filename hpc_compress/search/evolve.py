@@ -38,7 +38,6 @@ OUTSIDE = 0.1  # of that time, what a training takes besides the encoder's block
 FOUND = 4.0  # measurements that take as long as finding a structure block by block
 MOST_JUDGED = 4  # times the sentences that a structure is judged on at first
 DOUBTFUL = 0.2  # halvings between the measured and the predicted time of a model (15 %), from which it is timed again
-LITTLE = 2  # generations of measurements, which the first trainings cost at most together; others wait for the screening
 DEEPER = 0.7  # of the price of the deepest structure that was not trained in vain, the next deeper one has
 AIMED = 20.0  # times the gain of a model that keeps to the targets, against one that is far from them
 
@@ -62,8 +61,7 @@ class Bill(NamedTuple):
 
 
 class Evolve(AbstractSpaceStrategy):
-    """First the knapsack's structures at some budgets, measured untrained; then a few trainings that cost little; then better
-    structures by screening, and trainings where they pay.
+    """First the knapsack's structures at some budgets, measured untrained; then better structures by screening; then training.
 
     The knapsack's structures always compete. Later generations screen structures, or measure the designs that are expected
     to add the most hypervolume for what they cost. The population is the front, so a search that is stopped has a complete one.
@@ -215,11 +213,8 @@ class Evolve(AbstractSpaceStrategy):
         others = [Design(cut, self._first_training, deploy) for deploy in leading for cut in plain]
         first = list(dict.fromkeys([*others[: len(plain)], *compared, *others]))
         yield self._to_measure(first[: max(self.population, len(plain) + len(set(compared)))])
-        # What needs no training; then trainings that cost little, which show what others will leave of a loss.
-        untrained = [design for design in self._pool() if design.training == self._first_training]
-        yield from _some(self._promising(untrained, costing=max(1.0, self.population / 4)))
-        trained = [design for design in self._pool() if design.training != self._first_training]
-        yield from _some(self._promising(trained, costing=LITTLE * self.population))
+        # A few more that cost no more than their measurement.
+        yield from _some(self._promising(self._cheap, most=max(1, self.population // 4)))
         if self.screens:
             yield from _some(self._to_screen(self._unscreened()))
             yield from self._to_rescore(self._open_cuts())
@@ -304,31 +299,26 @@ class Evolve(AbstractSpaceStrategy):
         together = self._sites.combined(cut.levels, gains, by=2, count=max(4, self.screens // 3))
         yield self._to_screen([Cut(cut.levels), *map(Cut, together)])
 
-    def _promising(self, designs: Iterable[Design], costing: float = math.inf) -> list[Proposal]:
+    def _promising(self, designs: Iterable[Design], most: int | None = None) -> list[Proposal]:
         """Of these designs those that are expected to add the most hypervolume for what they cost. Each choice joins the
         expected front before the next choice.
 
-        costing: at most so much together, in measurements.
+        most: how many; None: `population`.
         """
         fronts = [_Front(known, self._vectors(known)) for known in self._devices]
         pool = {design: self._expected(design) for design in designs}
         chosen: list[Design] = []
-        spent = 0.0
-        while len(chosen) < self.population:
-            costs = {design: self._cost(design, chosen) for design in pool}
+        while pool and len(chosen) < (most or self.population):
             gains = {
-                design: sum(each.gain(vector) for each, vector in zip(fronts, pool[design], strict=True)) / cost
-                for design, cost in costs.items()
-                if spent + cost <= costing
+                design: sum(each.gain(vector) for each, vector in zip(fronts, vectors, strict=True))
+                / self._cost(design, chosen)
+                for design, vectors in pool.items()
             }
-            if not gains:
-                break
             # Where nothing at all is expected to add anything, what is best in the first objective is tried all the same.
             design = max(gains, key=lambda design: (gains[design], -float(pool[design][0][0]), design))
-            if gains[design] <= 0 and (math.isfinite(costing) or any(each.grew for each in fronts)):
+            if gains[design] <= 0 and any(each.grew for each in fronts):
                 break
             chosen.append(design)
-            spent += costs[design]
             for each, vector in zip(fronts, pool.pop(design), strict=True):
                 each.add(vector)
         return self._to_measure(chosen)
@@ -345,6 +335,11 @@ class Evolve(AbstractSpaceStrategy):
             for training in self.space.trainings
             if (design := Design(cut, training, deploy)) not in tried
         ]
+
+    @property
+    def _cheap(self) -> list[Design]:
+        """Those of the pool that cost no more than their measurement."""
+        return [design for design in self._pool() if self._cost(design, ()) == 1]
 
     @property
     def _deeper(self) -> Cut:
@@ -484,8 +479,7 @@ class Evolve(AbstractSpaceStrategy):
             if kind != "measure":
                 return self._affordable(self._promising(self._pool()), beside)
             if not fitting and dearest > 1:
-                cheap = [design for design in self._pool() if self._cost(design, ()) == 1]
-                return self._affordable(self._promising(cheap), beside)
+                return self._affordable(self._promising(self._cheap), beside)
             self._ended = "the rest of budget.device_hours is too short for another model"
         self._bill = Bill(kind, units, self.known.left(), self._timings())
         return fitting
