@@ -324,9 +324,8 @@ def test_the_probe_tries_the_step_that_finds_structures():
 
 @pytest.mark.slow
 def test_a_target_draws_the_search_near_it():
-    wanted = Target(quality=0.9, speed_up=3)
-
-    def missed(target: Target) -> float:
+    def missed(wanted: Target, target: Target) -> float:
+        """How far the models that a search measures are from what is wanted."""
         known = world.KNOWN.model_copy(update={"target": target})
         found = []
         for seed in range(3):
@@ -335,7 +334,8 @@ def test_a_target_draws_the_search_near_it():
             found += [candidate.measurement for turn in turns[3:] for candidate in turn.told if candidate.measurement]
         return float(np.mean([front.missed(measurement, world.KNOWN.base, wanted) for measurement in found]))
 
-    assert missed(wanted) < 0.8 * missed(Target())
+    targets = [Target(quality=0.9, speed_up=3), Target(quality=0.95, speed_up=2.5), Target(quality=0.93, megabytes=20)]
+    assert np.mean([missed(target, target) / missed(target, Target()) for target in targets]) < 0.8
 
 
 def test_a_stage_that_does_not_rank_is_said_and_done_without():
@@ -360,10 +360,12 @@ def test_a_stage_that_does_not_rank_is_said_and_done_without():
 def test_what_is_new_waits_before_it_is_timed_again():
     strategy = world.made("evolve", elites=100)
     rng = np.random.default_rng(0)
-    *_, turn = world.play(strategy, 2)
-    told = {candidate.id for candidate in turn.told}
-    old = [candidate for candidate in turn.survivors if candidate.id not in told]
-    assert 0 < len(old) < len(turn.survivors)
+    for turn in world.play(strategy, 12):
+        told = {candidate.id for candidate in turn.told}
+        old = [candidate for candidate in turn.survivors if candidate.id not in told]
+        if len(turn.survivors) > len(old) > 3:
+            break
+    assert len(turn.survivors) > len(old) > 3
     strategy.ask(rng, turn.survivors)
     assert strategy.timed_again(turn.survivors) == old
     strategy.ask(rng, turn.survivors)
