@@ -57,10 +57,23 @@ def test_what_is_only_screened_comes_before_what_is_trained():
     assert kinds.index("measure") < kinds.index("screen") < kinds.index("train")
 
 
+def lossless(candidate: Candidate, screen: Screen | None) -> Candidate:
+    found = world.answered(candidate, screen)
+    if found.measurement is None:
+        return found
+    return found.model_copy(update={"measurement": found.measurement.model_copy(update={"metrics": {"accuracy": 0.9}})})
+
+
 def test_the_second_generation_is_small_and_trains_nothing():
-    _, second, *_ = played(2, population=8)
+    _, second = played(2, population=8, answer=lossless)
     assert 0 < len(second.proposals) <= 2
+    assert all(proposal.screen is None for proposal in second.proposals)
     assert not any(step.operator == "distill" for proposal in second.proposals for step in proposal.genome.steps)
+
+
+def test_nothing_is_measured_in_vain_before_the_first_screening():
+    _, second = played(2, population=8)
+    assert all(proposal.screen is not None for proposal in second.proposals)
 
 
 def test_parts_can_be_left_out():
@@ -135,11 +148,6 @@ def test_cuts_grow_deeper_as_long_as_that_pays():
         strategy = world.made("evolve", budgets=(1.0, 0.6), screens=0)
         turns = list(world.play(strategy, 12, answer=answer))
         return min(SITES.price(STRUCTURES.levels(world.SPACE.structure(world.SHAPE, p.genome))) for p in proposed(turns))
-
-    def lossless(candidate: Candidate, screen: Screen | None) -> Candidate:
-        found = world.answered(candidate, screen)
-        metrics = {"accuracy": 0.9}
-        return found.model_copy(update={"measurement": found.measurement.model_copy(update={"metrics": metrics})})
 
     def useless(candidate: Candidate, screen: Screen | None) -> Candidate:
         found = world.answered(candidate, screen)

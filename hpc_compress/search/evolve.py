@@ -303,7 +303,7 @@ class Evolve(AbstractSpaceStrategy):
         """Of these designs those that are expected to add the most hypervolume for what they cost. Each choice joins the
         expected front before the next choice.
 
-        most: how many; None: `population`.
+        most: only so many, and only those that are expected to add something; None: `population`.
         """
         fronts = [_Front(known, self._vectors(known)) for known in self._devices]
         pool = {design: self._expected(design) for design in designs}
@@ -316,7 +316,7 @@ class Evolve(AbstractSpaceStrategy):
             }
             # Where nothing at all is expected to add anything, what is best in the first objective is tried all the same.
             design = max(gains, key=lambda design: (gains[design], -float(pool[design][0][0]), design))
-            if gains[design] <= 0 and any(each.grew for each in fronts):
+            if gains[design] <= 0 and (most or any(each.grew for each in fronts)):
                 break
             chosen.append(design)
             for each, vector in zip(fronts, pool.pop(design), strict=True):
