@@ -57,11 +57,15 @@ def test_what_is_only_screened_comes_before_what_is_trained():
     assert kinds.index("measure") < kinds.index("screen") < kinds.index("train")
 
 
-def lossless(candidate: Candidate, screen: Screen | None) -> Candidate:
-    found = world.answered(candidate, screen)
+def with_accuracy(found: Candidate, accuracy: float) -> Candidate:
+    """The candidate, had it been measured with this accuracy; unchanged where it was only screened."""
     if found.measurement is None:
         return found
-    return found.model_copy(update={"measurement": found.measurement.model_copy(update={"metrics": {"accuracy": 0.9}})})
+    return found.model_copy(update={"measurement": found.measurement.model_copy(update={"metrics": {"accuracy": accuracy}})})
+
+
+def lossless(candidate: Candidate, screen: Screen | None) -> Candidate:
+    return with_accuracy(world.answered(candidate, screen), 0.9)
 
 
 def test_the_second_generation_is_small_and_trains_nothing():
@@ -135,8 +139,7 @@ def test_cuts_that_lose_everything_untrained_are_trained():
         if found.measurement is None or world.damage(structure) < 0.1:
             return found
         trained = any(step.operator == "distill" for step in candidate.genome.steps)
-        metrics = {"accuracy": 0.88 if trained else 0.6}
-        return found.model_copy(update={"measurement": found.measurement.model_copy(update={"metrics": metrics})})
+        return with_accuracy(found, 0.88 if trained else 0.6)
 
     last = played(12, answer=answered)[-1]
     best = [candidate for candidate in last.survivors if candidate.measurement.metrics["accuracy"] == 0.88]
@@ -150,9 +153,8 @@ def test_cuts_grow_deeper_as_long_as_that_pays():
         return min(SITES.price(STRUCTURES.levels(world.SPACE.structure(world.SHAPE, p.genome))) for p in proposed(turns))
 
     def useless(candidate: Candidate, screen: Screen | None) -> Candidate:
-        found = world.answered(candidate, screen)
-        metrics = {"accuracy": 0.9 if world.damage(world.SPACE.structure(world.SHAPE, candidate.genome)) < 0.1 else 0.1}
-        return found.model_copy(update={"measurement": found.measurement.model_copy(update={"metrics": metrics})})
+        mild = world.damage(world.SPACE.structure(world.SHAPE, candidate.genome)) < 0.1
+        return with_accuracy(world.answered(candidate, screen), 0.9 if mild else 0.1)
 
     assert deepest(lossless) < 0.1
     assert deepest(useless) > 0.2
@@ -160,10 +162,7 @@ def test_cuts_grow_deeper_as_long_as_that_pays():
 
 def test_where_every_cut_loses_everything_the_search_goes_on():
     def useless(candidate: Candidate, screen: Screen | None) -> Candidate:
-        found = world.answered(candidate, screen)
-        if found.measurement is None:
-            return found
-        return found.model_copy(update={"measurement": found.measurement.model_copy(update={"metrics": {"accuracy": 0.1}})})
+        return with_accuracy(world.answered(candidate, screen), 0.1)
 
     turns = played(12, answer=useless, budgets=(0.4,), screens=0)
     assert any(turn.proposals for turn in turns[4:])
