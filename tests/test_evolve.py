@@ -172,16 +172,14 @@ def test_a_training_costs_by_what_is_left_and_a_model_that_was_found_is_found_ag
     strategy = world.made("evolve")
     list(world.play(strategy, 1))
     whole, small = Cut(SITES.most), Cut(SITES.knapsack(0.1))
-    costs = [
-        strategy._cost(Design(cut, training, "fp32"), ()) for cut in (whole, small) for training in ("none", "short", "long")
-    ]
+    costs = [strategy._cost(Design(cut, training, "fp32")) for cut in (whole, small) for training in ("none", "short", "long")]
     assert costs[0] == costs[3] == 1
     assert 1 < costs[4] < costs[1] < costs[2]
-    assert strategy._cost(Design(small, "short", "nf4"), [Design(small, "short", "fp32")]) == 1, "they share a model"
+    assert strategy._cost(Design(small, "short", "nf4"), {(small, "short")}) == 1, "they share a model"
     found = Cut(SITES.knapsack(0.1), 0.5)
-    assert strategy._cost(Design(found, "none", "fp32"), ()) == 1, "stored until it is measured"
+    assert strategy._cost(Design(found, "none", "fp32")) == 1, "stored until it is measured"
     strategy._believed().measured[Design(found, "none", "nf4")] = "dead"
-    assert strategy._cost(Design(found, "none", "fp32"), ()) > 1
+    assert strategy._cost(Design(found, "none", "fp32")) > 1
 
 
 def test_only_structures_that_lose_something_have_offspring():
@@ -445,10 +443,10 @@ def test_a_training_that_is_stored_is_not_paid_again():
     cut, (*_, name) = strategy._plain[1], strategy.space.trainings
     design = Design(cut, name, next(iter(strategy.space.possible_deploys())))
     strategy._alive.clear()
-    assert strategy._cost(design, []) > 1
-    assert strategy._cost(design, [design._replace(deploy="another")]) == 1
+    assert strategy._cost(design) > 1
+    assert strategy._cost(design, {(cut, name)}) == 1
     strategy._alive.add((cut, name))
-    assert strategy._cost(design, []) == 1
+    assert strategy._cost(design) == 1
 
 
 def test_the_knapsacks_structures_always_compete():

@@ -33,6 +33,11 @@ class Design(NamedTuple):
     training: str
     deploy: str
 
+    @property
+    def model(self) -> "Trained":
+        """What is deployed."""
+        return self.cut, self.training
+
 
 Trained = tuple[Cut, str]  # a model: a cut and the training after it
 
@@ -92,7 +97,7 @@ def offsets(losses: Mapping[Design, float], makeup: Callable[[str], Mapping[str,
     """
     models: dict[Trained, list[Design]] = {}
     for design in losses:
-        models.setdefault(design[:2], []).append(design)
+        models.setdefault(design.model, []).append(design)
     parts = sorted({part for design in losses for part in makeup(design.deploy)})
     rows, differences = [], []
     for designs in models.values():

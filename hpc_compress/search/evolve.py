@@ -12,7 +12,7 @@ References:
 """
 
 import math
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Collection, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -146,7 +146,7 @@ class Evolve(AbstractSpaceStrategy):
         living = {candidate.id for candidate in population}
         self._before, self._settled = living, living & self._before
         designs = (self._designs.get(canonical(candidate.genome)) for candidate in population)
-        self._alive = {(design.cut, design.training) for design in designs if design is not None}
+        self._alive = {design.model for design in designs if design is not None}
         if self._course is None:
             self._course = self._stages()
         self._pay()
@@ -307,11 +307,11 @@ class Evolve(AbstractSpaceStrategy):
         """
         fronts = [_Front(known, self._vectors(known)) for known in self._devices]
         pool = {design: self._expected(design) for design in designs}
+        costs = {design: self._cost(design) for design in pool}
         chosen: list[Design] = []
         while pool and len(chosen) < (most or self.population):
             gains = {
-                design: sum(each.gain(vector) for each, vector in zip(fronts, vectors, strict=True))
-                / self._cost(design, chosen)
+                design: sum(each.gain(vector) for each, vector in zip(fronts, vectors, strict=True)) / costs[design]
                 for design, vectors in pool.items()
             }
             # Where nothing at all is expected to add anything, what is best in the first objective is tried all the same.
@@ -319,6 +319,7 @@ class Evolve(AbstractSpaceStrategy):
             if gains[design] <= 0 and (most or any(each.grew for each in fronts)):
                 break
             chosen.append(design)
+            costs |= {other: 1.0 for other in pool if other.model == design.model}
             for each, vector in zip(fronts, pool.pop(design), strict=True):
                 each.add(vector)
         return self._to_measure(chosen)
@@ -339,7 +340,7 @@ class Evolve(AbstractSpaceStrategy):
     @property
     def _cheap(self) -> list[Design]:
         """Those of the pool that cost no more than their measurement."""
-        return [design for design in self._pool() if self._cost(design, ()) == 1]
+        return [design for design in self._pool() if self._cost(design) == 1]
 
     @property
     def _deeper(self) -> Cut:
@@ -466,15 +467,16 @@ class Evolve(AbstractSpaceStrategy):
         kind, fitting, units, dearest = _kind(proposals[0]), [], 0.0, 0.0
         again = beside * self._seconds_of("measure")
         after = 0.0 if kind == "measure" else self._seconds_of("measure")
-        designs: list[Design] = []
+        made: set[Trained] = set()
         for proposal in proposals:
             design = self._designs.get(canonical(proposal.genome)) if kind == "measure" else None
-            cost = 1.0 if design is None else self._cost(design, designs)
+            cost = 1.0 if design is None else self._cost(design, made)
             dearest = max(dearest, cost)
             if (units + cost) * self._seconds_of(kind) + again + after <= self.known.left():
                 fitting.append(proposal)
                 units += cost
-                designs += [design] if design is not None else []
+                if design is not None:
+                    made.add(design.model)
         if len(fitting) < len(proposals):
             if kind != "measure":
                 return self._affordable(self._promising(self._pool()), beside)
@@ -527,6 +529,11 @@ class Evolve(AbstractSpaceStrategy):
     @cached_property
     def _structures(self) -> Structures:
         return Structures(self.space, self.known.shape)
+
+    @cached_property
+    def _knapsack(self) -> Knapsack:
+        assert self.known.survey is not None
+        return Knapsack(self.space, self.known.shape, self.known.survey)
 
     @cached_property
     def _sites(self) -> Sites:
@@ -615,8 +622,7 @@ class Evolve(AbstractSpaceStrategy):
 
     def _parameters(self, levels: Levels) -> float:
         """Encoder parameters of a structure."""
-        assert self.known.survey is not None
-        return Knapsack(self.space, self.known.shape, self.known.survey).parameters(self._structures.structure(levels))
+        return self._knapsack.parameters(self._structures.structure(levels))
 
     def _point(self, loss: float, latency: float, size: float) -> list[float]:
         """As `front.vector`, of figures that are expected."""
@@ -629,11 +635,12 @@ class Evolve(AbstractSpaceStrategy):
         }
         return [values[name] for name in self.known.objectives]
 
-    def _vectors(self, known: Known) -> list[np.ndarray]:
-        """Of all measured candidates, as a device sees them."""
+    def _vectors(self, known: Known) -> np.ndarray:
+        """(candidates, objectives) of all measured candidates, as a device sees them."""
         assert known.base is not None
         seen = (known.seen(candidate).measurement for candidate in self._measured_candidates())
-        return [front.vector(found, known.base, known.objectives) for found in seen if found is not None]
+        found = [front.vector(measured, known.base, known.objectives) for measured in seen if measured is not None]
+        return np.array(found).reshape(-1, len(known.objectives))
 
     def _measured_candidates(self) -> list[Candidate]:
         return [candidate for candidate in self._candidates.values() if candidate.measurement is not None]
@@ -652,7 +659,7 @@ class Evolve(AbstractSpaceStrategy):
             offsets = beliefs.offsets(lost, self._makeup)
             found: dict[Trained, list[float]] = {}
             for design, loss in sorted(lost.items()):
-                found.setdefault(design[:2], []).append(loss - self._added(design.deploy, offsets))
+                found.setdefault(design.model, []).append(loss - self._added(design.deploy, offsets))
             losses = {model: float(np.mean(each)) for model, each in found.items()}
             untrained = {cut: loss for (cut, training), loss in losses.items() if training == self._first_training}
             screened = [(self._divergences[cut], loss) for cut, loss in untrained.items() if cut in self._divergences]
@@ -709,14 +716,13 @@ class Evolve(AbstractSpaceStrategy):
                 makeup[part] = makeup.get(part, 0.0) + share
         return makeup
 
-    def _cost(self, design: Design, beside: Iterable[Design]) -> float:
+    def _cost(self, design: Design, made: Collection[Trained] = ()) -> float:
         """Of measuring a design, in measurements: what is cut in a second is trained for minutes. A training goes on from what
         is stored, and models that differ in precision only share theirs.
 
-        beside: others of the same generation.
+        made: models that the same generation makes for others.
         """
-        model = (design.cut, design.training)
-        if model in self._alive or any((other.cut, other.training) == model for other in beside):
+        if design.model in self._alive or design.model in made:
             return 1.0
         steps = self.space.trainings[design.training]
         stored = [
@@ -766,11 +772,10 @@ class _Front:
     """What is known and expected of one device: its measured models, and those that were chosen to be measured next."""
 
     known: Known
-    vectors: list[np.ndarray]
+    vectors: np.ndarray  # (models, objectives)
 
     def __post_init__(self) -> None:
-        best = front.nondominated(np.array(self.vectors))
-        self.vectors = [vector for vector, on_front in zip(self.vectors, best, strict=True) if on_front]
+        self.vectors = self.vectors[front.nondominated(self.vectors)]
         self.start = self.volume = self._volume(self.vectors)
 
     @property
@@ -779,14 +784,16 @@ class _Front:
 
     def gain(self, vector: np.ndarray) -> float:
         """The hypervolume that a model adds; more counts near the targets."""
-        return self._aim(vector) * (self._volume([*self.vectors, vector]) - self.volume)
+        if (self.vectors <= vector).all(1).any():
+            return 0.0
+        return self._aim(vector) * (self._volume(np.vstack([self.vectors, vector])) - self.volume)
 
     def add(self, vector: np.ndarray) -> None:
-        self.vectors.append(vector)
+        self.vectors = np.vstack([self.vectors, vector])
         self.volume = self._volume(self.vectors)
 
-    def _volume(self, vectors: Sequence[np.ndarray]) -> float:
-        return front.hypervolume(np.array(vectors), self.known.objectives)
+    def _volume(self, vectors: np.ndarray) -> float:
+        return front.hypervolume(vectors, self.known.objectives)
 
     def _aim(self, vector: np.ndarray) -> float:
         if not self.known.target.wanted:

@@ -6,6 +6,7 @@ widths in steps of the space. Where all layers must keep the same heads, their a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 from hpc_compress.search.space import Shape, Space
@@ -29,7 +30,7 @@ class Structures:
     space: Space
     shape: Shape  # of the base model
 
-    @property
+    @cached_property
     def sites(self) -> tuple[Site, ...]:
         """Heads first."""
         layers, widths = range(len(self.shape.heads)), self.space.widths(self.shape)
