@@ -579,6 +579,7 @@ def test_any_settings_are_answered(compose: Callable[..., dict[str, Any]], value
         cli._settings(OmegaConf.create(whole))
 
 
+@pytest.mark.slow
 @QUICK
 @hypothesis.given(
     values=st.dictionaries(st.sampled_from([*Product.model_fields, *Genetic.model_fields, "workers", "threads"]), JSON),

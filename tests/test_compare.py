@@ -53,6 +53,7 @@ def opened(folder: Path) -> list[analysis.Run]:
 # --- a run's curve ---
 
 
+@pytest.mark.slow
 def test_device_seconds_are_those_that_the_driver_counts(setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     counted: list[float] = []
     spend = driver._Search._spend
@@ -328,6 +329,7 @@ def test_what_has_come_to_its_end_is_not_run_again(setup: Setup, tmp_path: Path,
     assert sum("has come to its end before" in line for line in progress.lines) == 3
 
 
+@pytest.mark.slow
 def test_a_search_that_fails_does_not_end_the_others(setup: Setup, tmp_path: Path):
     progress = Silent()
     made = entries(setup, tmp_path, genetic=GENETIC, screens=screens.SETTINGS[:2])

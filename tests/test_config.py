@@ -231,6 +231,7 @@ def test_a_mistake_is_named_and_nothing_is_begun(typed: str, tmp_path: Path):
     assert not list(tmp_path.rglob("run.json"))
 
 
+@pytest.mark.slow
 def test_help_and_config_are_shown(tmp_path: Path):
     shown = ask(tmp_path, "search", "--help")
     assert shown.code == 0
@@ -508,6 +509,7 @@ def test_what_a_login_node_imports_is_light(path: Path):
         assert {name.partition(".")[0] for name in imported(path, deep=False)} & HEAVY == set()
 
 
+@pytest.mark.slow
 def test_driver_analysis_and_operators_import_no_torch(tmp_path: Path):
     code = "import sys, hpc_compress.driver, hpc_compress.analysis, hpc_compress.operators; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)

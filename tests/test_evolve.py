@@ -80,6 +80,7 @@ def test_nothing_is_measured_in_vain_before_the_first_screening():
     assert all(proposal.screen is not None for proposal in second.proposals)
 
 
+@pytest.mark.slow
 def test_parts_can_be_left_out():
     assert not any(proposal.screen for proposal in proposed(played(screens=0)))
 
@@ -182,6 +183,7 @@ def test_a_training_costs_by_what_is_left_and_a_model_that_was_found_is_found_ag
     assert strategy._cost(Design(found, "none", "fp32")) > 1
 
 
+@pytest.mark.slow
 def test_only_structures_that_lose_something_have_offspring():
     def offspring(negligible: float) -> int:
         measured: set[str] = set()
@@ -195,6 +197,7 @@ def test_only_structures_that_lose_something_have_offspring():
     assert offspring(0.02) > 8
 
 
+@pytest.mark.slow
 def test_offspring_are_of_every_depth():
     strategy = world.made("evolve", switching=0, rescoring=False, screens=32)
     ranges = []
@@ -208,6 +211,7 @@ def test_offspring_are_of_every_depth():
     assert min(ranges) > 0.6
 
 
+@pytest.mark.slow
 def test_samples_differ_from_screen_to_screen_and_grow():
     screens = [
         {proposal.screen for proposal in turn.proposals} for turn in played(20) if turn.proposals and turn.proposals[0].screen
@@ -218,6 +222,7 @@ def test_samples_differ_from_screen_to_screen_and_grow():
     assert samples[-1].judge > samples[0].judge
 
 
+@pytest.mark.slow
 def test_some_of_the_best_are_judged_again_beside_their_rivals():
     seen: set[str] = set()
     strategy, again = world.made("evolve", screens=8, judge=16, switching=0, rescoring=False), []
@@ -235,6 +240,7 @@ def test_some_of_the_best_are_judged_again_beside_their_rivals():
     assert len(set.union(*again)) > 2, "others the next time"
 
 
+@pytest.mark.slow
 def test_none_is_judged_again_where_all_samples_are_alike():
     survey = world.SURVEY.model_copy(update={"train_rows": 200})
     known = world.KNOWN.model_copy(update={"survey": survey})

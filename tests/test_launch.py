@@ -634,6 +634,7 @@ def test_cancel_tells_what_goes_on(tmp_path: Path):
     assert cancel(run.store, run.settings).cancelled == 4
 
 
+@pytest.mark.slow
 def test_the_command_cancel_ends_with_1_where_jobs_go_on(
     without_barrier: Path, tmp_path: Path, printing: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ):

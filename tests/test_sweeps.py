@@ -12,6 +12,8 @@ from hpc_compress import analysis
 from hpc_compress.analysis import sweeps
 from hpc_compress.launch.local import Debug
 
+pytestmark = pytest.mark.slow  # eight whole searches
+
 
 @pytest.fixture(scope="module")
 def runs(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:

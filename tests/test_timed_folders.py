@@ -110,6 +110,7 @@ def test_a_stranger_s_folder_is_data(folders: list[Path]):
         benchmark.run(folders, [1], [8])
 
 
+@pytest.mark.slow
 def test_the_command_writes_its_tables(
     folders: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
