@@ -171,7 +171,9 @@ def _outcome_line(outcome: Outcome) -> str:
     if outcome.failure is not None:
         return f"{outcome.task.genome}: FAILED, {describe(outcome.failure)}"
     if isinstance(outcome.finding, Screening):
-        return f"{outcome.task.genome}: divergence {outcome.finding.divergence:.4f}  {spent}"
+        others = [each.divergence for each in outcome.finding.deployed]
+        deployed = f", {min(others):.4f} to {max(others):.4f} in {len(others)} precisions" if others else ""
+        return f"{outcome.task.genome}: divergence {outcome.finding.divergence:.4f}{deployed}  {spent}"
     if outcome.measurement is None:
         return f"{outcome.task.study.kind if outcome.task.study else ''} of the base model  {spent}"
     again = ", timed again" if outcome.task.repeat else ""

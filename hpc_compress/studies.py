@@ -18,7 +18,18 @@ from hpc_compress.models.gates import counts
 from hpc_compress.operators import operator
 from hpc_compress.pruning import cutting
 from hpc_compress.pruning.steps import Carve
-from hpc_compress.types import VOCABULARY_STEPS, ByteCounts, Screen, Screening, Step, Structure, Survey, Surveyed, outside
+from hpc_compress.types import (
+    VOCABULARY_STEPS,
+    ByteCounts,
+    Deployed,
+    Screen,
+    Screening,
+    Step,
+    Structure,
+    Survey,
+    Surveyed,
+    outside,
+)
 
 
 def survey(study: Survey, model: PreTrainedModel, context: Context, sample: Sequence[Batch]) -> Surveyed:
@@ -84,11 +95,17 @@ class _Sizes:
 
 
 def screen(
-    study: Screen, steps: Sequence[Step], model: PreTrainedModel, context: Context, made: Callable[[], PreTrainedModel]
+    study: Screen,
+    steps: Sequence[Step],
+    model: PreTrainedModel,
+    context: Context,
+    on: torch.device,
+    made: Callable[[], PreTrainedModel],
 ) -> Screening:
     """Compare the outputs of a genome's model with the base model's.
 
-    model: the base model. made: gives the model after the steps; not asked where one pass over kept activations gives it.
+    model: the base model. on: where deployed models run. made: gives the model after the steps; not asked where one pass over
+    kept activations gives it.
     """
     first = operator(steps[0]) if steps else None
     judged = _judged(study, context, getattr(first, "sentences", 0))
@@ -97,23 +114,46 @@ def screen(
         kept = cutting.kept_of(model, context, first, first.how)
         cut = cutting.shared_copy(model)
         cutting.cut(cut, kept)
-        outputs, wanted = repairer.repair(cut, kept), repairer.answers
+        answers, wanted = repairer.repair(cut, kept), repairer.answers
     else:
         cut = made()
-        outputs, wanted = _answers(cut, judged), _answers(model, judged)
-    said, base = (
-        torch.cat([context.problem.outputs(answer, batch) for answer, batch in zip(answers, judged, strict=True)])
-        for answers in (outputs, wanted)
-    )
-    divergence = context.problem.divergence(said, base)
+        answers, wanted = _answers(cut, judged), _answers(model, judged)
+
+    base = _outputs(wanted, judged, context)
+
+    def divergence(outputs: torch.Tensor) -> float:
+        return max(0.0, float(context.problem.divergence(outputs, base)))
+
     return Screening(
-        divergence=max(0.0, float(divergence)),
+        divergence=divergence(_outputs(answers, judged, context)),
         structure=Structure(
             heads=tuple(counts(cut, "heads")),
             ffn=tuple(counts(cut, "ffn")),
             layers=None if surgery.origins(cut) == list(range(len(surgery.layers(model)))) else tuple(surgery.origins(cut)),
         ),
+        deployed=tuple(
+            Deployed(deploy=chain, divergence=divergence(_deployed(cut, chain, context, judged, on))) for chain in study.deploys
+        ),
     )
+
+
+def _deployed(
+    cut: PreTrainedModel, deploy: tuple[Step, ...], context: Context, judged: Sequence[Batch], on: torch.device
+) -> torch.Tensor:
+    """Outputs of a model after these steps: of what is loaded from a file, as a measured one is."""
+    model, batches = copy.deepcopy(cut).cpu(), judged if on == context.device else [batch.to(on) for batch in judged]
+    with tempfile.TemporaryDirectory() as folder:
+        here = dataclasses.replace(context, folder=Path(folder))
+        for step in deploy:
+            model = operator(step)(model, here)
+        artifact.save(model, Path(folder))
+        return _outputs(_answers(artifact.load(folder, on), batches), batches, context)
+
+
+def _outputs(answers: Sequence, batches: Sequence[Batch], context: Context) -> torch.Tensor:
+    """(labels, width)"""
+    pairs = zip(answers, batches, strict=True)
+    return torch.cat([context.problem.outputs(answer, batch).float().cpu() for answer, batch in pairs])
 
 
 @torch.no_grad()

@@ -215,6 +215,8 @@ class Screen(Record):
     kind: Literal["screen"] = "screen"
     judge: int = Field(default=256, ge=1)  # sentences of train that the divergence is a mean over
     sample: int = Field(default=0, ge=0)  # which sentences those are: a number for each sample
+    # Chains of deploying steps, each to be judged on top of the same model; none of them changes the tokens.
+    deploys: tuple[tuple[Step, ...], ...] = Field(default=(), exclude_if=lambda chains: not chains)
 
 
 def outside(fit: int, rows: int) -> range:
@@ -324,12 +326,20 @@ class Surveyed(Record):
     sample: tuple[tuple[Count, Count], ...]  # rows and padded length of each batch of the protocol's timing sample
 
 
+class Deployed(Record):
+    """A screened model in one way to deploy."""
+
+    deploy: tuple[Step, ...]
+    divergence: Score
+
+
 class Screening(Record):
     """The answer to a `Screen`."""
 
     kind: Literal["screen"] = "screen"
     divergence: Score  # mean over the judged sentences of the response loss to the base model's outputs, at temperature 1
     structure: Structure  # of the model
+    deployed: tuple[Deployed, ...] = Field(default=(), exclude_if=lambda found: not found)  # in the order of the screen
 
 
 BlockMs = Annotated[float, Field(ge=0, le=1e12)]

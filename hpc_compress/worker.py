@@ -170,6 +170,7 @@ class Job:
     def _find(self, task: Task, study: Study) -> Finding:
         """The answer to a study."""
         context = self._context(task, (Step(operator=study.kind),), Step(operator=study.kind))
+        on = measure.device(task.protocol.device)
         if isinstance(study, Survey):
             sample = measure.timing_sample(self._examples(task, task.split), task.protocol, self.device)
             return studies.survey(study, self._base_model(task), context, sample)
@@ -178,8 +179,8 @@ class Job:
             def made() -> PreTrainedModel:
                 return artifact.load(self._master(task, task.genome.steps), self.device)
 
-            return studies.screen(study, task.genome.steps, self._base_model(task), context, made)
-        return profiling.profile(study, self._base_model(task, measure.device(task.protocol.device)), task.protocol, context)
+            return studies.screen(study, task.genome.steps, self._base_model(task), context, on, made)
+        return profiling.profile(study, self._base_model(task, on), task.protocol, context)
 
     def _measure(self, task: Task, stages: "Stages") -> Measurement:
         on = measure.device(task.protocol.device)

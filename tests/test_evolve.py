@@ -197,6 +197,26 @@ def test_only_structures_that_lose_something_have_offspring():
     assert offspring(0.02) > 8
 
 
+def test_a_precision_that_was_never_measured_is_judged_on_top_of_a_structure():
+    strategy = world.made("evolve")
+    *_, turn = world.play(strategy, 2)
+    assert {"fp32", "nf4"} - {design.deploy for design in strategy._designs.values()} == {"fp32"}
+    (compared,) = (proposal.screen for proposal in turn.proposals if proposal.screen and proposal.screen.deploys)
+    assert [world.scheme_of(chain) for chain in compared.deploys] == ["fp32", "nf4"], "what changes the tokens is left out"
+    offsets = strategy._believed().offsets
+    assert offsets["precision fp32"] < 0 < offsets["precision nf4"]
+    assert strategy._added("fp32", offsets) < strategy._added("nf4", offsets)
+    rest = [proposal for turn in world.play(strategy, 6) for proposal in turn.proposals]
+    assert not any(proposal.screen and proposal.screen.deploys for proposal in rest), "once is enough"
+
+
+def test_precisions_that_were_measured_are_not_judged_once_more():
+    space = world.SPACE.model_copy(update={"deploys": {"fp32": (), "nf4": world.SPACE.deploys["nf4"]}})
+    proposals = [proposal for turn in world.play(world.made("evolve", space=space), 8) for proposal in turn.proposals]
+    assert any(proposal.screen for proposal in proposals)
+    assert not any(proposal.screen and proposal.screen.deploys for proposal in proposals)
+
+
 @pytest.mark.slow
 def test_offspring_are_of_every_depth():
     strategy = world.made("evolve", switching=0, rescoring=False, screens=32)
@@ -214,12 +234,14 @@ def test_offspring_are_of_every_depth():
 @pytest.mark.slow
 def test_samples_differ_from_screen_to_screen_and_grow():
     screens = [
-        {proposal.screen for proposal in turn.proposals} for turn in played(20) if turn.proposals and turn.proposals[0].screen
+        {(proposal.screen.sample, proposal.screen.judge) for proposal in turn.proposals if proposal.screen}
+        for turn in played(20)
+        if turn.proposals and turn.proposals[0].screen
     ]
     assert all(len(each) == 1 for each in screens)
     samples = [next(iter(each)) for each in screens]
-    assert len({screen.sample for screen in samples}) == len(samples)
-    assert samples[-1].judge > samples[0].judge
+    assert len({sample for sample, _ in samples}) == len(samples)
+    assert samples[-1][1] > samples[0][1]
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ from hpc_compress.types import (
     BlockProfile,
     ByteCounts,
     Candidate,
+    Deployed,
     DeviceProfile,
     Genome,
     Measurement,
@@ -133,11 +134,17 @@ def damage(structure: Structure) -> float:
     return float((SCORES * (1 - kept / 2) ** 2).sum() / SCORES.sum())
 
 
+IN_SCHEME = {"fp32": (0.0, 1, 4), "nf4": (0.02, 1.5, 0.6), "int8": (0.01, 0.6, 1.2)}  # lost accuracy, time, bytes
+
+
+def scheme_of(deploy: tuple[Step, ...]) -> str:
+    return next((step.params["scheme"] for step in deploy if step.operator == "quantize"), "fp32")
+
+
 def measured(genome: Genome) -> Measurement:
     structure = SPACE.structure(SHAPE, genome)
     epochs = sum(step.params["epochs"] for step in genome.steps if step.operator == "distill")
-    scheme = next((step.params["scheme"] for step in genome.deploy if step.operator == "quantize"), "fp32")
-    lost, time, size = {"fp32": (0, 1, 4), "nf4": (0.02, 1.5, 0.6), "int8": (0.01, 0.6, 1.2)}[scheme]
+    lost, time, size = IN_SCHEME[scheme_of(genome.deploy)]
     kept = sum(structure.heads) * HEAD + sum(structure.ffn) * NEURON
     return Measurement(
         metrics={"accuracy": max(0.0, 0.9 - lost - 0.8 * damage(structure) / (1 + epochs))},
@@ -171,7 +178,8 @@ def answered(candidate: Candidate, screen: Screen | None) -> Candidate:
     structure = SPACE.structure(SHAPE, candidate.genome)
     luck = int(identity.content_hash(candidate.genome, screen.sample), 16) % 1000 / 1000
     divergence = damage(structure) + 0.3 * luck / math.sqrt(screen.judge)
-    return candidate.model_copy(update={"screening": Screening(divergence=divergence, structure=structure)})
+    deployed = tuple(Deployed(deploy=chain, divergence=divergence + IN_SCHEME[scheme_of(chain)][0]) for chain in screen.deploys)
+    return candidate.model_copy(update={"screening": Screening(divergence=divergence, structure=structure, deployed=deployed)})
 
 
 def hopeless(candidate: Candidate, screen: Screen | None) -> Candidate:

@@ -22,6 +22,7 @@ from hpc_compress.pruning import cutting
 from hpc_compress.pruning.repair import Repairer, shared_copy
 from hpc_compress.types import Screen, Step, Survey
 
+CPU = torch.device("cpu")
 QUICK = ("bert", "modernbert")
 
 
@@ -120,9 +121,9 @@ CARVE = Step(operator="carve", params={"heads": [2, 2, 2], "ffn": [48, 32, 48], 
 
 def test_a_screen_judges_the_model_that_a_carve_would_make(model: nn.Module):
     shared = sharing(model)
-    found = studies.screen(Screen(judge=8), (CARVE,), model, shared, made=pytest.fail)
+    found = studies.screen(Screen(judge=8), (CARVE,), model, shared, CPU, made=pytest.fail)
     carved = operator(CARVE)(copy.deepcopy(model), context(model))
-    longer = studies.screen(Screen(judge=8), (CARVE, CARVE), model, shared, made=lambda: carved)
+    longer = studies.screen(Screen(judge=8), (CARVE, CARVE), model, shared, CPU, made=lambda: carved)
     assert found.divergence == pytest.approx(longer.divergence, rel=1e-3, abs=1e-6)
     assert found.divergence > 0
     assert found.structure == longer.structure
@@ -131,14 +132,33 @@ def test_a_screen_judges_the_model_that_a_carve_would_make(model: nn.Module):
 
 def test_what_is_left_whole_diverges_by_nothing(model: nn.Module):
     whole = Step(operator="carve", params={"heads": counts(model, "heads"), "ffn": counts(model, "ffn"), "sentences": 12})
-    found = studies.screen(Screen(judge=8), (whole,), model, sharing(model), made=pytest.fail)
+    found = studies.screen(Screen(judge=8), (whole,), model, sharing(model), CPU, made=pytest.fail)
     assert found.divergence == pytest.approx(0, abs=1e-6)
 
 
 def test_another_sample_judges_on_other_sentences(model: nn.Module):
     shared = sharing(model)
-    found = {studies.screen(Screen(judge=4, sample=n), (CARVE,), model, shared, pytest.fail).divergence for n in range(3)}
+    found = {studies.screen(Screen(judge=4, sample=n), (CARVE,), model, shared, CPU, pytest.fail).divergence for n in range(3)}
     assert len(found) == 3
+
+
+def test_precisions_are_judged_on_top_of_a_structure(model: nn.Module):
+    """As the deployed model answers, and without a trace in the base model."""
+    before = copy.deepcopy(model.state_dict())
+    chains = [
+        (),
+        *((Step(operator="quantize", params={"scheme": scheme, "embeddings": scheme}),) for scheme in ("nf4", "int8")),
+    ]
+    shared = sharing(model)
+    found = studies.screen(Screen(judge=8, deploys=tuple(chains)), (CARVE,), model, shared, CPU, made=pytest.fail)
+    assert [each.deploy for each in found.deployed] == chains
+    whole, nf4, int8 = (each.divergence for each in found.deployed)
+    assert whole == pytest.approx(found.divergence, rel=1e-4)
+    assert abs(int8 - whole) < abs(nf4 - whole)
+    deployed = operator(chains[1][0])(operator(CARVE)(copy.deepcopy(model), context(model)), context(model))
+    alone = studies.screen(Screen(judge=8), (CARVE, CARVE), model, shared, CPU, made=lambda: deployed)
+    assert nf4 == pytest.approx(alone.divergence, rel=1e-3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("deploy", [(), ("bf16",), ("nf4",)], ids=str)

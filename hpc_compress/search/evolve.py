@@ -12,7 +12,7 @@ References:
 """
 
 import math
-from collections.abc import Collection, Generator, Iterable, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -31,7 +31,7 @@ from hpc_compress.search.prediction import Prediction
 from hpc_compress.search.strategy import AbstractSpaceStrategy
 from hpc_compress.search.structures import Levels, Structures
 from hpc_compress.search.variation import Sites
-from hpc_compress.types import Candidate, Genome, Profiling, Proposal, Screen, Step, Survey, outside
+from hpc_compress.types import VOCABULARY_STEPS, Candidate, Genome, Profiling, Proposal, Screen, Step, Survey, outside
 
 ROWS = 650  # of training with the whole model, which take about as long as measuring a model
 OUTSIDE = 0.1  # of that time, what a training takes besides the encoder's blocks
@@ -91,6 +91,7 @@ class Evolve(AbstractSpaceStrategy):
     _candidates: dict[str, Candidate] = PrivateAttr(default_factory=dict)  # all that was told, by id
     _designs: dict[str, Design] = PrivateAttr(default_factory=dict)  # what was proposed to be measured, by genome
     _divergences: dict[Cut, float] = PrivateAttr(default_factory=dict)  # the latest of each structure that was screened
+    _in_precisions: dict[Cut, dict[str, float]] = PrivateAttr(default_factory=dict)  # divergences, by way to deploy
     _alive: set[Trained] = PrivateAttr(default_factory=set)  # of living candidates, whose masters are stored
     _asked: dict[Levels, int] = PrivateAttr(default_factory=dict)  # structures sent to be screened, and on which sample last
     _deepened: list[Cut] = PrivateAttr(default_factory=list)  # the knapsack's below the budgets that were tried
@@ -199,7 +200,12 @@ class Evolve(AbstractSpaceStrategy):
                 share = candidate.genome.steps[0].params.get("share", 0.0)
                 levels = self._structures.levels(candidate.screening.structure)
                 if levels is not None:
-                    self._divergences[Cut(levels, share)] = candidate.screening.divergence
+                    cut = Cut(levels, share)
+                    self._divergences[cut] = candidate.screening.divergence
+                    for deployed in candidate.screening.deployed:
+                        for name, chain in self._precisions.items():
+                            if chain == deployed.deploy:
+                                self._in_precisions.setdefault(cut, {})[name] = deployed.divergence
 
     # --- the course of a search: each `yield` is a generation ---
 
@@ -216,7 +222,7 @@ class Evolve(AbstractSpaceStrategy):
         # A few more that cost no more than their measurement.
         yield from _some(self._promising(self._cheap, most=max(1, self.population // 4)))
         if self.screens:
-            yield from _some(self._to_screen(self._unscreened()))
+            yield from _some(self._to_screen(self._unscreened(), in_precisions=True))
             yield from self._to_rescore(self._open_cuts())
             yield self._promising(self._pool())
         done: list[Levels] = []
@@ -245,8 +251,11 @@ class Evolve(AbstractSpaceStrategy):
                 proposals.append(Proposal(genome=genome, parent=self._parent(design)))
         return proposals
 
-    def _to_screen(self, cuts: Iterable[Cut]) -> list[Proposal]:
-        """Ordered so that structures that begin alike follow one another: a worker then computes their beginning once."""
+    def _to_screen(self, cuts: Iterable[Cut], in_precisions: bool = False) -> list[Proposal]:
+        """Ordered so that structures that begin alike follow one another: a worker then computes their beginning once.
+
+        in_precisions: judge one of them in every precision too, if there is one that was never measured.
+        """
         wanted = {cut for cut in cuts if cut.levels != self._sites.most}
         self._sample += bool(wanted)
 
@@ -254,8 +263,14 @@ class Evolve(AbstractSpaceStrategy):
             structure = self._structures.structure(cut.levels)
             return list(zip(structure.heads, structure.ffn, strict=True))
 
-        ordered = sorted(wanted, key=by_layer)
-        return [Proposal(genome=Genome(steps=self._steps(cut)), screen=self._screen) for cut in ordered]
+        ordered, screens = sorted(wanted, key=by_layer), dict.fromkeys(wanted, self._screen)
+        if in_precisions and wanted and self._has_unknown_precisions:
+            screens[self._halfway(ordered)] = self._screen.model_copy(update={"deploys": tuple(self._precisions.values())})
+        return [Proposal(genome=Genome(steps=self._steps(cut)), screen=screens[cut]) for cut in ordered]
+
+    def _halfway(self, cuts: Iterable[Cut]) -> Cut:
+        """Where about half of what may be lost is lost, most shows, and there is most to win."""
+        return min(cuts, key=lambda cut: (abs(self._loss_of_cut(cut) - 0.5), cut))
 
     def _between(self) -> list[Cut]:
         """Two cuts of the knapsack's, at prices between those of the structures worth improving."""
@@ -287,8 +302,7 @@ class Evolve(AbstractSpaceStrategy):
         if not open_:
             done.append(())  # there is nothing to improve
             return
-        # Where about half of what may be lost is lost, there is most to win.
-        cut = min(open_, key=lambda cut: (abs(self._loss_of_cut(cut) - 0.5), cut))
+        cut = self._halfway(open_)
         done.append(cut.levels)  # also where nothing comes of it
         near = self._sites.neighbours(cut.levels, by=2)
         yield self._to_screen([Cut(cut.levels), *(Cut(levels) for levels in near.values())])
@@ -470,7 +484,7 @@ class Evolve(AbstractSpaceStrategy):
         made: set[Trained] = set()
         for proposal in proposals:
             design = self._designs.get(canonical(proposal.genome)) if kind == "measure" else None
-            cost = 1.0 if design is None else self._cost(design, made)
+            cost = self._cost(design, made) if design else 1.0 + len(proposal.screen.deploys if proposal.screen else ())
             dearest = max(dearest, cost)
             if (units + cost) * self._seconds_of(kind) + again + after <= self.known.left():
                 fitting.append(proposal)
@@ -525,6 +539,22 @@ class Evolve(AbstractSpaceStrategy):
     def _deploy_parts(self) -> dict[str, tuple[str, str]]:
         """The precision and the vocabulary of each way to deploy."""
         return self.space.deploy_parts()
+
+    @cached_property
+    def _precisions(self) -> dict[str, tuple[Step, ...]]:
+        """The steps of each precision that leaves the tokens alone, by the first way to deploy that has it."""
+        chains: dict[str, tuple[Step, ...]] = {}
+        for name, (precision, _) in self._deploy_parts.items():
+            chain = self.space.deploys[precision] or ()
+            if chain not in chains.values() and not any(step.operator in VOCABULARY_STEPS for step in chain):
+                chains[name] = chain
+        return chains
+
+    @property
+    def _has_unknown_precisions(self) -> bool:
+        parts = self._deploy_parts
+        measured = {parts[design.deploy][0] for design in self._designs.values() if design.deploy in parts}
+        return any(parts[name][0] not in measured for name in self._precisions)
 
     @cached_property
     def _structures(self) -> Structures:
@@ -657,17 +687,37 @@ class Evolve(AbstractSpaceStrategy):
                     lost[design] = front.lost_quality(quality_of(candidate.measurement), base)
                     measured[design] = candidate.id
             offsets = beliefs.offsets(lost, self._makeup)
-            found: dict[Trained, list[float]] = {}
-            for design, loss in sorted(lost.items()):
-                found.setdefault(design.model, []).append(loss - self._added(design.deploy, offsets))
-            losses = {model: float(np.mean(each)) for model, each in found.items()}
-            untrained = {cut: loss for (cut, training), loss in losses.items() if training == self._first_training}
-            screened = [(self._divergences[cut], loss) for cut, loss in untrained.items() if cut in self._divergences]
-            masses = [(self._sites.mass(cut.levels), loss) for cut, loss in untrained.items()]
+            if self._in_precisions and self._still_screens:
+                # A structure that was screened in several precisions counts as a model that was measured in them.
+                by_divergence = beliefs.Curve.through(self._screened(self._losses(lost, offsets)))
+                judged = {
+                    Design(cut, "screened", deploy): by_divergence(divergence)
+                    for cut, found in self._in_precisions.items()
+                    for deploy, divergence in found.items()
+                }
+                offsets = beliefs.offsets(lost | judged, self._makeup)
+            losses = self._losses(lost, offsets)
+            screened = self._screened(losses)
+            masses = [(self._sites.mass(cut.levels), loss) for cut, loss in self._untrained(losses).items()]
             self._screen_stage.judge(screened)
             curves = beliefs.Curve.through(screened), beliefs.Curve.through(masses)
             self._beliefs = Beliefs(losses, measured, *curves, beliefs.recovery(losses, list(self.space.trainings)), offsets)
         return self._beliefs
+
+    def _losses(self, lost: Mapping[Design, float], offsets: dict[str, float]) -> dict[Trained, float]:
+        """Of each measured model, without what its ways to deploy add."""
+        found: dict[Trained, list[float]] = {}
+        for design, loss in sorted(lost.items()):
+            found.setdefault(design.model, []).append(loss - self._added(design.deploy, offsets))
+        return {model: float(np.mean(each)) for model, each in found.items()}
+
+    def _untrained(self, losses: Mapping[Trained, float]) -> dict[Cut, float]:
+        return {cut: loss for (cut, training), loss in losses.items() if training == self._first_training}
+
+    def _screened(self, losses: Mapping[Trained, float]) -> list[tuple[float, float]]:
+        """Divergence and loss of the untrained cuts of which both are known."""
+        untrained = self._untrained(losses)
+        return [(self._divergences[cut], loss) for cut, loss in untrained.items() if cut in self._divergences]
 
     def _best_cuts(self) -> list[Cut]:
         """Structures that no other one beats in time, parameters and divergence; without screening, the knapsack's."""
