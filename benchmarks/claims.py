@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 DOCUMENTS = ("README.md", "docs/measurements.md", "results/compression.md", "results/compression_peers.md", "results/tokens.md")
 BEGIN, END = "<!-- claims: {name} -->", "<!-- /claims -->"
-OURS, BY_TIME, BASE = "ours, by parameters", "ours, by time", "base"
+OURS, BY_TIME, RESCORED, BASE = "ours, by parameters", "ours, by time", "ours, rescored", "base"
 LEVEL = 0.0005
 NOISE = 0.01
 AMOUNTS = {0.33: "a third", 0.5: "half"}
@@ -141,6 +141,55 @@ def most_cut(table: pd.DataFrame, share: float = 0.8) -> str:
     titles = [f"{title} (base {base:.3f})" for title, base in zip(DATASETS.values(), bases, strict=True)]
     columns = [f"{100 * share:.0f} % of the encoder removed: before / after the epoch", *titles]
     return pd.DataFrame(rows.values(), columns=columns).to_markdown(index=False, disable_numparse=True)
+
+
+def rescored(table: pd.DataFrame, share: float = 0.8) -> str:
+    """What scoring anew before each block is cut saves of the loss, before and after the epoch of distillation."""
+    cut = table[table["share"] == share]
+    means = cut.groupby(["dataset", "method"])[["before", "quality"]].mean()
+    rows = []
+    for dataset in cut["dataset"].unique():
+        base, own = cut.loc[cut["dataset"] == dataset, "base_quality"].iloc[0], means.loc[dataset]
+        best = own.max()
+        lost = base - own["quality"]
+        cells = {
+            method: " / ".join(
+                f"**{row[name]:.3f}**" if row[name] == best[name] else f"{row[name]:.3f}" for name in ("before", "quality")
+            )
+            for method, row in own.iterrows()
+        }
+        left = f"{lost[RESCORED] / lost[OURS]:.0%}".replace("%", " %")
+        rows.append({"dataset (base)": f"{DATASETS[dataset]} ({base:.3f})", **cells, "of the loss of ours by parameters": left})
+    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+
+
+def untrained(table: pd.DataFrame) -> str:
+    """How often each method of ours is ahead of the best peer in quality, and nearer to the uncut model than all."""
+    lines = []
+    for method in table["method"].unique():
+        leads = at_equal_size(table, ours=method)
+        if not method.startswith("ours") or leads.empty:
+            continue
+        nearer = best(at_equal_size(table.assign(nearness=-table["divergence"]), "nearness", method))
+        means = nearer.groupby(["dataset", "cut"])["lead"].mean()
+        close = f"It is nearer to the uncut model than all of them in {(means > 0).sum()} of {len(means)} cases."
+        lines.append(f"*{method}* is {counted(leads)} {close}")
+    return _listed(lines)
+
+
+def untrained_cells(table: pd.DataFrame) -> str:
+    """Quality of each dataset and cut, by method, seeds averaged."""
+    means = table.pivot_table(index=["dataset", "share"], columns="method", values="quality", sort=False)
+    bold = means.round(3).eq(means.round(3).max(axis=1), axis=0)
+    shown = means.map(lambda value: "" if pd.isna(value) else f"{value:.3f}")
+    shown = shown.mask(bold, "**" + shown + "**")
+    bases = table.groupby("dataset")["base_quality"].first()
+    names = [f"{DATASETS[dataset]} ({bases[dataset]:.3f}), {share:.0%}".replace("%", " %") for dataset, share in means.index]
+    return (
+        shown.set_axis(pd.Index(names, name="dataset (base), cut"))
+        .reset_index()
+        .to_markdown(index=False, disable_numparse=True)
+    )
 
 
 def section(table: pd.DataFrame, name: str) -> str:
@@ -360,10 +409,11 @@ WANTED = ((3, 12), (8, 8))  # times as fast and as small
 
 
 def small_and_fast(fronts: pd.DataFrame) -> str:
-    """Of each front of `evolve` the model that is best on the search split among those that are fast and small enough, and what
-    it keeps on the report split."""
+    """Of each front of `evolve`, with and without a target, the model that is best on the search split among those that are
+    fast and small enough, and what it keeps on the report split."""
     rows = []
-    for (dataset, seed), front in fronts[fronts["strategy"] == "evolve"].groupby(["dataset", "seed"], sort=False):
+    ours = fronts[fronts["strategy"].isin(["evolve", "evolve_for_a_target"])]
+    for (dataset, seed, strategy), front in ours.groupby(["dataset", "seed", "strategy"], sort=False):
         for speed, size in WANTED:
             within = front[(front["speed_up"] >= speed) & (front["smaller"] >= size)]
             best = within.sort_values(["on_search", "speed_up"]).iloc[-1] if len(within) else None
@@ -377,8 +427,8 @@ def small_and_fast(fronts: pd.DataFrame) -> str:
                     f"{best['on_search']:.1%}",
                 )
             )
-            rows.append((DATASETS[str(dataset)], seed, f"{speed}x, 1/{size}", *kept))
-    columns = ["dataset", "seed", "at least", "speed", "MB", "of the base's quality", "on the search split"]
+            rows.append((DATASETS[str(dataset)], f"`{strategy}`", seed, f"{speed}x, 1/{size}", *kept))
+    columns = ["dataset", "strategy", "seed", "at least", "speed", "MB", "of the base's quality", "on the search split"]
     return pd.DataFrame(rows, columns=columns).to_markdown(index=False, disable_numparse=True)
 
 
@@ -392,6 +442,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "vocabularies": lambda: vocabularies(pd.read_csv(RESULTS / "vocabularies.csv")),
     "strategies": lambda: strategies(pd.read_csv(RESULTS / "strategies.csv")),
     "small and fast": lambda: small_and_fast(pd.read_csv(RESULTS / "strategies_fronts.csv")),
+    "rescored": lambda: rescored(read(RESULTS / "compression_rescored.csv")),
+    "untrained": lambda: untrained(read(RESULTS / "untrained.csv")),
+    "untrained cells": lambda: untrained_cells(read(RESULTS / "untrained.csv")),
     "most cut": lambda: most_cut(read(RESULTS / "compression.csv")),
 }
 

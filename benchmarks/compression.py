@@ -543,6 +543,7 @@ METHODS: dict[str, Callable[[PreTrainedModel, Context, float], PreTrainedModel]]
     BY_TIME: _step("prune", repair=True, cost="time"),
     "ours, without repair": _step("prune"),
     "ours, iterative": _step("prune", repair=True, rounds=STEPS),
+    "ours, rescored": _step("prune", rescore=True),
     "last layers": _drop_last,
     "last layers, a training after each": _drop_one_by_one,
     "Torch-Pruning L2": TorchPruning("l2", round_to=None),

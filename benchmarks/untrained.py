@@ -136,7 +136,7 @@ embeddings not counted. Seconds are CPU seconds of one thread.
 
 ## Ours against the best K-prune
 
-{_counts(table)}
+{claims.untrained(table)}
 
 A case is a dataset and a cut, seeds averaged; what differs by less than {claims.LEVEL} is level. The test is Wilcoxon's
 signed-rank test, two-sided. A pair is a dataset and a seed, averaged over the cuts.
@@ -145,20 +145,6 @@ signed-rank test, two-sided. A pair is a dataset and a seed, averaged over the c
 
 {sections}
 """
-
-
-def _counts(table: pd.DataFrame) -> str:
-    """How often each method of ours is ahead of the best K-prune in quality, and nearer to the uncut model than all."""
-    lines = []
-    for method in _ours(table):
-        leads = claims.at_equal_size(table, ours=method)
-        if leads.empty:
-            continue
-        nearer = claims.best(claims.at_equal_size(table.assign(nearness=-table["divergence"]), "nearness", method))
-        means = nearer.groupby(["dataset", "cut"])["lead"].mean()
-        close = f"It is nearer to the uncut model than all of them in {(means > 0).sum()} of {len(means)} cases."
-        lines.append(f"- *{method}* is {claims.counted(leads)} {close}")
-    return "\n".join(lines)
 
 
 def _all(table: pd.DataFrame) -> str:
@@ -200,10 +186,6 @@ def _section(name: str, group: pd.DataFrame) -> str:
 
 def _present(table: pd.DataFrame) -> list[str]:
     return [method for method in METHODS if (table["method"] == method).any()]
-
-
-def _ours(table: pd.DataFrame) -> list[str]:
-    return [method for method in _present(table) if method.startswith("ours")]
 
 
 if __name__ == "__main__":

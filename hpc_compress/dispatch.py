@@ -11,7 +11,7 @@ from hpc_compress.launch import Jobs
 from hpc_compress.records import CANCELLED, HEARTBEAT_SECONDS, Heartbeat
 from hpc_compress.store import Store
 from hpc_compress.summary import describe, figures
-from hpc_compress.types import Failure, Outcome, Screen, Screening, SearchError, SpentError, Task
+from hpc_compress.types import Failure, Genome, Outcome, Screen, Screening, SearchError, SpentError, Task
 
 SCREENS = 32  # that one process works off
 
@@ -171,9 +171,9 @@ def _outcome_line(outcome: Outcome) -> str:
     if outcome.failure is not None:
         return f"{outcome.task.genome}: FAILED, {describe(outcome.failure)}"
     if isinstance(outcome.finding, Screening):
-        others = [each.divergence for each in outcome.finding.deployed]
-        deployed = f", {min(others):.4f} to {max(others):.4f} in {len(others)} precisions" if others else ""
-        return f"{outcome.task.genome}: divergence {outcome.finding.divergence:.4f}{deployed}  {spent}"
+        found = [(Genome(deploy=each.deploy), each.divergence) for each in outcome.finding.deployed]
+        others = "".join(f", {genome} {'failed' if value is None else f'{value:.4f}'}" for genome, value in found)
+        return f"{outcome.task.genome}: divergence {outcome.finding.divergence:.4f}{others}  {spent}"
     if outcome.measurement is None:
         return f"{outcome.task.study.kind if outcome.task.study else ''} of the base model  {spent}"
     again = ", timed again" if outcome.task.repeat else ""

@@ -87,10 +87,7 @@ class _Sizes:
         cutting.cut(cut, {"heads": [np.arange(count) for count in heads], "ffn": [np.arange(width) for width in widths]})
         surgery.trim_vocabulary(cut, range(rows))
         with tempfile.TemporaryDirectory() as folder:
-            here = dataclasses.replace(self.context, folder=Path(folder))
-            for step in deploy:
-                cut = operator(step)(cut, here)
-            artifact.save(cut, Path(folder))
+            _save(cut, deploy, self.context, Path(folder))
             return artifact.weights(Path(folder)).stat().st_size
 
 
@@ -101,11 +98,14 @@ def screen(
     context: Context,
     on: torch.device,
     made: Callable[[], PreTrainedModel],
+    excused: Callable[[Exception], bool],
 ) -> Screening:
     """Compare the outputs of a genome's model with the base model's.
 
     model: the base model. on: where deployed models run. made: gives the model after the steps; not asked where one pass over
-    kept activations gives it.
+    kept activations gives it. excused: whether an error in one of the precisions leaves the rest as it is.
+
+    Raises: FloatingPointError when an output of the model is not finite.
     """
     first = operator(steps[0]) if steps else None
     judged = _judged(study, context, getattr(first, "sentences", 0))
@@ -124,6 +124,14 @@ def screen(
     def divergence(outputs: torch.Tensor) -> float:
         return max(0.0, float(context.problem.divergence(outputs, base)))
 
+    def in_precision(deploy: tuple[Step, ...]) -> float | None:
+        try:
+            return divergence(_deployed_outputs(cut, deploy, context, judged, on))
+        except Exception as error:
+            if not excused(error):
+                raise
+            return None
+
     return Screening(
         divergence=divergence(_outputs(answers, judged, context)),
         structure=Structure(
@@ -131,29 +139,35 @@ def screen(
             ffn=tuple(counts(cut, "ffn")),
             layers=None if surgery.origins(cut) == list(range(len(surgery.layers(model)))) else tuple(surgery.origins(cut)),
         ),
-        deployed=tuple(
-            Deployed(deploy=chain, divergence=divergence(_deployed(cut, chain, context, judged, on))) for chain in study.deploys
-        ),
+        deployed=tuple(Deployed(deploy=deploy, divergence=in_precision(deploy)) for deploy in study.deploys),
     )
 
 
-def _deployed(
+def _deployed_outputs(
     cut: PreTrainedModel, deploy: tuple[Step, ...], context: Context, judged: Sequence[Batch], on: torch.device
 ) -> torch.Tensor:
     """Outputs of a model after these steps: of what is loaded from a file, as a measured one is."""
-    model, batches = copy.deepcopy(cut).cpu(), judged if on == context.device else [batch.to(on) for batch in judged]
+    batches = judged if on == context.device else [batch.to(on) for batch in judged]
     with tempfile.TemporaryDirectory() as folder:
-        here = dataclasses.replace(context, folder=Path(folder))
-        for step in deploy:
-            model = operator(step)(model, here)
-        artifact.save(model, Path(folder))
+        _save(copy.deepcopy(cut).cpu(), deploy, context, Path(folder))
         return _outputs(_answers(artifact.load(folder, on), batches), batches, context)
 
 
+def _save(model: PreTrainedModel, deploy: tuple[Step, ...], context: Context, folder: Path) -> None:
+    """Write the model after these steps into the folder."""
+    here = dataclasses.replace(context, folder=folder)
+    for step in deploy:
+        model = operator(step)(model, here)
+    artifact.save(model, folder)
+
+
 def _outputs(answers: Sequence, batches: Sequence[Batch], context: Context) -> torch.Tensor:
-    """(labels, width)"""
+    """(labels, width) of all batches, as float32 on the CPU."""
     pairs = zip(answers, batches, strict=True)
-    return torch.cat([context.problem.outputs(answer, batch).float().cpu() for answer, batch in pairs])
+    found = torch.cat([context.problem.outputs(answer, batch).float().cpu() for answer, batch in pairs])
+    if not found.isfinite().all():
+        raise FloatingPointError("the outputs of the screened model are not finite")
+    return found
 
 
 @torch.no_grad()

@@ -215,8 +215,14 @@ class Screen(Record):
     kind: Literal["screen"] = "screen"
     judge: int = Field(default=256, ge=1)  # sentences of train that the divergence is a mean over
     sample: int = Field(default=0, ge=0)  # which sentences those are: a number for each sample
-    # Chains of deploying steps, each to be judged on top of the same model; none of them changes the tokens.
+    # Precisions: chains of deploying steps, each to be judged on top of the same model.
     deploys: tuple[tuple[Step, ...], ...] = Field(default=(), exclude_if=lambda chains: not chains)
+
+    @model_validator(mode="after")
+    def _same_tokens(self) -> "Screen":
+        if wrong := [step.operator for chain in self.deploys for step in chain if step.operator in VOCABULARY_STEPS]:
+            raise ValueError(f"a screen can't judge {wrong[0]}, which changes the word embedding; leave it out of deploys")
+        return self
 
 
 def outside(fit: int, rows: int) -> range:
@@ -327,10 +333,10 @@ class Surveyed(Record):
 
 
 class Deployed(Record):
-    """A screened model in one way to deploy."""
+    """A screened model in one precision."""
 
     deploy: tuple[Step, ...]
-    divergence: Score
+    divergence: Score | None  # None: it can't be made, or its outputs are not finite
 
 
 class Screening(Record):

@@ -179,7 +179,10 @@ class Job:
             def made() -> PreTrainedModel:
                 return artifact.load(self._master(task, task.genome.steps), self.device)
 
-            return studies.screen(study, task.genome.steps, self._base_model(task), context, on, made)
+            def excused(error: Exception) -> bool:
+                return not (isinstance(error, self.interrupts) or _is_of_the_machine(error))
+
+            return studies.screen(study, task.genome.steps, self._base_model(task), context, on, made, excused)
         return profiling.profile(study, self._base_model(task, on), task.protocol, context)
 
     def _measure(self, task: Task, stages: "Stages") -> Measurement:

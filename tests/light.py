@@ -22,6 +22,7 @@ from hpc_compress.types import (
     Base,
     BlockProfile,
     Dataset,
+    Deployed,
     DeviceProfile,
     Genome,
     Measurement,
@@ -92,7 +93,8 @@ def _finding(task: Task) -> Surveyed | Screening | DeviceProfile:
         return Surveyed(heads=scores, ffn=scores, **counted, bytes=(), sample=((1, 8),))
     if isinstance(task.study, Screen):
         digest = hashlib.sha256(identity.canonical([task.genome, task.study]).encode()).digest()
-        return Screening(divergence=digest[0] / 256, structure=Structure(heads=(1,), ffn=(1,)))
+        deployed = tuple(Deployed(deploy=chain, divergence=digest[1] / 256) for chain in task.study.deploys)
+        return Screening(divergence=digest[0] / 256, structure=Structure(heads=(1,), ffn=(1,)), deployed=deployed)
     block = BlockProfile(
         deploy=(),
         batch=1,

@@ -197,10 +197,48 @@ def test_the_best_model_of_a_front_that_is_fast_and_small_is_chosen_on_the_searc
         ("sst2", 0, "evolve", 0.98, 0.99, 6.0, 7.0, 13.0),
         ("sst2", 0, "evolve", 1.00, 1.00, 2.0, 7.0, 13.0),  # too slow
         ("sst2", 0, "grid", 1.00, 1.00, 9.0, 7.0, 13.0),
+        ("sst2", 0, "evolve_for_a_target", 0.97, 0.98, 3.5, 7.0, 13.0),
     ]
-    *_, first, second = claims.small_and_fast(pd.DataFrame(rows, columns=columns)).splitlines()
-    assert [cell.strip() for cell in first.split("|")[3:-1]] == ["3x, 1/12", "4.0x", "7.0, 1/13.0", "90.0%", "99.0%"]
+    *_, first, second, third, _ = claims.small_and_fast(pd.DataFrame(rows, columns=columns)).splitlines()
+    assert [cell.strip() for cell in first.split("|")[4:-1]] == ["3x, 1/12", "4.0x", "7.0, 1/13.0", "90.0%", "99.0%"]
     assert "none" in second
+    assert "`evolve_for_a_target`" in third
+    assert "98.0%" in third
+
+
+def test_what_is_scored_anew_is_compared_with_what_is_not(claims: Any):
+    figures = {"ours, by parameters": (0.80, 0.90), "ours, rescored": (0.90, 0.94), "a peer": (0.10, 0.95)}
+    table = pd.DataFrame(
+        {
+            "dataset": "cola",
+            "method": method,
+            "share": 0.8,
+            "seed": seed,
+            "base_quality": 1.0,
+            "before": before,
+            "quality": after,
+        }
+        for method, (before, after) in figures.items()
+        for seed in (0, 1)
+    )
+    (row,) = claims.rescored(table).splitlines()[2:]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == ["CoLA (1.000)", "0.100 / **0.950**", "0.800 / 0.900", "**0.900** / 0.940", "60 %"]
+
+
+def test_untrained_cuts_stand_side_by_side(claims: Any):
+    qualities = {"ours, rescored": (0.91, 0.70), "K-prune": (0.90, 0.80)}
+    table = pd.DataFrame(
+        {"dataset": "cola", "method": method, "share": share, "seed": 0, "base_quality": 0.95, "quality": quality}
+        for method, cuts in qualities.items()
+        for share, quality in zip((0.5, 0.8), cuts, strict=True)
+    )
+    header, _, half, most = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in claims.untrained_cells(table).splitlines()
+    )
+    assert header == ["dataset (base), cut", "ours, rescored", "K-prune"]
+    assert half == ["CoLA (0.950), 50 %", "**0.910**", "0.900"]
+    assert most == ["CoLA (0.950), 80 %", "0.700", "**0.800**"]
 
 
 def test_steps_of_evolve_have_words(claims: Any):

@@ -206,8 +206,28 @@ def test_a_precision_that_was_never_measured_is_judged_on_top_of_a_structure():
     offsets = strategy._believed().offsets
     assert offsets["precision fp32"] < 0 < offsets["precision nf4"]
     assert strategy._added("fp32", offsets) < strategy._added("nf4", offsets)
-    rest = [proposal for turn in world.play(strategy, 6) for proposal in turn.proposals]
-    assert not any(proposal.screen and proposal.screen.deploys for proposal in rest), "once is enough"
+
+
+@pytest.mark.parametrize("divergence", [1e3, None], ids=["terrible", "failed"])
+def test_a_precision_that_is_no_good_changes_little_for_the_others(divergence: float | None):
+    def bad(candidate: Candidate, screen: Screen | None) -> Candidate:
+        found = world.answered(candidate, screen)
+        if found.screening is None or not found.screening.deployed:
+            return found
+        deployed = tuple(
+            each.model_copy(update={"divergence": divergence}) if world.scheme_of(each.deploy) == "fp32" else each
+            for each in found.screening.deployed
+        )
+        return found.model_copy(update={"screening": found.screening.model_copy(update={"deployed": deployed})})
+
+    good, other = world.made("evolve"), world.made("evolve")
+    for strategy, answer in ((good, world.answered), (other, bad)):
+        list(world.play(strategy, 2, answer=answer))
+    believed = good._believed().offsets, other._believed().offsets
+    assert believed[1].get("precision fp32", 0.0) >= (0.1 if divergence else 0.0)
+    design = Design(good._plain[1], "none", "nf4")
+    assert other._expected(design)[0][0] == pytest.approx(good._expected(design)[0][0], abs=0.15)
+    assert len(list(world.play(other, 6, answer=bad))) == 6
 
 
 def test_precisions_that_were_measured_are_not_judged_once_more():

@@ -213,7 +213,6 @@ def taken(model: nn.Module, monkeypatch: pytest.MonkeyPatch, **study: Any) -> De
     return profiling.profile(Profiling(**{"seconds": 0.1, **study}), model, MeasurementProtocol(batch_size=8), context(model))
 
 
-@pytest.mark.slow
 def test_a_profile_finds_what_each_block_takes(model: nn.Module, monkeypatch: pytest.MonkeyPatch):
     bf16 = (Step(operator="quantize", params={"scheme": "bf16"}),)
     found = taken(model, monkeypatch, deploys=((TRIM, *bf16), bf16))

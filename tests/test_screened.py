@@ -10,11 +10,12 @@ import screens
 from searches import Setup
 
 import hpc_compress
-from hpc_compress import analysis, export, identity
+from hpc_compress import analysis, dispatch, export, identity, worker
 from hpc_compress.analysis import found, runs
 from hpc_compress.config import ConfigError
 from hpc_compress.launch.local import Debug
 from hpc_compress.store import Store
+from hpc_compress.types import Genome, Screen, Screening, Step
 
 
 @pytest.fixture(scope="module")
@@ -220,3 +221,20 @@ def test_the_model_for_the_targets_keeps_its_files(setup: Setup, tmp_path: Path)
 def test_the_picture_shows_both_projections(finished: Path, tmp_path: Path):
     analysis.plot(hpc_compress.load_runs(finished), tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 20_000
+
+
+def test_a_worker_judges_a_structure_in_several_precisions(setup: Setup, tmp_path: Path):
+    base = Store(tmp_path).outcome(setup.run(tmp_path, "generations=0").base)
+    assert base is not None
+    nf4, prune = Step(operator="quantize", params={"scheme": "nf4"}), Step(operator="prune", params={"share": 0.5})
+    study = Screen(judge=8, deploys=((), (nf4,)))
+    task = base.task.model_copy(update={"genome": Genome(steps=(prune,)), "study": study})
+    store = Store(tmp_path)
+    assert list(worker.run(str(tmp_path), [store.add_task(task)])) == [identity.task_id(task)]
+    outcome = store.outcome(identity.task_id(task))
+    assert outcome is not None
+    assert isinstance(outcome.finding, Screening)
+    whole, small = outcome.finding.deployed
+    assert whole.divergence == pytest.approx(outcome.finding.divergence, rel=1e-3, abs=1e-6)
+    assert (whole.deploy, small.deploy) == study.deploys
+    assert f", base {whole.divergence:.4f}, quantize_nf4 {small.divergence:.4f}  (" in dispatch._outcome_line(outcome)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,14 +117,18 @@ def sharing(model: nn.Module) -> Any:
     return dataclasses.replace(context(model), kept=keep, scores=scores, given="base")
 
 
+def excused(error: Exception) -> bool:
+    return True
+
+
 CARVE = Step(operator="carve", params={"heads": [2, 2, 2], "ffn": [48, 32, 48], "sentences": 12})
 
 
 def test_a_screen_judges_the_model_that_a_carve_would_make(model: nn.Module):
     shared = sharing(model)
-    found = studies.screen(Screen(judge=8), (CARVE,), model, shared, CPU, made=pytest.fail)
+    found = studies.screen(Screen(judge=8), (CARVE,), model, shared, CPU, pytest.fail, excused)
     carved = operator(CARVE)(copy.deepcopy(model), context(model))
-    longer = studies.screen(Screen(judge=8), (CARVE, CARVE), model, shared, CPU, made=lambda: carved)
+    longer = studies.screen(Screen(judge=8), (CARVE, CARVE), model, shared, CPU, lambda: carved, excused)
     assert found.divergence == pytest.approx(longer.divergence, rel=1e-3, abs=1e-6)
     assert found.divergence > 0
     assert found.structure == longer.structure
@@ -132,33 +137,76 @@ def test_a_screen_judges_the_model_that_a_carve_would_make(model: nn.Module):
 
 def test_what_is_left_whole_diverges_by_nothing(model: nn.Module):
     whole = Step(operator="carve", params={"heads": counts(model, "heads"), "ffn": counts(model, "ffn"), "sentences": 12})
-    found = studies.screen(Screen(judge=8), (whole,), model, sharing(model), CPU, made=pytest.fail)
+    found = studies.screen(Screen(judge=8), (whole,), model, sharing(model), CPU, pytest.fail, excused)
     assert found.divergence == pytest.approx(0, abs=1e-6)
 
 
 def test_another_sample_judges_on_other_sentences(model: nn.Module):
     shared = sharing(model)
-    found = {studies.screen(Screen(judge=4, sample=n), (CARVE,), model, shared, CPU, pytest.fail).divergence for n in range(3)}
+    found = {
+        studies.screen(Screen(judge=4, sample=n), (CARVE,), model, shared, CPU, pytest.fail, excused).divergence
+        for n in range(3)
+    }
     assert len(found) == 3
+
+
+def quantize(**params: Any) -> tuple[Step, ...]:
+    return (Step(operator="quantize", params=params),)
 
 
 def test_precisions_are_judged_on_top_of_a_structure(model: nn.Module):
     """As the deployed model answers, and without a trace in the base model."""
     before = copy.deepcopy(model.state_dict())
-    chains = [
-        (),
-        *((Step(operator="quantize", params={"scheme": scheme, "embeddings": scheme}),) for scheme in ("nf4", "int8")),
-    ]
+    chains = [(), *(quantize(scheme=scheme, embeddings=scheme) for scheme in ("nf4", "int8")), quantize(scheme="bf16")]
     shared = sharing(model)
-    found = studies.screen(Screen(judge=8, deploys=tuple(chains)), (CARVE,), model, shared, CPU, made=pytest.fail)
+    found = studies.screen(Screen(judge=8, deploys=tuple(chains)), (CARVE,), model, shared, CPU, pytest.fail, excused)
     assert [each.deploy for each in found.deployed] == chains
-    whole, nf4, int8 = (each.divergence for each in found.deployed)
-    assert whole == pytest.approx(found.divergence, rel=1e-4)
+    whole, nf4, int8, bf16 = (each.divergence for each in found.deployed)
+    assert whole == pytest.approx(found.divergence, rel=1e-3, abs=1e-6)
     assert abs(int8 - whole) < abs(nf4 - whole)
-    deployed = operator(chains[1][0])(operator(CARVE)(copy.deepcopy(model), context(model)), context(model))
-    alone = studies.screen(Screen(judge=8), (CARVE, CARVE), model, shared, CPU, made=lambda: deployed)
-    assert nf4 == pytest.approx(alone.divergence, rel=1e-3)
+    deployed = operator(chains[3][0])(operator(CARVE)(copy.deepcopy(model), context(model)), context(model))
+    alone = studies.screen(Screen(judge=8), (CARVE, CARVE), model, shared, CPU, lambda: deployed, excused)
+    assert bf16 == pytest.approx(alone.divergence, rel=0.05)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_program_is_judged_too(tiny_checkpoint: Callable[..., Path]):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = load(tiny_checkpoint("bert", layers=3, heads=4, hidden=64, ffn=96))
+    study = Screen(judge=8, deploys=((), quantize(scheme="onnx_int8")))
+    whole, program = studies.screen(study, (CARVE,), model, sharing(model), CPU, pytest.fail, excused).deployed
+    assert program.divergence is not None
+    assert program.divergence == pytest.approx(whole.divergence, abs=0.05)
+
+
+def breaks(model: nn.Module, context: Any, how: str) -> nn.Module:
+    if how == "raises":
+        raise RuntimeError("no such kernel")
+    with torch.no_grad():
+        next(model.parameters()).fill_(math.nan)
+    return model
+
+
+@pytest.mark.parametrize("how", ["raises", "is not finite"])
+def test_a_precision_that_fails_leaves_the_rest_as_it_is(model: nn.Module, how: str):
+    study = Screen(judge=8, deploys=((Step(operator="test_studies.breaks", params={"how": how}),), ()))
+    found = studies.screen(study, (CARVE,), model, sharing(model), CPU, pytest.fail, excused)
+    assert found.divergence > 0
+    assert [each.divergence is None for each in found.deployed] == [True, False]
+    with pytest.raises((RuntimeError, FloatingPointError)):
+        studies.screen(study, (CARVE,), model, sharing(model), CPU, pytest.fail, lambda error: False)
+
+
+def test_a_model_whose_outputs_are_not_finite_is_not_lossless(model: nn.Module):
+    broken = breaks(copy.deepcopy(model), None, "is not finite")
+    with pytest.raises(FloatingPointError, match="not finite"):
+        studies.screen(Screen(judge=8), (CARVE, CARVE), model, sharing(model), CPU, lambda: broken, excused)
+
+
+def test_what_changes_the_tokens_is_no_precision():
+    with pytest.raises(ValueError, match="trim_vocabulary"):
+        Screen(deploys=((Step(operator="trim_vocabulary"),),))
 
 
 @pytest.mark.parametrize("deploy", [(), ("bf16",), ("nf4",)], ids=str)

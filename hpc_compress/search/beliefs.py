@@ -4,7 +4,7 @@ A loss is in tenths of the base model's quality.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +35,7 @@ class Design(NamedTuple):
 
     @property
     def model(self) -> "Trained":
-        """What is deployed."""
+        """The cut and the training, without the way to deploy."""
         return self.cut, self.training
 
 
@@ -89,20 +89,18 @@ def recovery(losses: Mapping[Trained, float], trainings: Sequence[str]) -> Curve
     return Curve.through(pairs)
 
 
-def offsets(losses: Mapping[Design, float], makeup: Callable[[str], Mapping[str, float]]) -> dict[str, float]:
-    """What each part of a way to deploy adds to the loss of a model, by ridge regression on the models that were measured in
-    several ways; nearer to 0 where few were.
+def offsets(models: Iterable[Mapping[str, float]], makeup: Callable[[str], Mapping[str, float]]) -> dict[str, float]:
+    """What each part of a way to deploy adds to the loss of a model, by ridge regression on models whose losses are known in
+    several ways; nearer to 0 where few are.
 
-    makeup: of a way to deploy, the share of each part.
+    models: of each one, its loss in every way to deploy that is known. makeup: of a way to deploy, the share of each part.
     """
-    models: dict[Trained, list[Design]] = {}
-    for design in losses:
-        models.setdefault(design.model, []).append(design)
-    parts = sorted({part for design in losses for part in makeup(design.deploy)})
+    known = list(models)
+    parts = sorted({part for losses in known for deploy in losses for part in makeup(deploy)})
     rows, differences = [], []
-    for designs in models.values():
-        made = np.array([[makeup(design.deploy).get(part, 0.0) for part in parts] for design in designs])
-        lost = np.array([losses[design] for design in designs])
+    for losses in known:
+        made = np.array([[makeup(deploy).get(part, 0.0) for part in parts] for deploy in losses])
+        lost = np.array(list(losses.values()))
         rows.append(made - made.mean(0))
         differences.append(lost - lost.mean())
     if not rows:

@@ -36,6 +36,7 @@ from hpc_compress.types import VOCABULARY_STEPS, Candidate, Genome, Profiling, P
 ROWS = 650  # of training with the whole model, which take about as long as measuring a model
 OUTSIDE = 0.1  # of that time, what a training takes besides the encoder's blocks
 FOUND = 4.0  # measurements that take as long as finding a structure block by block
+IN_PRECISION = 2.0  # structures that are screened in the time of judging one in another precision
 MOST_JUDGED = 4  # times the sentences that a structure is judged on at first
 DOUBTFUL = 0.2  # halvings between the measured and the predicted time of a model (15 %), from which it is timed again
 DEEPER = 0.7  # of the price of the deepest structure that was not trained in vain, the next deeper one has
@@ -204,7 +205,7 @@ class Evolve(AbstractSpaceStrategy):
                     self._divergences[cut] = candidate.screening.divergence
                     for deployed in candidate.screening.deployed:
                         for name, chain in self._precisions.items():
-                            if chain == deployed.deploy:
+                            if chain == deployed.deploy and deployed.divergence is not None:
                                 self._in_precisions.setdefault(cut, {})[name] = deployed.divergence
 
     # --- the course of a search: each `yield` is a generation ---
@@ -269,7 +270,7 @@ class Evolve(AbstractSpaceStrategy):
         return [Proposal(genome=Genome(steps=self._steps(cut)), screen=screens[cut]) for cut in ordered]
 
     def _halfway(self, cuts: Iterable[Cut]) -> Cut:
-        """Where about half of what may be lost is lost, most shows, and there is most to win."""
+        """The cut that is expected to lose about half of what the hypervolume counts: there, both better and worse shows."""
         return min(cuts, key=lambda cut: (abs(self._loss_of_cut(cut) - 0.5), cut))
 
     def _between(self) -> list[Cut]:
@@ -484,7 +485,11 @@ class Evolve(AbstractSpaceStrategy):
         made: set[Trained] = set()
         for proposal in proposals:
             design = self._designs.get(canonical(proposal.genome)) if kind == "measure" else None
-            cost = self._cost(design, made) if design else 1.0 + len(proposal.screen.deploys if proposal.screen else ())
+            cost = (
+                self._cost(design, made)
+                if design
+                else 1 + IN_PRECISION * len(proposal.screen.deploys if proposal.screen else ())
+            )
             dearest = max(dearest, cost)
             if (units + cost) * self._seconds_of(kind) + again + after <= self.known.left():
                 fitting.append(proposal)
@@ -542,7 +547,8 @@ class Evolve(AbstractSpaceStrategy):
 
     @cached_property
     def _precisions(self) -> dict[str, tuple[Step, ...]]:
-        """The steps of each precision that leaves the tokens alone, by the first way to deploy that has it."""
+        """The steps of each precision that leaves the word embedding's rows alone; the key is the first way to deploy that has
+        this precision."""
         chains: dict[str, tuple[Step, ...]] = {}
         for name, (precision, _) in self._deploy_parts.items():
             chain = self.space.deploys[precision] or ()
@@ -552,9 +558,10 @@ class Evolve(AbstractSpaceStrategy):
 
     @property
     def _has_unknown_precisions(self) -> bool:
-        parts = self._deploy_parts
-        measured = {parts[design.deploy][0] for design in self._designs.values() if design.deploy in parts}
-        return any(parts[name][0] not in measured for name in self._precisions)
+        """Whether there are several precisions, and one in which no design was measured."""
+        parts = (self._deploy_parts.get(design.deploy) for design in self._believed().measured)
+        measured = [self.space.deploys[part[0]] for part in parts if part is not None]
+        return len(self._precisions) > 1 and any(chain not in measured for chain in self._precisions.values())
 
     @cached_property
     def _structures(self) -> Structures:
@@ -686,30 +693,33 @@ class Evolve(AbstractSpaceStrategy):
                 if design is not None and candidate.measurement is not None:
                     lost[design] = front.lost_quality(quality_of(candidate.measurement), base)
                     measured[design] = candidate.id
-            offsets = beliefs.offsets(lost, self._makeup)
+            models: dict[Trained, dict[str, float]] = {}
+            for design, loss in sorted(lost.items()):
+                models.setdefault(design.model, {})[design.deploy] = loss
+            offsets = beliefs.offsets(models.values(), self._makeup)
+            losses = self._losses(models, offsets)
+            self._screen_stage.judge(self._screened(losses))
             if self._in_precisions and self._still_screens:
-                # A structure that was screened in several precisions counts as a model that was measured in them.
-                by_divergence = beliefs.Curve.through(self._screened(self._losses(lost, offsets)))
-                judged = {
-                    Design(cut, "screened", deploy): by_divergence(divergence)
-                    for cut, found in self._in_precisions.items()
-                    for deploy, divergence in found.items()
-                }
-                offsets = beliefs.offsets(lost | judged, self._makeup)
-            losses = self._losses(lost, offsets)
-            screened = self._screened(losses)
+                judged = self._judged_in_precisions(beliefs.Curve.through(self._screened(losses)))
+                offsets = beliefs.offsets([*models.values(), *judged], self._makeup)
+                losses = self._losses(models, offsets)
             masses = [(self._sites.mass(cut.levels), loss) for cut, loss in self._untrained(losses).items()]
-            self._screen_stage.judge(screened)
-            curves = beliefs.Curve.through(screened), beliefs.Curve.through(masses)
+            curves = beliefs.Curve.through(self._screened(losses)), beliefs.Curve.through(masses)
             self._beliefs = Beliefs(losses, measured, *curves, beliefs.recovery(losses, list(self.space.trainings)), offsets)
         return self._beliefs
 
-    def _losses(self, lost: Mapping[Design, float], offsets: dict[str, float]) -> dict[Trained, float]:
+    def _judged_in_precisions(self, by_divergence: beliefs.Curve) -> list[dict[str, float]]:
+        """What each structure that was screened in several precisions is expected to lose, by way to deploy. All that loses a
+        tenth of the quality more than the best one is equally bad."""
+        found = [{deploy: by_divergence(value) for deploy, value in own.items()} for own in self._in_precisions.values()]
+        return [{deploy: min(loss, 1 + min(own.values())) for deploy, loss in own.items()} for own in found]
+
+    def _losses(self, models: Mapping[Trained, Mapping[str, float]], offsets: dict[str, float]) -> dict[Trained, float]:
         """Of each measured model, without what its ways to deploy add."""
-        found: dict[Trained, list[float]] = {}
-        for design, loss in sorted(lost.items()):
-            found.setdefault(design.model, []).append(loss - self._added(design.deploy, offsets))
-        return {model: float(np.mean(each)) for model, each in found.items()}
+        return {
+            model: float(np.mean([loss - self._added(deploy, offsets) for deploy, loss in own.items()]))
+            for model, own in models.items()
+        }
 
     def _untrained(self, losses: Mapping[Trained, float]) -> dict[Cut, float]:
         return {cut: loss for (cut, training), loss in losses.items() if training == self._first_training}
