@@ -32,6 +32,7 @@ from hpc_compress.types import Step
 
 SHARES = (0.5, 0.67, 0.8, 0.9)
 BATCH = 64
+FINE = 16  # FFN widths of the method with fine ones are multiples of this
 
 
 def _prune(model: PreTrainedModel, context: Context, share: float, **params: Any) -> PreTrainedModel:
@@ -53,10 +54,15 @@ def _rescored(model: PreTrainedModel, context: Context, share: float) -> PreTrai
     return _prune(model, context, share, rescore=True)
 
 
+def _rescored_fine(model: PreTrainedModel, context: Context, share: float) -> PreTrainedModel:
+    return _prune(model, context, share, rescore=True, ffn_multiple=FINE)
+
+
 METHODS: dict[str, Callable[[PreTrainedModel, Context, float], PreTrainedModel]] = {
     "ours, repaired": _repaired,
     "ours, repaired with drift": _drift,
     "ours, rescored": _rescored,
+    "ours, rescored, fine widths": _rescored_fine,
     "K-prune": KPrune(),
     "K-prune, small lambda": KPrune(representational=SMALL_LAMBDA),
     "K-prune, 100,000 tokens": KPrune(sentences=None),
@@ -128,7 +134,8 @@ model: KL for classes, the mean squared difference for STS-B. A cut is the share
 embeddings not counted. Seconds are CPU seconds of one thread.
 
 - *ours, repaired*: `prune` with `repair=true`. *With drift*: the same structure by `carve`, whose repair also makes up for what
-  the residual stream has lost before. *Rescored*: `prune` with `rescore=true`. FFN widths are multiples of 64.
+  the residual stream has lost before. *Rescored*: `prune` with `rescore=true`. FFN widths are multiples of 64, *fine* ones of
+  {FINE}.
 - *K-prune*: Park et al. 2024, <https://arxiv.org/abs/2308.03449>, written anew in `benchmarks/kprune.py`, with the settings of
   its authors' script: temperature {defaults.temperature:g}, lambda {defaults.representational:g}, mu {defaults.mu:g}, and
   {TOKENS:,} tokens where the name says so. *Small lambda* is {SMALL_LAMBDA:g}, the default of their program. FFN widths are any

@@ -2,7 +2,7 @@
 
 What it knows of a genome grows at rising cost. Predicted: the share of the scores that a structure removes, its time by the
 device's profile, its bytes. Screened: how far the repaired, untrained model's outputs are from the base model's, on sentences
-that its repair has not seen. Measured: quality, time and bytes of the deployed model, untrained or trained. All choices follow
+that its repair has not seen; of one structure in every precision. Measured: quality, time and bytes of the deployed model, untrained or trained. All choices follow
 from the generator and from what was told.
 
 References:
@@ -485,11 +485,9 @@ class Evolve(AbstractSpaceStrategy):
         made: set[Trained] = set()
         for proposal in proposals:
             design = self._designs.get(canonical(proposal.genome)) if kind == "measure" else None
-            cost = (
-                self._cost(design, made)
-                if design
-                else 1 + IN_PRECISION * len(proposal.screen.deploys if proposal.screen else ())
-            )
+            # A precision takes about as long as another structure.
+            screened = 1.0 + len(proposal.screen.deploys if proposal.screen else ())
+            cost = screened if design is None else self._cost(design, made)
             dearest = max(dearest, cost)
             if (units + cost) * self._seconds_of(kind) + again + after <= self.known.left():
                 fitting.append(proposal)
