@@ -2,8 +2,8 @@
 
 What it knows of a genome grows at rising cost. Predicted: the share of the scores that a structure removes, its time by the
 device's profile, its bytes. Screened: how far the repaired, untrained model's outputs are from the base model's, on sentences
-that its repair has not seen; of one structure in every precision. Measured: quality, time and bytes of the deployed model, untrained or trained. All choices follow
-from the generator and from what was told.
+that its repair has not seen; one structure is screened in every precision. Measured: quality, time and bytes of the deployed
+model, untrained or trained. All choices follow from the generator and from what was told.
 
 References:
     Kwon et al. 2022, A Fast Post-Training Pruning Framework for Transformers, https://arxiv.org/abs/2204.09656
