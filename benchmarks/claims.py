@@ -133,33 +133,32 @@ def most_cut(table: pd.DataFrame, share: float = 0.8) -> str:
         cells = means.loc[dataset].xs(share, level="share").loc[list(METHODS)]
         best = cells.max()
         for method, row in cells.iterrows():
-            before, after = (
-                f"**{row[name]:.3f}**" if row[name] == best[name] else f"{row[name]:.3f}" for name in ("before", "quality")
-            )
-            rows[METHODS[str(method)]].append(f"{before} / {after}, {row['speed_up']:.1f}x")
+            rows[METHODS[str(method)]].append(f"{_before_after(row, best)}, {row['speed_up']:.1f}x")
     bases = [means.loc[(dataset, BASE, 0), "quality"] for dataset in DATASETS]
     titles = [f"{title} (base {base:.3f})" for title, base in zip(DATASETS.values(), bases, strict=True)]
     columns = [f"{100 * share:.0f} % of the encoder removed: before / after the epoch", *titles]
     return pd.DataFrame(rows.values(), columns=columns).to_markdown(index=False, disable_numparse=True)
 
 
+def _before_after(row: pd.Series, best: pd.Series) -> str:
+    """The quality before and after the epoch; what is best of a dataset is bold."""
+    figures = (f"{row[name]:.3f}" for name in ("before", "quality"))
+    marks = ("**" if row[name] == best[name] else "" for name in ("before", "quality"))
+    return " / ".join(f"{mark}{figure}{mark}" for mark, figure in zip(marks, figures, strict=True))
+
+
 def rescored(table: pd.DataFrame, share: float = 0.8) -> str:
-    """What scoring anew before each block is cut saves of the loss, before and after the epoch of distillation."""
-    cut = table[table["share"] == share]
-    means = cut.groupby(["dataset", "method"])[["before", "quality"]].mean()
+    """What scoring anew before each block is cut saves of the loss, before and after the epoch of distillation: means over the
+    seeds that every method has."""
     rows = []
-    for dataset in cut["dataset"].unique():
-        base, own = cut.loc[cut["dataset"] == dataset, "base_quality"].iloc[0], means.loc[dataset]
-        best = own.max()
+    for dataset, cut in table[table["share"] == share].groupby("dataset", sort=False):
+        cut = cut[cut.groupby("seed")["method"].transform("nunique") == cut["method"].nunique()]
+        base, own = cut["base_quality"].iloc[0], cut.groupby("method")[["before", "quality"]].mean()
+        cells = {method: _before_after(row, own.max()) for method, row in own.iterrows()}
         lost = base - own["quality"]
-        cells = {
-            method: " / ".join(
-                f"**{row[name]:.3f}**" if row[name] == best[name] else f"{row[name]:.3f}" for name in ("before", "quality")
-            )
-            for method, row in own.iterrows()
-        }
         left = f"{lost[RESCORED] / lost[OURS]:.0%}".replace("%", " %")
-        rows.append({"dataset (base)": f"{DATASETS[dataset]} ({base:.3f})", **cells, "of the loss of ours by parameters": left})
+        title = f"{DATASETS[str(dataset)]} ({base:.3f})"
+        rows.append({"dataset (base)": title, **cells, "of the loss of ours by parameters": left})
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
 
 
