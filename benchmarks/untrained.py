@@ -10,29 +10,39 @@ in results/untrained.md are made of these rows. Seconds are CPU seconds of one t
 
 import argparse
 import copy
+import dataclasses
+import functools
 import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
 import claims
+import numpy as np
 import pandas as pd
 import torch
 from compression import BASE, CPU, DATASETS, SENTENCES, Bench, Data, everywhere, what_is_left
 from kprune import SMALL_LAMBDA, TOKENS, KPrune
 from transformers import PreTrainedModel
 
-from hpc_compress import identity, measure
+from hpc_compress import identity, measure, studies
 from hpc_compress.models import artifact, surgery
 from hpc_compress.operators import Context, operator
 from hpc_compress.pruning.repair import Repairer
-from hpc_compress.types import Step
+from hpc_compress.search.space import Shape, Space
+from hpc_compress.search.structures import Levels, Structures
+from hpc_compress.search.variation import Sites
+from hpc_compress.types import Screen, Step, Structure
 
 SHARES = (0.5, 0.67, 0.8, 0.9)
 BATCH = 64
-FINE = 16  # FFN widths of the method with fine ones are multiples of this
+FINE = 16  # FFN widths of the methods with fine ones are multiples of this
+ROUNDS = 4  # of switching, each judged on other sentences
+JUDGED = 256  # sentences on which switched structures are judged
+JUDGED_LAST = 1024  # and on which the last one is judged against what was scored anew
+COMBINED = 10  # structures made of several moves, in each round
 
 
 def _prune(model: PreTrainedModel, context: Context, share: float, **params: Any) -> PreTrainedModel:
@@ -58,11 +68,69 @@ def _rescored_fine(model: PreTrainedModel, context: Context, share: float) -> Pr
     return _prune(model, context, share, rescore=True, ffn_multiple=FINE)
 
 
+def _switched(model: PreTrainedModel, context: Context, share: float) -> PreTrainedModel:
+    """What `evolve` does with structures of one size before it trains any: it starts from the one that was scored anew, moves
+    heads and neurons between layers, and keeps the better model of both, by training sentences that no repair saw."""
+    best = _rescored_fine(copy.deepcopy(model), context, share)
+    start, wide = _structure(best), _structure(model)
+    space = Space(ffn_multiple=FINE, carve={"sentences": SENTENCES}, trainings={"none": ()}, deploys={"fp32": ()})
+    shape = Shape(heads=wide.heads, widths=(surgery.hidden_size(model), wide.ffn[0]))
+    structures = Structures(space, shape)
+    sites = _by_parameters(structures, model)
+    context = dataclasses.replace(context, given="base", kept=_last(), scores=functools.partial(_last(), "scores"))
+
+    def divergence(steps: tuple[Step, ...], sample: int, judge: int, made: Callable[[], PreTrainedModel]) -> float:
+        study = Screen(judge=judge, sample=sample)
+        return studies.screen(study, steps, model, context, CPU, made, lambda error: False).divergence
+
+    def carved(levels: Levels, sample: int, judge: int = JUDGED) -> float:
+        steps = space.genome(shape, structures.structure(levels)).steps
+        return divergence(steps, sample, judge, lambda: model)
+
+    levels = structures.levels(start)
+    assert levels is not None
+    for sample in range(ROUNDS):
+        here = carved(levels, sample)
+        near = sites.neighbours(levels, 2)
+        gains = {move: here - carved(one, sample) for move, one in near.items()}
+        together = {one: carved(one, sample) for one in sites.combined(levels, gains, by=2, count=COMBINED)}
+        levels = min([levels, *together], key=lambda one: together.get(one, here))
+    anew = Step(operator="prune", params={"share": share, "sentences": SENTENCES})  # names the sentences that `best` has seen
+    if carved(levels, ROUNDS, JUDGED_LAST) < divergence((anew,), ROUNDS, JUDGED_LAST, lambda: best):
+        step = space.genome(shape, structures.structure(levels)).steps[0]
+        return operator(step)(model, context)
+    return best
+
+
+def _last() -> Callable[[str, Hashable, Callable[[], Any]], Any]:
+    """Keeps the last result of each name, by what it depends on."""
+    found: dict[str, tuple[Hashable, Any]] = {}
+
+    def kept(name: str, key: Hashable, make: Callable[[], Any]) -> Any:
+        if name not in found or found[name][0] != key:
+            found[name] = key, make()
+        return found[name][1]
+
+    return kept
+
+
+def _structure(model: PreTrainedModel) -> Structure:
+    return Structure(heads=tuple(surgery.head_counts(model)), ffn=tuple(surgery.ffn_widths(model)))
+
+
+def _by_parameters(structures: Structures, model: PreTrainedModel) -> Sites:
+    """Sites whose prices are parameters of the encoder."""
+    sizes = dict(zip(("heads", "ffn"), surgery.unit_parameters(model), strict=True))
+    prices = tuple(np.array(site.counts) * float(sizes[site.unit]) for site in structures.sites)
+    return Sites(prices, tuple(np.zeros(len(price)) for price in prices))
+
+
 METHODS: dict[str, Callable[[PreTrainedModel, Context, float], PreTrainedModel]] = {
     "ours, repaired": _repaired,
     "ours, repaired with drift": _drift,
     "ours, rescored": _rescored,
     "ours, rescored, fine widths": _rescored_fine,
+    "ours, rescored and switched": _switched,
     "K-prune": KPrune(),
     "K-prune, small lambda": KPrune(representational=SMALL_LAMBDA),
     "K-prune, 100,000 tokens": KPrune(sentences=None),

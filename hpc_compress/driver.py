@@ -31,7 +31,7 @@ from hpc_compress.search.known import Known
 from hpc_compress.search.objective import quality_of, with_timing
 from hpc_compress.search.space import Shape
 from hpc_compress.store import Store
-from hpc_compress.summary import describe, figures, learnt
+from hpc_compress.summary import describe, figures, learnt, uncertain
 from hpc_compress.types import (
     Candidate,
     DeviceProfile,
@@ -348,12 +348,14 @@ class _Search:
         self.spent_seconds += sum(sum(outcome.seconds.values()) for outcome in outcomes)
 
     def _has_learnt(self, outcome: Outcome) -> None:
-        """Whether there is anything to keep: the base model against the best constant answer.
+        """Whether there is anything to keep: the base model against the best constant answer, and against chance.
 
-        Raises: SearchError when it is certainly no better.
+        Raises: SearchError when it is certainly no better than the constant answer.
         """
         said = learnt(self.plan, outcome)
         if said is None:
+            if doubt := uncertain(outcome):
+                self.progress.say(f"warning: {doubt}")
             return
         line, certain = said
         if certain and not self.config.force:

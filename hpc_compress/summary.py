@@ -4,6 +4,7 @@ import math
 
 from hpc_compress.data import metrics
 from hpc_compress.records import Plan
+from hpc_compress.search.front import LEAST_QUALITY
 from hpc_compress.search.objective import speed_up
 from hpc_compress.types import Failure, Measurement, Outcome
 
@@ -40,3 +41,19 @@ def learnt(plan: Plan, outcome: Outcome) -> tuple[str, bool] | None:
     figures = f"{name} {score:.3f} against {constant:.3f} on {count} {split} rows"
     line = f"the base model {better} than always giving the same answer: {figures}"
     return line, score <= constant and count >= CERTAIN_ROWS
+
+
+def uncertain(outcome: Outcome) -> str | None:
+    """A warning about a base model whose quality is not known well enough to choose models by it."""
+    measurement = outcome.measurement
+    if measurement is None:
+        return None
+    name, score = next(iter(measurement.metrics.items()))
+    error, counted = measurement.standard_errors.get(name, math.nan), (1 - LEAST_QUALITY) * abs(score)
+    if not error > counted / 2:  # also where it is not known
+        return None
+    return (
+        f"the base model's {name} is {with_error(score, error)} (standard error) on {outcome.task.split} rows, and a search "
+        f"chooses among models that lose at most {counted:.3f} of it: those that win may have been lucky; give it more rows "
+        "(dataset.search_rows, dataset.report_rows)"
+    )

@@ -14,11 +14,27 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before any import of torch: for tiny mode
 import pytest
 from _pytest.mark.expression import Expression
 
+from hpc_compress.models import inspection
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Before any import of torch: only the tests that are marked so run on a GPU, and only where they are asked for."""
     if not wants_gpu(config.option.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+SLOW = {*inspection.LAYERS, "optuna", "nsga2"} - {"bert"}  # families of encoders, and strategies with slow samplers
+WHOLE_RUNS = {"finished", "runs"}  # fixtures
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what needs a whole run, or has one of `SLOW` among its parameters: quick tests look at BERT alone."""
+    for item in items:
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        words = {value.split(" ")[0] for value in parameters if isinstance(value, str) and value}
+        if words & SLOW or WHOLE_RUNS & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
 
 
 def wants_gpu(markexpr: str) -> bool:

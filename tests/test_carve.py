@@ -23,10 +23,8 @@ from hpc_compress.search.space import Shape
 from hpc_compress.store import Store
 from hpc_compress.types import Genome, Step, Task
 
-QUICK = ("bert", "mpnet")
 
-
-@pytest.fixture(params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES])
+@pytest.fixture(params=FAMILIES)
 def model(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path]) -> nn.Module:
     return load(tiny_checkpoint(request.param, layers=3, heads=4, hidden=64, ffn=96))
 

@@ -147,6 +147,7 @@ FIELDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", FIELDS)
 def test_every_setting_stands_in_conf(compose: Compose, option: str):
     group = option.partition("=")[0]
@@ -158,6 +159,7 @@ def test_every_setting_of_a_run_stands_in_the_main_config(compose: Compose):
     assert set(compose()) == {*RunConfig.model_fields, *PARTS, "retries"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith("dataset=")])
 def test_every_dataset_can_be_filtered_and_cut_without_adding_keys(compose: Compose, option: str):
     dataset = compose(*overrides(option))["dataset"]

@@ -60,6 +60,7 @@ def test_on_a_gpu_16_bits_come_first_and_few_bits_leave_the_rest_in_bf16(machine
     assert rests == {"bf16"}
 
 
+@pytest.mark.slow
 def test_on_a_cpu_onnx_runtime_comes_first_where_it_is_installed(machine: Callable[..., None]):
     machine(packages=("onnx", "onnxruntime"))
     run, weights, _ = resolved()
@@ -70,6 +71,7 @@ def test_on_a_cpu_onnx_runtime_comes_first_where_it_is_installed(machine: Callab
     assert set(resolved()[1]) == {"int8", "nf4"}
 
 
+@pytest.mark.slow
 def test_bf16_is_for_processors_that_compute_in_it(machine: Callable[..., None]):
     machine(flags="avx2 amx_bf16")
     assert set(resolved()[1]) == {"bf16", "int8", "nf4"}

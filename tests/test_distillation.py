@@ -65,7 +65,7 @@ def load(folder: Path, regression: bool = False, noise: int | None = 0) -> nn.Mo
     return model
 
 
-@pytest.fixture(params=["bert", pytest.param("distilbert", marks=pytest.mark.slow)])
+@pytest.fixture(params=["bert", "distilbert"])
 def folder(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path]) -> Path:
     return tiny_checkpoint(request.param, layers=3)
 

@@ -62,6 +62,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
 LONG = ("report",)  # which draws
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "reader",
     [pytest.param(reader, id=name, marks=[pytest.mark.slow] * (name in LONG)) for name, reader in READERS.items()],
@@ -186,6 +187,7 @@ def test_an_export_names_the_damaged_outcome(root: Path):
         READERS["export"](root)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES[:-1], ids=lambda damage: damage.__name__)
 def test_a_run_with_a_damaged_description_is_refused_and_others_are_shown(
     root: Path, finished: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
@@ -467,6 +469,7 @@ def test_what_was_seen_is_not_read_again(root: Path, monkeypatch: pytest.MonkeyP
     assert [name for name in read if name.name == "outcome.json"] == [path]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES[:-1], ids=lambda damage: damage.__name__)
 def test_a_damaged_memory_of_what_was_seen_does_no_harm(
     root: Path, damage: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch

@@ -379,6 +379,7 @@ def test_scores_of_units_see_the_direction_alone(tiny_checkpoint: Callable[..., 
 # --- encoders ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_embeds_and_is_loaded_as_it_was_cut(
     family: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path, tokenizer: Any

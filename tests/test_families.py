@@ -35,7 +35,6 @@ VARIANTS = {
     ),
 }
 KINDS = {**{name: (name, {}) for name in FAMILIES}, **VARIANTS}
-QUICK = ("bert", "modernbert", "mpnet", "albert")
 
 
 @functools.cache
@@ -56,7 +55,7 @@ def drawn(config: PreTrainedConfig) -> PreTrainedModel:
     return model.eval()
 
 
-@pytest.fixture(params=[pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in KINDS])
+@pytest.fixture(params=KINDS)
 def model(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path]) -> PreTrainedModel:
     return build(request.param, tiny_checkpoint)
 

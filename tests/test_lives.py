@@ -320,6 +320,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     return keys_of_each
 
 
+@pytest.mark.slow
 def test_what_late_tasks_go_on_from_is_not_buried(
     setup: Setup, tmp_path: Path, kept: list[set[str]], monkeypatch: pytest.MonkeyPatch
 ):
@@ -341,6 +342,7 @@ def test_what_late_tasks_go_on_from_is_not_buried(
     assert max(seen) > 1
 
 
+@pytest.mark.slow
 def test_nothing_is_late_in_a_last_generation_that_no_setting_names(setup: Setup, tmp_path: Path):
     words = ("strategy._target_=screens.Once", "select_after=0.25", "generations=9")
     result = lightly(setup, tmp_path, "light.run", *words)
@@ -350,6 +352,7 @@ def test_nothing_is_late_in_a_last_generation_that_no_setting_names(setup: Setup
     assert len(first.told) + len(last.told) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reported", [True, False])
 def test_the_front_is_buried_unless_the_report_measures_it(setup: Setup, tmp_path: Path, kept: list[set[str]], reported: bool):
     words = ("report_candidates=1", "strategy.survivors=1", "timings=1", f"report_front={str(reported).lower()}")

@@ -75,6 +75,7 @@ def layers_of(turns: list[world.Turn]) -> list[dict[str, Any]]:
     return [step.params["layers"] for step in steps if "layers" in step.params]
 
 
+@pytest.mark.slow
 def test_evolve_mixes_precisions_that_it_has_measured():
     settings = {"known": KNOWN, "space": SPACE, "switching": 0}
     assert layers_of(played(8, **settings))

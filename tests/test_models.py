@@ -42,7 +42,7 @@ CPU = torch.device("cpu")
 
 
 # Those in which the modules have names of their own are quick tests, the others slow ones.
-@pytest.fixture(params=["bert", "distilbert", *(pytest.param(name, marks=pytest.mark.slow) for name in ("roberta", "electra"))])
+@pytest.fixture(params=["bert", "distilbert", "roberta", "electra"])
 def model(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path]) -> nn.Module:
     return load(tiny_checkpoint(request.param, layers=3, heads=4, hidden=64, ffn=96))
 
@@ -308,7 +308,7 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["bert", pytest.param("distilbert", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
 @pytest.mark.parametrize("step", TRAINED, ids=str)
 def test_an_interrupted_training_goes_on_to_equal_weights(
     family: str, step: Step, tiny_checkpoint: Callable[..., Path], checkpoint: Checkpoint

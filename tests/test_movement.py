@@ -24,10 +24,7 @@ QUICK: dict[str, Any] = {"epochs": 4, "batch_size": 8, "learning_rate": 1e-3, "f
 MODES: list[dict[str, Any]] = [{"share": 0.5}, {"regularisation": 2.0}]
 
 
-SLOW = ("distilbert", "deberta-v2")
-
-
-@pytest.fixture(params=["bert", "modernbert", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.fixture(params=["bert", "modernbert", "distilbert", "deberta-v2"])
 def model(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path]) -> nn.Module:
     return load(tiny_checkpoint(request.param, layers=2, heads=4, hidden=32, ffn=48))
 

@@ -39,7 +39,6 @@ from hpc_compress.problems import PROBLEMS  # noqa: E402
 CLASSIFICATION = PROBLEMS["classification"]
 
 CPU = torch.device("cpu")
-QUICK_ONES = {("bert", "whole"), ("bert", "shrunk"), ("modernbert", "shrunk"), ("albert", "shrunk")}
 Batches = list[dict[str, torch.Tensor]]
 
 
@@ -84,13 +83,10 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 # --- what is computed ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "shape"),
-    [
-        pytest.param(kind, shape, marks=() if (kind, shape) in QUICK_ONES else pytest.mark.slow)
-        for kind in KINDS
-        for shape in ("whole", "shrunk")
-    ],
+    [(kind, shape) for kind in KINDS for shape in ("whole", "shrunk")],
 )
 def test_every_family_becomes_a_program(kind: str, shape: str, tiny_checkpoint: Callable[..., Path]):
     """shrunk: odd widths, a layer without heads, one without neurons, fewer dimensions of the stream."""
@@ -111,6 +107,7 @@ def test_every_family_becomes_a_program(kind: str, shape: str, tiny_checkpoint: 
     assert artifact.parameters(program) == counts
 
 
+@pytest.mark.slow
 def test_linears_and_the_word_embedding_alone_are_int8(model: nn.Module):
     import onnx
 
@@ -123,6 +120,7 @@ def test_linears_and_the_word_embedding_alone_are_int8(model: nn.Module):
     assert len(tables) == linears + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("embeddings", ["int8", "int4", "nf4", "fp4"])
 def test_a_program_looks_up_what_torch_does(tiny_checkpoint: Callable[..., Path], embeddings: str):
     """Of a model without blocks, whose program rounds nothing else. Its rows have several blocks, and 133 features."""
@@ -145,6 +143,7 @@ def test_a_program_looks_up_what_torch_does(tiny_checkpoint: Callable[..., Path]
     assert (programs[embeddings].program == programs["rest"].program) == (embeddings == "int8")
 
 
+@pytest.mark.slow
 def test_without_vnni_weights_have_7_bits(model: nn.Module, monkeypatch: pytest.MonkeyPatch):
     import onnx
     from onnx.numpy_helper import to_array
@@ -158,6 +157,7 @@ def test_without_vnni_weights_have_7_bits(model: nn.Module, monkeypatch: pytest.
     assert {int(abs(weight).max()) for weight in weights} == {64}
 
 
+@pytest.mark.slow
 def test_what_is_not_given_is_one_text_without_padding(model: nn.Module):
     program = quantized(model, scheme="onnx_int8")
     ids = torch.tensor([[2, 7, 9, 3]])
@@ -251,6 +251,7 @@ def test_the_device_and_the_packages_are_checked_before_any_job(monkeypatch: pyt
         step.check("cpu", 3, (32, 96))
 
 
+@pytest.mark.slow
 def test_a_program_says_what_it_lacks(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     reload(quantized(model, scheme="onnx_int8"), tmp_path / "m")
     with pytest.raises(ValueError, match="leave it out"):
@@ -269,6 +270,7 @@ def test_only_fp32_that_fits_becomes_a_program(model: nn.Module, monkeypatch: py
         quantized(model, scheme="onnx_int8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["fp32", "bf16", "fp16"])
 def test_an_export_becomes_a_program_that_computes_in_fp32(model: nn.Module, tmp_path: Path, scheme: str):
     folder = tmp_path / "exported"

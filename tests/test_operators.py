@@ -53,8 +53,7 @@ STEPS = {
     **{name: Step(operator=name, params=params) for name, params in LEARNING.items()},
     **{name: Step(operator=what, params=params) for name, (what, params) in DEPLOYING.items()},
 }
-QUICK = "bert"
-slow = pytest.mark.slow
+QUICK = ("carve", "prune", "distill", "nf4")
 
 
 def test_no_operator_is_left_out():
@@ -79,7 +78,7 @@ def test_what_a_step_takes_from_elsewhere_is_named():
     assert [path for step in STEPS.values() for path in foreign(step)] == []
 
 
-@pytest.fixture(params=[name if name == QUICK else pytest.param(name, marks=slow) for name in FAMILIES])
+@pytest.fixture(params=FAMILIES)
 def folder(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path]) -> Path:
     return tiny_checkpoint(request.param, layers=3, heads=4, hidden=64, ffn=96)
 
@@ -118,7 +117,7 @@ def equal(one: nn.Module, other: nn.Module) -> bool:
     return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in STEPS])
 def test_the_promises_of_an_operator(folder: Path, name: str, tmp_path: Path):
     acted = act(name, load(folder), folder, tmp_path / "beside")
     assert not acted.training

@@ -190,9 +190,7 @@ def test_a_table_that_does_not_fit_its_axes_is_refused(change: dict[str, Any]):
 # --- profiles ---
 
 
-@pytest.fixture(
-    params=["bert", pytest.param("distilbert", marks=pytest.mark.slow), pytest.param("mpnet", marks=pytest.mark.slow)]
-)
+@pytest.fixture(params=["bert", "distilbert", "mpnet"])
 def model(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path]) -> nn.Module:
     return load(tiny_checkpoint(request.param, layers=LAYERS, heads=HEADS, hidden=32, ffn=WIDTH))
 

@@ -143,11 +143,10 @@ CASES = STEPS | FORMS
 TRAINS = {"movement_prune", "fine_tune", "distill"}  # in bf16 on this GPU, and perhaps in fp32 on the CPU
 QUICK = {"drop_layers", "prune blocks", "movement_prune", "fine_tune", "distill from files"}
 QUICK |= {"int8", "nf4", "mixed", "2:4 in fp16"}
-QUICK_FAMILY = "bert"
 slow = pytest.mark.slow
 
 
-@pytest.fixture(params=[name if name == QUICK_FAMILY else pytest.param(name, marks=slow) for name in FAMILIES])
+@pytest.fixture(params=FAMILIES)
 def folder(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path]) -> Path:
     return tiny_checkpoint(request.param, layers=3, heads=4, hidden=64, ffn=96)
 

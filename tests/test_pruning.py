@@ -29,10 +29,9 @@ from hpc_compress.types import MeasurementProtocol, Step
 
 CLASSIFICATION = PROBLEMS["classification"]
 UNITS = ["layers", "blocks", "heads", "ffn"]
-slow = pytest.mark.slow
 
 
-@pytest.fixture(params=["bert", pytest.param("distilbert", marks=slow), pytest.param("roberta", marks=slow)])
+@pytest.fixture(params=["bert", "distilbert", "roberta"])
 def model(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path]) -> nn.Module:
     return load(tiny_checkpoint(request.param, layers=3, heads=4, hidden=64, ffn=96))
 
@@ -457,7 +456,7 @@ def test_a_repair_brings_the_outputs_nearer(model: nn.Module, how: dict):
     assert errors[1] < errors[0]
 
 
-FAMILIES = ["bert", *(pytest.param(name, marks=slow) for name in ("modernbert", "deberta-v2", "distilbert", "mpnet"))]
+FAMILIES = ["bert", "modernbert", "deberta-v2", "distilbert", "mpnet"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -294,9 +294,7 @@ def test_an_embedding_of_any_width_is_near(scheme: str, gap: float, features: in
     torch.testing.assert_close(values[torch.arange(20), largest].abs(), weight.abs().amax(1))
 
 
-@pytest.mark.parametrize(
-    "family", ["bert", *(pytest.param(name, marks=pytest.mark.slow) for name in ("distilbert", "electra"))]
-)
+@pytest.mark.parametrize("family", ["bert", "distilbert", "electra"])
 @pytest.mark.parametrize("params", [{"scheme": "fp32"}, {"scheme": "nf4", "rest": "bf16"}], ids=str)
 @pytest.mark.parametrize(("embeddings", "bits"), [("int8", 8), ("int4", 4), ("nf4", 4), ("fp4", 4)])
 def test_a_quantized_embedding_is_small_and_saved_as_it_is(
@@ -492,12 +490,7 @@ def test_gptq_after_a_trimmed_vocabulary_reads_the_pieces_that_are_left(
 @pytest.mark.parametrize("method", ["round", "gptq"])
 @pytest.mark.parametrize(
     "family",
-    [
-        "distilbert",
-        "modernbert",
-        "albert",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("roberta", "electra", "mpnet")),
-    ],
+    ["distilbert", "modernbert", "albert", "roberta", "electra", "mpnet"],
 )
 def test_every_family_can_be_quantized_and_cut_to_nothing(
     family: str, method: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path

@@ -152,6 +152,7 @@ class Unreliable:
     def cancel(self) -> None: ...
 
 
+@pytest.mark.slow
 def test_jobs_that_die_are_sent_again_and_then_are_lost(setup: Setup, tmp_path: Path):
     setup.run(tmp_path, "probe=false", "retries=3", launcher=Unreliable())
     outcomes = analysis.open_run(tmp_path).outcomes.values()
@@ -527,6 +528,7 @@ def fail_alike(root: str, task_ids: list[str], **ignored: Any) -> Iterator[str]:
         yield task_id
 
 
+@pytest.mark.slow
 def test_a_run_whose_tasks_all_fail_alike_stops_and_can_go_on(setup: Setup, tmp_path: Path):
     with pytest.raises(SearchError, match=r"all 4 tasks of generation 1/2 failed alike.*libcuda"):
         lightly(setup, tmp_path / "run", "test_run.fail_alike")
@@ -535,6 +537,7 @@ def test_a_run_whose_tasks_all_fail_alike_stops_and_can_go_on(setup: Setup, tmp_
     assert story(tmp_path / "run") == story(tmp_path / "wanted")
 
 
+@pytest.mark.slow
 def test_without_a_barrier_a_run_comes_to_its_end(setup: Setup, tmp_path: Path):
     result = lightly(setup, tmp_path, "light.run", "select_after=0.5", "generations=4")
     generations = analysis.open_run(tmp_path).generations

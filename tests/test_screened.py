@@ -163,6 +163,7 @@ def test_the_report_has_a_table_of_the_front(finished: Path, tmp_path: Path):
     assert written[written["split"] == "report"]["candidate"].tolist() == table["candidate"].tolist()
 
 
+@pytest.mark.slow
 def test_the_whole_front_is_reported_where_that_is_wanted(setup: Setup, tmp_path: Path):
     root = targets(setup, tmp_path / "run", "report_front=true", "report_candidates=1")
     table, run = analysis.report(analysis.open_runs([root])), analysis.open_run(root)
@@ -187,6 +188,7 @@ def test_a_model_within_the_targets_is_named_reported_and_exported(setup: Setup,
     assert line[1:] in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_targets_that_no_model_keeps_to_are_said_to_be_missed(setup: Setup, tmp_path: Path):
     root = targets(setup, tmp_path / "run", "target.quality=0.01", "target.speed_up=50", "target.megabytes=0.001")
     nearest = found.nearest(analysis.open_run(root))

@@ -40,10 +40,7 @@ def _few_rounds(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sparsity, "ROUNDS", 10)
 
 
-SLOW = ("distilbert", "roberta", "electra", "mpnet")
-
-
-@pytest.fixture(params=["bert", "modernbert", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.fixture(params=["bert", "modernbert", "distilbert", "roberta", "electra", "mpnet"])
 def model(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path]) -> nn.Module:
     return _perturbed(load(tiny_checkpoint(request.param, layers=2, heads=4, hidden=64, ffn=96)))
 

@@ -23,7 +23,7 @@ from hpc_compress.launch.local import Debug
 from hpc_compress.problems import PROBLEMS
 from hpc_compress.records import Plan
 from hpc_compress.store import Store
-from hpc_compress.summary import learnt
+from hpc_compress.summary import learnt, uncertain
 from hpc_compress.types import Dataset, Genome, Measurement, MeasurementProtocol, Outcome, Rows, SearchError, Task
 
 
@@ -218,13 +218,12 @@ def test_what_a_constant_answer_scores():
     assert found == pytest.approx({"accuracy": 0.75, "f1": 0.4, "macro_f1": 3 / 7, "matthews": 0.0})
 
 
-@pytest.mark.parametrize(("score", "said", "certain"), [(0.5, True, True), (0.52, True, False), (0.9, False, False)])
-def test_a_base_model_that_has_learnt_nothing_is_told(compose: Any, score: float, said: bool, certain: bool):
-    dataset = Dataset(name="x", fingerprint="0" * 16, problem="classification", labels=("0", "1"), metrics=("accuracy",))
-    found = {"split": "search", "of": "train", "rows": 400, "equal": 0}
-    rows = Rows(empty={}, unused=0, overlaps=(found,), trivial={"search": {"accuracy": 0.5}})  # type: ignore[arg-type]
+def outcome_of(metrics: dict[str, float], errors: dict[str, float] | None = None) -> Outcome:
+    """Of a base model with these metrics on the search rows, and their standard errors."""
+    dataset = Dataset(name="x", fingerprint="0" * 16, problem="classification", labels=("0", "1"), metrics=tuple(metrics))
     measurement = Measurement(
-        metrics={"accuracy": score},
+        metrics=metrics,
+        standard_errors=errors or {},
         latency_ms=(1.0,),
         base_latency_ms=(1.0,),
         model_bytes=1,
@@ -236,12 +235,29 @@ def test_a_base_model_that_has_learnt_nothing_is_told(compose: Any, score: float
     )
     base = {"name": "b", "fingerprint": "0" * 16}
     task = Task(base=base, dataset=dataset, protocol=MeasurementProtocol(), seed=0, genome=Genome())  # type: ignore[arg-type]
+    return Outcome(task=task, measurement=measurement)
+
+
+@pytest.mark.parametrize(("score", "said", "certain"), [(0.5, True, True), (0.52, True, False), (0.9, False, False)])
+def test_a_base_model_that_has_learnt_nothing_is_told(compose: Any, score: float, said: bool, certain: bool):
+    dataset = Dataset(name="x", fingerprint="0" * 16, problem="classification", labels=("0", "1"), metrics=("accuracy",))
+    found = {"split": "search", "of": "train", "rows": 400, "equal": 0}
+    rows = Rows(empty={}, unused=0, overlaps=(found,), trivial={"search": {"accuracy": 0.5}})  # type: ignore[arg-type]
     plan = Plan.model_construct(rows=rows, dataset=dataset)
-    answer = learnt(plan, Outcome(task=task, measurement=measurement))
+    answer = learnt(plan, outcome_of({"accuracy": score}))
     assert (answer is not None) == said
     if answer:
         assert answer[1] == certain
         assert "against 0.500 on 400 search rows" in answer[0]
+
+
+@pytest.mark.parametrize(
+    ("score", "error", "said"), [(0.19, 0.05, True), (0.9, 0.01, False), (0.9, None, False), (-0.1, 0.1, True)]
+)
+def test_a_base_model_whose_quality_is_mostly_chance_is_told(score: float, error: float | None, said: bool):
+    line = uncertain(outcome_of({"matthews": score}, {} if error is None else {"matthews": error}))
+    assert (line is not None) == said
+    assert line is None or f"{score:.3f} ± {error:.3f} (standard error) on search rows" in line
 
 
 def half_right(root: str, task_ids: list[str], **ignored: Any) -> Iterator[str]:

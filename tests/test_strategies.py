@@ -231,10 +231,6 @@ def volume(candidates: list[Candidate]) -> float:
 
 
 every_strategy = pytest.mark.parametrize("name", STRATEGIES)
-SLOW = ("optuna", "nsga2")  # whose samplers take long where they are asked often
-many_generations = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in STRATEGIES]
-)
 
 
 # --- what they promise ---
@@ -342,7 +338,7 @@ def test_a_space_with_one_training_and_one_deployment_is_searched_too(name: str)
 
 
 @pytest.mark.slow
-@many_generations
+@every_strategy
 def test_a_space_that_is_used_up_ends_the_proposals(name: str):
     shape = Shape(heads=(1,), widths=(32, 32))
     survey = SURVEY.model_copy(update={"heads": ((1.0,),), "ffn": ((0.1,) * 32,), "encoder_parameters": HEAD + 32 * NEURON})
@@ -376,7 +372,7 @@ def test_at_the_end_nobody_is_told_but_new_timings(name: str):
     assert strategy.tell(last.survivors, ()) == last.survivors
 
 
-@many_generations
+@every_strategy
 def test_the_search_finds_more_than_its_first_generation(name: str):
     turns = list(play(made(name), 16))
     everyone = [candidate for turn in turns for candidate in turn.told]
@@ -384,7 +380,7 @@ def test_the_search_finds_more_than_its_first_generation(name: str):
     assert volume(everyone) > volume(first)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in LEARNING])
+@pytest.mark.parametrize("name", LEARNING)
 def test_what_is_learnt_shows_in_what_is_proposed(name: str):
     turns = list(play(made(name), 40))
     scores = [[KNOWN.score(c.measurement) for c in turn.told if c.measurement] for turn in turns]
@@ -568,6 +564,7 @@ def test_offspring_are_screened_in_selections_and_the_best_is_measured_in_every_
     assert end.proposals == []
 
 
+@pytest.mark.slow
 def test_a_search_by_screening_comes_near_the_best_structure_of_all_whatever_the_scores_say():
     flat = tuple((1.0,) * 256 for _ in SCORES)
     misleading = SURVEY.model_copy(update={"heads": ((1e-3,) * 4,) * 3, "ffn": flat})

@@ -24,10 +24,9 @@ from hpc_compress.pruning.repair import Repairer, shared_copy
 from hpc_compress.types import Screen, Step, Survey
 
 CPU = torch.device("cpu")
-QUICK = ("bert", "modernbert")
 
 
-@pytest.fixture(params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES])
+@pytest.fixture(params=FAMILIES)
 def model(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path]) -> nn.Module:
     found = load(tiny_checkpoint(request.param, layers=3, heads=4, hidden=64, ffn=96))
     generator = torch.Generator().manual_seed(1)

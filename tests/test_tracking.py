@@ -105,6 +105,7 @@ def test_a_broken_board_ends_no_search(setup: Setup, tmp_path: Path, caplog: pyt
     assert caplog.text.count("clearml is told no more of this run: the server is away") == 1
 
 
+@pytest.mark.slow
 def test_tracking_is_no_part_of_a_run(setup: Setup, tmp_path: Path):
     """A run that was begun without it goes on with it, and its tasks are the same."""
     search(setup, tmp_path / "run", tracking.Tracking("mlflow", tmp_path / "run", Boards()), 1)

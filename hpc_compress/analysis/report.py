@@ -17,7 +17,7 @@ from hpc_compress.analysis.runs import Run
 from hpc_compress.config import ConfigError
 from hpc_compress.search.objective import noise, quality_of, speed_up
 from hpc_compress.store import write_atomically
-from hpc_compress.summary import learnt, with_error
+from hpc_compress.summary import learnt, uncertain, with_error
 from hpc_compress.types import Measurement
 
 BOUND = 0.9  # an enqueue_share above it: the time is that of starting kernels
@@ -250,8 +250,10 @@ def _on_the_data(runs: Sequence[Run]) -> list[str]:
         said = [] if run.plan.rows is None else run.plan.rows.lines()
         base = next((seen for seen in run.seen.values() if seen.is_base), None)
         outcome = run.outcomes.get(base.report_id) if base else None
-        if outcome is not None and (hardly := learnt(run.plan, outcome)):
-            said.append(f"warning: {hardly[0]}")
+        if outcome is not None:
+            hardly = learnt(run.plan, outcome)
+            if doubt := hardly[0] if hardly else uncertain(outcome):
+                said.append(f"warning: {doubt}")
         if said:
             name = f"{run.plan.dataset.name} ({run.root.name})"
             lines += ["", f"{door.one_line(name)}:", "", *(f"- {door.one_line(line)}" for line in said)]

@@ -86,7 +86,10 @@ class Evolve(AbstractSpaceStrategy):
     )
     switching: int = Field(default=2, ge=0, description="depths at which level switching by marginals is tried")
     elites: int = Field(
-        default=3, ge=0, description="of the fittest, which are timed again, beside models far from their predicted time"
+        default=3,
+        ge=0,
+        description="of the fittest that have lived for one more generation are timed again, beside models far from their "
+        "predicted time",
     )
     profile_seconds: float = Field(default=90.0, gt=0, description="that the device's profile takes, where no file is given")
     _candidates: dict[str, Candidate] = PrivateAttr(default_factory=dict)  # all that was told, by id

@@ -14,7 +14,7 @@ from hpc_compress.search.prediction import Prediction
 from hpc_compress.search.structures import Levels, Structures
 from hpc_compress.types import Step
 
-TRIES = 50  # for a random variation that keeps the price
+STEP = 6  # a step at a site is a part of its levels, one of so many
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,12 @@ class Sites:
         cuts = allocate(places, budget)
         return tuple(most - cut for most, cut in zip(self.most, cuts, strict=True))
 
-    def moved(self, levels: Levels, site: int, by: int) -> Levels | None:
-        """One site with more or fewer levels; None where there are none."""
-        level = levels[site] + by
-        return (*levels[:site], level, *levels[site + 1 :]) if 0 <= level <= self.most[site] else None
+    def moved(self, levels: Levels, site: int, steps: int) -> Levels | None:
+        """One site with more or fewer units. A step is a sixth of the levels that the site has, and at least one level, so that
+        moves are as large where levels are fine as where they are coarse. None where nothing changes."""
+        level = levels[site] + steps * max(1, levels[site] // STEP)
+        level = min(max(0, level), self.most[site])
+        return (*levels[:site], level, *levels[site + 1 :]) if level != levels[site] else None
 
     def switched(self, rng: np.random.Generator, levels: Levels, switches: int) -> Levels:
         """Levels move from some sites to others, at about the same price (level switching: Sieberling et al. 2024, EvoPress,
@@ -76,9 +78,10 @@ class Sites:
 
     def _refilled(self, levels: Levels, site: int, price: float) -> Levels:
         """More levels at one site, up to a price."""
-        while (more := self.moved(levels, site, 1)) is not None and self.price(more) <= price * (1 + 1e-6):
-            levels = more
-        return levels
+        prices, level = self.prices[site], levels[site]
+        room = price * (1 + 1e-6) - self.price(levels) + prices[level]
+        more = max(level, int(np.searchsorted(prices, room, side="right")) - 1)
+        return (*levels[:site], more, *levels[site + 1 :])
 
     def crossed(self, rng: np.random.Generator, one: Levels, other: Levels) -> Levels:
         """Each site as in one of two parents."""
@@ -86,7 +89,7 @@ class Sites:
         return tuple(int(a if first else b) for a, b, first in zip(one, other, mask, strict=True))
 
     def neighbours(self, levels: Levels, by: int) -> dict[tuple[int, int], Levels]:
-        """By site and direction, every structure that differs at one site, by so many levels."""
+        """By site and direction, every structure that differs at one site, by so many steps."""
         moves = {(site, step): self.moved(levels, site, step) for site in range(len(levels)) for step in (by, -by)}
         return {move: near for move, near in moves.items() if near is not None}
 
