@@ -69,8 +69,8 @@ def _rescored_fine(model: PreTrainedModel, context: Context, share: float) -> Pr
 
 
 def _switched(model: PreTrainedModel, context: Context, share: float) -> PreTrainedModel:
-    """What `evolve` does with structures of one size before it trains any: it starts from the one that was scored anew, moves
-    heads and neurons between layers, and keeps the better model of both, by training sentences that no repair saw."""
+    """Level switching as in `evolve`, but at equal parameters and in several rounds, from the structure that was scored anew.
+    Returns the better model of both, by training sentences that no repair has seen (where there are at least 640)."""
     best = _rescored_fine(copy.deepcopy(model), context, share)
     start, wide = _structure(best), _structure(model)
     space = Space(ffn_multiple=FINE, carve={"sentences": SENTENCES}, trainings={"none": ()}, deploys={"fp32": ()})
@@ -130,7 +130,7 @@ METHODS: dict[str, Callable[[PreTrainedModel, Context, float], PreTrainedModel]]
     "ours, repaired with drift": _drift,
     "ours, rescored": _rescored,
     "ours, rescored, fine widths": _rescored_fine,
-    "ours, rescored and switched": _switched,
+    "ours, rescored, switched, fine widths": _switched,
     "K-prune": KPrune(),
     "K-prune, small lambda": KPrune(representational=SMALL_LAMBDA),
     "K-prune, 100,000 tokens": KPrune(sentences=None),
@@ -202,8 +202,9 @@ model: KL for classes, the mean squared difference for STS-B. A cut is the share
 embeddings not counted. Seconds are CPU seconds of one thread.
 
 - *ours, repaired*: `prune` with `repair=true`. *With drift*: the same structure by `carve`, whose repair also makes up for what
-  the residual stream has lost before. *Rescored*: `prune` with `rescore=true`. FFN widths are multiples of 64, *fine* ones of
-  {FINE}.
+  the residual stream has lost before. *Rescored*: `prune` with `rescore=true`. *Switched*: heads and neurons are then moved
+  between layers in {ROUNDS} rounds, each judged on {JUDGED} other training sentences. FFN widths are multiples of 64, *fine*
+  ones of {FINE}.
 - *K-prune*: Park et al. 2024, <https://arxiv.org/abs/2308.03449>, written anew in `benchmarks/kprune.py`, with the settings of
   its authors' script: temperature {defaults.temperature:g}, lambda {defaults.representational:g}, mu {defaults.mu:g}, and
   {TOKENS:,} tokens where the name says so. *Small lambda* is {SMALL_LAMBDA:g}, the default of their program. FFN widths are any

@@ -49,11 +49,11 @@ def uncertain(outcome: Outcome) -> str | None:
     if measurement is None:
         return None
     name, score = next(iter(measurement.metrics.items()))
-    error, counted = measurement.standard_errors.get(name, math.nan), (1 - LEAST_QUALITY) * abs(score)
-    if not error > counted / 2:  # also where it is not known
+    error, counted = measurement.standard_errors.get(name, 0.0), (1 - LEAST_QUALITY) * score
+    if not 0 < counted < 2 * error:
         return None
     return (
-        f"the base model's {name} is {with_error(score, error)} (standard error) on {outcome.task.split} rows, and a search "
-        f"chooses among models that lose at most {counted:.3f} of it: those that win may have been lucky; give it more rows "
-        "(dataset.search_rows, dataset.report_rows)"
+        f"on the {outcome.task.split} rows, the {name} of the base model is {with_error(score, error)} (standard error). A "
+        f"model whose {name} is more than {counted:.3f} lower does not count for the hypervolume. So chance decides much of "
+        "what is found; use more rows (dataset.search_rows, dataset.max_search_rows)"
     )

@@ -23,17 +23,17 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-SLOW = {*inspection.LAYERS, "optuna", "nsga2"} - {"bert"}  # families of encoders, and strategies with slow samplers
-WHOLE_RUNS = {"finished", "runs"}  # fixtures
+WHOLE_RUNS = {"finished", "runs"}  # names of fixtures
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow what needs a whole run, or has one of `SLOW` among its parameters: quick tests look at BERT alone."""
+    """Mark as slow what needs a whole run. Of tests over several families of encoders, only BERT is quick."""
+    others = {*inspection.LAYERS} - {"bert"}
     for item in items:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        words = {value.split(" ")[0] for value in parameters if isinstance(value, str) and value}
-        if words & SLOW or WHOLE_RUNS & set(getattr(item, "fixturenames", ())):
+        first_words = {value.split(" ")[0] for value in parameters if isinstance(value, str)}
+        if first_words & others or WHOLE_RUNS & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
 
 

@@ -109,9 +109,7 @@ MUTANTS = (
         "differentiated",
         "test_pruning.py",
     ),
-    Mutant(
-        "pruning/repair.py", "wanted = wanted - torch.cat(streams", "wanted = wanted + torch.cat(streams", "test_studies.py"
-    ),
+    Mutant("pruning/repair.py", "wanted = wanted - torch.cat(streams", "wanted = wanted + torch.cat(streams", "test_carve.py"),
     Mutant("training/losses.py", "return (apart * mask).sum() / mask.sum()", "return apart.mean()", "test_distillation.py"),
     Mutant(
         "problems/classes.py",

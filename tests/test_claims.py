@@ -183,8 +183,8 @@ def test_strategies_are_compared_by_what_they_found_and_how_soon(claims: Any):
         ]
     )
     found = cells(claims.strategies(table))
-    assert found["evolve"][3:] == ["8.00", "7.00", "1.60", "1,000", "10.0%", "2.0%"]
-    assert found["grid"][3:] == ["4.00", "3.00", "0.80", "900", "never", ""]
+    assert found["evolve"][3:] == ["8.00", "7.00", "1.60", "", "1,000", "10.0%", "2.0%"]
+    assert found["grid"][3:] == ["4.00", "3.00", "0.80", "2.00", "900", "never", ""]
     assert cells(claims.strategies(table.assign(device_seconds_many=np.nan)))["evolve"][-1] == "", "nothing was counted"
     alone = cells(claims.strategies(table[table["strategy"] == "evolve"]))
     assert alone["evolve"][3] == "8.00", "without genetic there is nothing to compare with"

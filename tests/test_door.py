@@ -59,14 +59,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-LONG = ("report",)  # which draws
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "reader",
-    [pytest.param(reader, id=name, marks=[pytest.mark.slow] * (name in LONG)) for name, reader in READERS.items()],
-)
+@pytest.mark.parametrize("reader", [pytest.param(reader, id=name) for name, reader in READERS.items()])
 def test_nothing_that_a_run_names_is_run(root: Path, reader: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch):
     (root.parent / "planted.py").write_text("open('ran', 'w').close()\ndef objective(*args): open('ran', 'w').close()\n")
     monkeypatch.chdir(root.parent)
@@ -146,11 +139,7 @@ FILES = ["generations/0002.json", "result.json", "driver.json", "outcome"]
 
 @pytest.mark.parametrize(
     ("name", "damage"),
-    [
-        pytest.param(name, damage, id=f"{name}-{damage.__name__}", marks=() if (at + number) % 4 == 0 else pytest.mark.slow)
-        for at, name in enumerate(FILES)
-        for number, damage in enumerate(DAMAGES)
-    ],
+    [pytest.param(name, damage, id=f"{name}-{damage.__name__}") for name in FILES for damage in DAMAGES],
 )
 def test_a_damaged_file_is_named_and_the_rest_is_shown(
     root: Path, name: str, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
@@ -187,7 +176,6 @@ def test_an_export_names_the_damaged_outcome(root: Path):
         READERS["export"](root)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES[:-1], ids=lambda damage: damage.__name__)
 def test_a_run_with_a_damaged_description_is_refused_and_others_are_shown(
     root: Path, finished: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
@@ -287,16 +275,11 @@ def test_a_run_without_its_base_model_is_shown(root: Path):
     "figures",
     [
         {"latency_ms": [1e-300], "base_latency_ms": [1e300]},
-        *(
-            pytest.param(figures, marks=pytest.mark.slow)
-            for figures in (
-                {"latency_ms": [0.0]},
-                {"base_latency_ms": [-1.0]},
-                {"metrics": {}},
-                {"model_bytes": 10**400},
-                {"latency_ms": [float("inf")]},
-            )
-        ),
+        {"latency_ms": [0.0]},
+        {"base_latency_ms": [-1.0]},
+        {"metrics": {}},
+        {"model_bytes": 10**400},
+        {"latency_ms": [float("inf")]},
     ],
     ids=str,
 )
@@ -469,7 +452,6 @@ def test_what_was_seen_is_not_read_again(root: Path, monkeypatch: pytest.MonkeyP
     assert [name for name in read if name.name == "outcome.json"] == [path]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES[:-1], ids=lambda damage: damage.__name__)
 def test_a_damaged_memory_of_what_was_seen_does_no_harm(
     root: Path, damage: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch

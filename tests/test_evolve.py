@@ -568,6 +568,38 @@ def test_neighbours_differ_at_one_site(row: tuple[int, ...]):
         assert 0 <= near[site] <= SITES.most[site]
 
 
+FINE = Sites(prices=(np.arange(49.0), np.arange(13.0)), losses=(np.zeros(49), np.zeros(13)))
+
+
+@pytest.mark.parametrize(
+    ("row", "site", "steps", "moved"),
+    [
+        ((48, 12), 0, -2, (32, 12)),
+        ((48, 12), 1, -2, (48, 8)),
+        ((24, 5), 0, 2, (32, 5)),
+        ((24, 5), 1, 2, (24, 7)),
+        ((0, 1), 0, 2, (2, 1)),
+        ((0, 1), 1, -2, (0, 0)),
+        ((47, 0), 0, 2, (48, 0)),
+        ((48, 0), 0, 2, None),
+        ((48, 0), 1, -1, None),
+    ],
+)
+def test_a_step_is_a_sixth_of_what_a_site_keeps(row: tuple[int, int], site: int, steps: int, moved: tuple[int, int] | None):
+    assert FINE.moved(row, site, steps) == moved
+
+
+def test_what_one_site_gives_another_one_gets():
+    gains = {(0, 2): -9.0, (0, -2): 1.0, (1, 2): 1.0, (1, -2): -9.0}
+    assert FINE.combined((24, 2), gains, by=2, count=4) == [(16, 10)]
+
+
+def test_a_site_that_gets_a_part_of_its_move_gains_a_part():
+    gains = {(0, 2): 4.0, (0, -2): -9.0, (1, 2): 0.0, (1, -2): -1.5}  # two levels are freed, of the eight that the first wants
+    assert FINE.combined((24, 2), gains, by=2, count=4) == []
+    assert FINE.combined((24, 2), gains | {(1, -2): -0.5}, by=2, count=4) == [(26, 0)]
+
+
 def test_moves_that_gain_are_put_together_at_the_same_price():
     row = SITES.knapsack(0.5)
     gains = {move: float(index % 5 - 2) for index, move in enumerate(SITES.neighbours(row, 2))}

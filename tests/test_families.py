@@ -28,7 +28,7 @@ VARIANTS = {
     ),
     "deberta-v2 without positions": ("deberta-v2", {"relative_attention": False, "pos_att_type": [], "norm_rel_ebd": "none"}),
     "electra without projection": ("electra", {"embedding_size": HIDDEN}),
-    "albert of two groups": ("albert", {"num_hidden_groups": 2, "embedding_size": HIDDEN}),
+    "two groups of albert": ("albert", {"num_hidden_groups": 2, "embedding_size": HIDDEN}),
     "modernbert with biases": (
         "modernbert",
         {"attention_bias": True, "mlp_bias": True, "norm_bias": True, "classifier_pooling": "mean"},
@@ -247,7 +247,7 @@ def test_a_convolution_is_cut_too_or_refused(groups: int, tiny_checkpoint: Calla
 # --- shared layers ---
 
 
-@pytest.mark.parametrize("kind", ["albert", "albert of two groups"])
+@pytest.mark.parametrize("kind", ["albert", "two groups of albert"])
 def test_unshared_layers_give_the_outputs_of_the_stock_model(kind: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path):
     config = build(kind, tiny_checkpoint).config
     torch.manual_seed(0)

@@ -41,7 +41,6 @@ SCHEMES = ["fp16", "bf16", "int8", "nf4", "fp4"]
 CPU = torch.device("cpu")
 
 
-# Those in which the modules have names of their own are quick tests, the others slow ones.
 @pytest.fixture(params=["bert", "distilbert", "roberta", "electra"])
 def model(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path]) -> nn.Module:
     return load(tiny_checkpoint(request.param, layers=3, heads=4, hidden=64, ffn=96))

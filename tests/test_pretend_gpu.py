@@ -141,8 +141,6 @@ FORMS = {
 }
 CASES = STEPS | FORMS
 TRAINS = {"movement_prune", "fine_tune", "distill"}  # in bf16 on this GPU, and perhaps in fp32 on the CPU
-QUICK = {"drop_layers", "prune blocks", "movement_prune", "fine_tune", "distill from files"}
-QUICK |= {"int8", "nf4", "mixed", "2:4 in fp16"}
 slow = pytest.mark.slow
 
 
@@ -189,7 +187,7 @@ def outputs(model: nn.Module, on: torch.device) -> np.ndarray:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=slow) for name in CASES])
+@pytest.mark.parametrize("name", CASES)
 def test_every_step_runs_on_a_gpu(name: str, folder: Path, gpu: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sparsity, "ROUNDS", 2)  # of the search for an order of columns; 30 take most of a minute here
     done = act(name, folder, CUDA, tmp_path / "gpu")
@@ -295,7 +293,6 @@ def test_what_only_a_reference_cycle_holds_is_not_allocated(gpu: Memory):
         gc.enable()
 
 
-@pytest.mark.slow
 def test_a_table_of_block_times_holds_one_cut_model_at_a_time(folder: Path, gpu: Memory):
     model = load(folder).to(CUDA)
     batches = measure.timing_sample(examples(8), MeasurementProtocol(batch_size=8), CUDA)

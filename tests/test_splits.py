@@ -252,12 +252,12 @@ def test_a_base_model_that_has_learnt_nothing_is_told(compose: Any, score: float
 
 
 @pytest.mark.parametrize(
-    ("score", "error", "said"), [(0.19, 0.05, True), (0.9, 0.01, False), (0.9, None, False), (-0.1, 0.1, True)]
+    ("score", "error", "said"), [(0.19, 0.05, True), (0.9, 0.01, False), (0.9, None, False), (-0.1, 0.1, False)]
 )
 def test_a_base_model_whose_quality_is_mostly_chance_is_told(score: float, error: float | None, said: bool):
     line = uncertain(outcome_of({"matthews": score}, {} if error is None else {"matthews": error}))
     assert (line is not None) == said
-    assert line is None or f"{score:.3f} ± {error:.3f} (standard error) on search rows" in line
+    assert line is None or f"on the search rows, the matthews of the base model is {score:.3f} ± {error:.3f}" in line
 
 
 def half_right(root: str, task_ids: list[str], **ignored: Any) -> Iterator[str]:
@@ -284,6 +284,29 @@ def test_a_search_from_a_base_model_that_has_learnt_nothing_ends_unless_it_is_fo
     assert any(line.startswith("warning: the base model is no better") for line in progress.lines)
     analysis.write_report(analysis.open_runs([root]), root)
     assert "- warning: the base model is no better" in (root / "report.md").read_text()
+
+
+def luckily_right(root: str, task_ids: list[str], **ignored: Any) -> Iterator[str]:
+    """A worker whose qualities are known roughly."""
+    store = Store(root)
+    for task_id in task_ids:
+        outcome = light.answer(store.task(task_id))
+        assert outcome.measurement
+        measurement = outcome.measurement.model_copy(
+            update={"metrics": {"accuracy": 0.9}, "standard_errors": {"accuracy": 0.1}}
+        )
+        store.settle(outcome.model_copy(update={"measurement": measurement}))
+        yield task_id
+
+
+@pytest.mark.slow
+def test_a_quality_that_is_mostly_chance_is_in_the_log_and_the_report(setup: Setup, tmp_path: Path):
+    root, progress = tmp_path / "run", Silent()
+    setup.run(root, "generations=0", "probe=false", launcher=Debug(worker="test_splits.luckily_right"), progress=progress)
+    warning = "warning: on the search rows, the accuracy of the base model is 0.900 ± 0.100"
+    assert any(line.startswith(warning) for line in progress.lines)
+    analysis.write_report(analysis.open_runs([root]), root)
+    assert warning in (root / "report.md").read_text()
 
 
 @pytest.mark.slow

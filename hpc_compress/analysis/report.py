@@ -244,16 +244,16 @@ def write_report(runs: Sequence[Run], folder: Path) -> pd.DataFrame:
 
 
 def _on_the_data(runs: Sequence[Run]) -> list[str]:
-    """Under a report: which rows the splits share, and whether the base model has learnt anything."""
+    """Under a report: which rows the splits share, and whether the base model has learnt anything that is known well
+    enough to choose models by it."""
     lines = []
     for run in runs:
         said = [] if run.plan.rows is None else run.plan.rows.lines()
-        base = next((seen for seen in run.seen.values() if seen.is_base), None)
-        outcome = run.outcomes.get(base.report_id) if base else None
-        if outcome is not None:
-            hardly = learnt(run.plan, outcome)
-            if doubt := hardly[0] if hardly else uncertain(outcome):
-                said.append(f"warning: {doubt}")
+        base = next(((id, seen.report_id) for id, seen in run.seen.items() if seen.is_base), ("", ""))
+        on_search, on_report = map(run.outcomes.get, base)
+        hardly = learnt(run.plan, on_report) if on_report else None
+        if doubt := hardly[0] if hardly else on_search and uncertain(on_search):
+            said.append(f"warning: {doubt}")
         if said:
             name = f"{run.plan.dataset.name} ({run.root.name})"
             lines += ["", f"{door.one_line(name)}:", "", *(f"- {door.one_line(line)}" for line in said)]

@@ -14,7 +14,7 @@ from hpc_compress.search.prediction import Prediction
 from hpc_compress.search.structures import Levels, Structures
 from hpc_compress.types import Step
 
-STEP = 6  # a step at a site is a part of its levels, one of so many
+STEPS = 6  # the levels that a site keeps are so many steps
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class Sites:
         return tuple(most - cut for most, cut in zip(self.most, cuts, strict=True))
 
     def moved(self, levels: Levels, site: int, steps: int) -> Levels | None:
-        """One site with more or fewer units. A step is a sixth of the levels that the site has, and at least one level, so that
-        moves are as large where levels are fine as where they are coarse. None where nothing changes."""
-        level = levels[site] + steps * max(1, levels[site] // STEP)
+        """One site with more or fewer units; None where nothing changes. A step is a sixth of the levels that the site keeps,
+        or one level where that is more."""
+        level = levels[site] + steps * max(1, levels[site] // STEPS)
         level = min(max(0, level), self.most[site])
         return (*levels[:site], level, *levels[site + 1 :]) if level != levels[site] else None
 
@@ -95,17 +95,22 @@ class Sites:
 
     def combined(self, levels: Levels, gains: dict[tuple[int, int], float], by: int, count: int) -> list[Levels]:
         """Structures of about the same price, from what single moves gain: the best pairs of a site that grows and one that
-        shrinks, alone and several together.
+        shrinks, alone and several together. A site that can grow by a part of its move only is taken to gain a part as large.
 
         gains: of each move as in `neighbours`, how far the divergence falls. Returns: at most `count`, the best first.
         """
+        near = self.neighbours(levels, by)
+        prices = {move: abs(self.price(near[move]) - self.price(levels)) for move in gains}
+
+        def gain(grow: int, shrink: int) -> float:
+            part = min(1.0, prices[shrink, -by] / max(prices[grow, by], 1e-12))
+            return part * gains[grow, by] + gains[shrink, -by]
+
         pairs = sorted(
-            (
-                (-(gains[grow, by] + gains[shrink, -by]), grow, shrink)
-                for grow in range(len(levels))
-                for shrink in range(len(levels))
-                if grow != shrink and (grow, by) in gains and (shrink, -by) in gains
-            ),
+            (-gain(grow, shrink), grow, shrink)
+            for grow in range(len(levels))
+            for shrink in range(len(levels))
+            if grow != shrink and (grow, by) in gains and (shrink, -by) in gains
         )
         budget, together = self.price(levels), levels
         found: list[Levels] = []
@@ -113,9 +118,7 @@ class Sites:
         for loss, grow, shrink in pairs:
             if loss >= 0 or len(found) >= count:
                 break
-            cut = self.moved(levels, shrink, -by)
-            if cut is not None:
-                found.append(self._refilled(cut, grow, budget))
+            found.append(self._refilled(near[shrink, -by], grow, budget))
             if not used & {grow, shrink} and (less := self.moved(together, shrink, -by)) is not None:
                 used |= {grow, shrink}
                 together = self._refilled(less, grow, budget)
