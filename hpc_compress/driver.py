@@ -328,6 +328,7 @@ class _Search:
             target=self.config.target,
             survey=survey,
             profile=profile,
+            timings=self.config.timings if None in self.views else 1,
             left=self._left,
             seen=lambda candidate: self._seen(self.candidates[candidate.id], device),
         )
@@ -535,7 +536,9 @@ class _Search:
         return f"\nthe base model was measured on {device}; delete what was not, and go on: {files}" if odd else ""
 
     def _stop_if_all_fail_alike(self, what: str, outcomes: Sequence[Outcome]) -> None:
-        """When all tasks of a generation fail for the same reason, the user must correct something."""
+        """When all models of a generation fail for the same reason, the user must correct something. A search goes on without
+        what could only not be screened."""
+        outcomes = [outcome for outcome in outcomes if outcome.task.study is None]
         reasons = [describe(outcome.failure) for outcome in outcomes if outcome.failure]
         causes = {
             re.sub(r"\b0x[0-9a-f]+\b|\b[0-9a-f]*\d[0-9a-f]*\b", "#", reason.partition(", at last")[0]) for reason in reasons

@@ -230,6 +230,26 @@ def test_a_precision_that_is_no_good_changes_little_for_the_others(divergence: f
     assert len(list(world.play(other, 6, answer=bad))) == 6
 
 
+def test_a_way_to_deploy_that_always_fails_is_given_up():
+    def broken(candidate: Candidate, screen: Screen | None) -> Candidate:
+        fails = screen is None and world.scheme_of(candidate.genome.deploy) == "int8"
+        return candidate if fails else world.answered(candidate, screen)
+
+    turns = played(12, answer=broken)
+    tried = [sum(world.scheme_of(each.genome.deploy) == "int8" for each in turn.proposals) for turn in turns]
+    second = next(at for at, total in enumerate(np.cumsum(tried)) if total >= 2)
+    assert not any(tried[second + 1 :])
+    assert len(turns[-1].survivors) > 3
+
+
+def test_a_search_goes_on_where_nothing_can_be_screened_any_more():
+    def broken(candidate: Candidate, screen: Screen | None) -> Candidate:
+        return candidate if screen and screen.sample > 1 else world.answered(candidate, screen)
+
+    turns = played(12, answer=broken)
+    assert sum(proposal.screen is None for turn in turns[6:] for proposal in turn.proposals) > 8
+
+
 def test_precisions_that_were_measured_are_not_judged_once_more():
     space = world.SPACE.model_copy(update={"deploys": {"fp32": (), "nf4": world.SPACE.deploys["nf4"]}})
     proposals = [proposal for turn in world.play(world.made("evolve", space=space), 8) for proposal in turn.proposals]
@@ -440,6 +460,15 @@ def test_a_time_that_contradicts_its_prediction_is_measured_again():
 
 
 # --- the budget ---
+
+
+@pytest.mark.parametrize("timings", [1, 2])
+def test_only_timings_that_will_be_taken_are_paid_for(timings: int):
+    strategy = world.made("evolve", known=world.KNOWN.model_copy(update={"timings": timings}))
+    *_, turn = world.play(strategy, 8)  # in which every model is timed once
+    again = [candidate for candidate in strategy.timed_again(turn.survivors) if candidate.genome != Genome()]
+    assert again
+    assert strategy._timed_beside(turn.survivors) == (timings - 1) * len(again)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from typing import Any
 import light
 import pandas as pd
 import pytest
+import screens
 import torch
 from searches import Setup, story, through_kills
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -28,7 +29,7 @@ from hpc_compress.launch import Ended, packed
 from hpc_compress.launch.local import Debug, InProcess
 from hpc_compress.records import Heartbeat, Result
 from hpc_compress.store import Store
-from hpc_compress.types import Failure, Outcome, SearchError
+from hpc_compress.types import Failure, Outcome, Screen, SearchError
 
 
 @pytest.fixture(scope="module")
@@ -535,6 +536,21 @@ def test_a_run_whose_tasks_all_fail_alike_stops_and_can_go_on(setup: Setup, tmp_
     lightly(setup, tmp_path / "run")
     lightly(setup, tmp_path / "wanted")
     assert story(tmp_path / "run") == story(tmp_path / "wanted")
+
+
+def fail_screens(root: str, task_ids: list[str], **ignored: Any) -> Iterator[str]:
+    """A worker that can screen nothing."""
+    store = Store(root)
+    for task_id in task_ids:
+        task = store.task(task_id)
+        failure = Failure(kind="error", stage="screen", message="no such luck")
+        store.settle(Outcome(task=task, failure=failure) if isinstance(task.study, Screen) else light.answer(task))
+        yield task_id
+
+
+@pytest.mark.slow
+def test_screens_that_all_fail_alike_do_not_end_a_run(setup: Setup, tmp_path: Path):
+    assert lightly(setup, tmp_path, "test_run.fail_screens", *screens.SETTINGS).generations == 4
 
 
 @pytest.mark.slow

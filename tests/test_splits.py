@@ -301,8 +301,10 @@ def luckily_right(root: str, task_ids: list[str], **ignored: Any) -> Iterator[st
 
 @pytest.mark.slow
 def test_a_quality_that_is_mostly_chance_is_in_the_log_and_the_report(setup: Setup, tmp_path: Path):
-    root, progress = tmp_path / "run", Silent()
-    setup.run(root, "generations=0", "probe=false", launcher=Debug(worker="test_splits.luckily_right"), progress=progress)
+    path, root = write(tmp_path / "rows.csv", [f"text {i}" for i in range(600)]), tmp_path / "run"
+    words = ["probe=false", "generations=0", f"dataset.train={path}", "dataset.search_rows=100", "dataset.report_rows=100"]
+    progress = Silent()
+    setup.run(root, *words, launcher=Debug(worker="test_splits.luckily_right"), progress=progress)
     warning = "warning: on the search rows, the accuracy of the base model is 0.900 ± 0.100"
     assert any(line.startswith(warning) for line in progress.lines)
     analysis.write_report(analysis.open_runs([root]), root)

@@ -36,7 +36,6 @@ from hpc_compress.types import VOCABULARY_STEPS, Candidate, Genome, Profiling, P
 ROWS = 650  # of training with the whole model, which take about as long as measuring a model
 OUTSIDE = 0.1  # of that time, what a training takes besides the encoder's blocks
 FOUND = 4.0  # measurements that take as long as finding a structure block by block
-IN_PRECISION = 2.0  # structures that are screened in the time of judging one in another precision
 MOST_JUDGED = 4  # times the sentences that a structure is judged on at first
 DOUBTFUL = 0.2  # halvings between the measured and the predicted time of a model (15 %), from which it is timed again
 DEEPER = 0.7  # of the price of the deepest structure that was not trained in vain, the next deeper one has
@@ -155,7 +154,9 @@ class Evolve(AbstractSpaceStrategy):
         if self._course is None:
             self._course = self._stages()
         self._pay()
-        proposals = self._affordable(next(self._course), beside=len(self.timed_again(population)))
+        proposals = self._affordable(next(self._course), beside=self._timed_beside(population))
+        if not proposals and not self._pool():
+            self._ended = self._ended or "everything that it could still measure is measured"
         for proposal in proposals:
             if proposal.screen is not None and _kind(proposal) == "screen":
                 levels = self._structures.levels(self.space.structure(self.known.shape, proposal.genome))
@@ -172,6 +173,11 @@ class Evolve(AbstractSpaceStrategy):
         A model waits until it has lived for one more generation."""
         settled = [candidate for candidate in population if candidate.id in self._settled]
         return [*settled[: self.elites], *filter(self._is_doubtful, settled[self.elites :])]
+
+    def _timed_beside(self, population: Sequence[Candidate]) -> int:
+        """How many of the population are timed again, since they have too few timings."""
+        found = (candidate.measurement for candidate in self.timed_again(population) if candidate.genome != Genome())
+        return sum(measurement is not None and len(measurement.timings) < self.known.timings for measurement in found)
 
     def _is_doubtful(self, candidate: Candidate) -> bool:
         design = self._designs.get(canonical(candidate.genome))
@@ -310,10 +316,11 @@ class Evolve(AbstractSpaceStrategy):
         done.append(cut.levels)  # also where nothing comes of it
         near = self._sites.neighbours(cut.levels, by=2)
         yield self._to_screen([Cut(cut.levels), *(Cut(levels) for levels in near.values())])
-        start = self._divergences.get(Cut(cut.levels), math.inf)
-        gains = {
-            move: start - self._divergences[Cut(levels)] for move, levels in near.items() if Cut(levels) in self._divergences
-        }
+        start = self._divergences.get(Cut(cut.levels))
+        after = {move: self._divergences[Cut(levels)] for move, levels in near.items() if Cut(levels) in self._divergences}
+        if start is None or not after:  # they failed, or the budget had no room for them
+            return
+        gains = {move: start - divergence for move, divergence in after.items()}
         together = self._sites.combined(cut.levels, gains, by=2, count=max(4, self.screens // 3))
         yield self._to_screen([Cut(cut.levels), *map(Cut, together)])
 
@@ -344,16 +351,27 @@ class Evolve(AbstractSpaceStrategy):
 
     def _pool(self) -> list[Design]:
         """Every design that was not proposed yet, of the best structures, the knapsack's and the one below them, and living
-        models."""
-        tried = set(self._designs.values())
+        models. Ways to deploy that have only failed, and twice at least, are left out."""
+        tried, failed = set(self._designs.values()), self._failed_deploys
         living = (cut for cut, _ in sorted(self._alive))
         return [
             design
             for cut in dict.fromkeys((*self._best_cuts(), *self._plain, self._deeper, *living))
             for deploy in (*self.space.possible_deploys(), *self._mixed(cut))
+            if deploy not in failed
             for training in self.space.trainings
             if (design := Design(cut, training, deploy)) not in tried
         ]
+
+    @property
+    def _failed_deploys(self) -> set[str]:
+        """Ways to deploy in which at least two models were tried, and none could be measured."""
+        tried: dict[str, list[bool]] = {}
+        for candidate in self._candidates.values():
+            design = self._designs.get(canonical(candidate.genome))
+            if design is not None and (candidate.measurement is not None or candidate.screening is None):
+                tried.setdefault(design.deploy, []).append(candidate.measurement is not None)
+        return {deploy for deploy, measured in tried.items() if len(measured) > 1 and not any(measured)}
 
     @property
     def _cheap(self) -> list[Design]:
@@ -500,8 +518,8 @@ class Evolve(AbstractSpaceStrategy):
         if len(fitting) < len(proposals):
             if kind != "measure":
                 return self._affordable(self._promising(self._pool()), beside)
-            if not fitting and dearest > 1:
-                return self._affordable(self._promising(self._cheap), beside)
+            if not fitting and dearest > 1 and (cheap := self._promising(self._cheap)):
+                return self._affordable(cheap, beside)
             self._ended = "the rest of budget.device_hours is too short for another model"
         self._bill = Bill(kind, units, self.known.left(), self._timings())
         return fitting

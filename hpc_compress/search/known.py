@@ -23,6 +23,7 @@ class Known(Record):
     # A candidate that was told, as this device sees it. Strategies are told what the first device sees.
     seen: Callable[[Candidate], Candidate] = lambda candidate: candidate
     others: tuple["Known", ...] = ()  # the same for each further device
+    timings: int = 3  # that a candidate gets at most
     # Device seconds that the budget leaves, by the outcomes that selections have looked at; infinite without a budget.
     left: Callable[[], float] = lambda: math.inf
 

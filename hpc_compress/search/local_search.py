@@ -38,7 +38,7 @@ class LocalSearch(AbstractSpaceStrategy):
     )
     rounds: int = Field(default=6, ge=1, description="parents at each budget")
     selections: tuple[Selection, ...] = Field(
-        default=(Selection(judge=64, keep=3), Selection(judge=512, keep=1)),
+        default=(Selection(judge=64, keep=4), Selection(judge=512, keep=1)),
         min_length=1,
         description="they follow one another",
     )
