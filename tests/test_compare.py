@@ -1,5 +1,6 @@
 """Strategies compared at equal device seconds: curves, tables, tests of pairs, and the command that runs what it compares."""
 
+import io
 import json
 import math
 import os
@@ -180,6 +181,14 @@ def test_pairs_are_of_one_dataset_and_seed():
 
 
 @pytest.mark.slow
+def test_no_two_strategies_look_alike(monkeypatch: pytest.MonkeyPatch):
+    seen: list[tuple[str, str]] = []
+    monkeypatch.setattr(compare, "_draw", lambda axes, own, color, line: seen.append((color, line)))
+    rows = {"dataset": "x", "seed": 0, "device_seconds": 1.0, "hypervolume_search": 1.0}
+    compare.plot(pd.DataFrame([{**rows, "strategy": f"number {number}"} for number in range(12)]), io.BytesIO())
+    assert len(set(seen)) == 12
+
+
 def test_a_comparison_leaves_a_table_a_text_and_a_picture(runs: Path, tmp_path: Path):
     text = analysis.write_comparison(analysis.find_runs([runs]), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"compare.md", "compare.csv", "compare.png"}

@@ -30,6 +30,7 @@ from hpc_compress.search.objective import quality_of, speed_up
 from hpc_compress.store import write_atomically
 
 ENOUGH_PAIRS = 6  # with fewer, a two-sided Wilcoxon test can't give p < 0.05
+LINES = ("-", "--", ":")  # of the first ten strategies, of the next ten, ...
 EARLY = 0.9  # of the reference's device seconds; a run that ended before had less to spend
 
 
@@ -379,14 +380,21 @@ def plot(table: pd.DataFrame, path: Path | io.BytesIO) -> None:
 
     drawn = table[np.isfinite(table["device_seconds"]) & (table["device_seconds"] > 0)]
     datasets, strategies = (list(dict.fromkeys(drawn[name])) for name in ("dataset", "strategy"))
-    figure = Figure(figsize=(7 * max(1, len(datasets)), 4.8), layout="constrained")
-    panels = figure.subplots(1, max(1, len(datasets)), squeeze=False)[0]
+    wide = min(2, max(1, len(datasets)))
+    high = math.ceil(max(1, len(datasets)) / wide)
+    figure = Figure(figsize=(7 * wide, 4.4 * high + 0.4), layout="constrained")
+    panels = figure.subplots(high, wide, squeeze=False).ravel()
+    for axes in panels[len(datasets) :]:
+        axes.set_axis_off()
     for axes, dataset in zip(panels, datasets, strict=False):
         rows = drawn[drawn["dataset"] == dataset]
         for number, strategy in enumerate(strategies):
             if len(own := rows[rows["strategy"] == strategy]):
-                _draw(axes, own, f"C{number}")
+                _draw(axes, own, f"C{number % 10}", LINES[number // 10 % len(LINES)])
         axes.set_xscale("log")
+        found = rows.loc[rows["hypervolume_search"] > 0, "device_seconds"]
+        if len(found):
+            axes.set_xlim(left=found.min() / 2)
         seeds = rows["seed"].nunique()
         axes.set_title(f"{plain(dataset)} ({seeds} seed{'s' * (seeds > 1)})", fontsize=10)
         axes.set_xlabel("device seconds, all stages")
@@ -394,18 +402,20 @@ def plot(table: pd.DataFrame, path: Path | io.BytesIO) -> None:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     if len(datasets):
-        panels[0].scatter([], [], color="black", marker="x", s=30, label="final front on the report split")
         handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=8)
+        cross = panels[0].scatter([], [], color="black", marker="x", s=30)
+        handles["final front on the report split"] = cross
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(6, len(handles)), fontsize=8)
     figure.savefig(path, dpi=130, format="png")
 
 
-def _draw(axes: Any, own: pd.DataFrame, color: str) -> None:
+def _draw(axes: Any, own: pd.DataFrame, color: str, line: str) -> None:
     """One strategy on one dataset. A run that has ended keeps what it had."""
     each = [run for _, run in own.groupby("seed", sort=False)]
     moments = np.unique(own["device_seconds"])
     values = np.array([[_at(run, moment) for moment in moments] for run in each])
     axes.fill_between(moments, values.min(axis=0), values.max(axis=0), step="post", color=color, alpha=0.15, linewidth=0)
-    axes.plot(moments, np.median(values, axis=0), drawstyle="steps-post", color=color, label=plain(own["strategy"].iloc[0]))
+    name = plain(own["strategy"].iloc[0])
+    axes.plot(moments, np.median(values, axis=0), drawstyle="steps-post", color=color, linestyle=line, label=name)
     last = own[own["hypervolume_report"].notna()]
     axes.scatter(last["device_seconds"], last["hypervolume_report"], color=color, marker="x", s=30)
