@@ -536,9 +536,11 @@ class _Search:
         return f"\nthe base model was measured on {device}; delete what was not, and go on: {files}" if odd else ""
 
     def _stop_if_all_fail_alike(self, what: str, outcomes: Sequence[Outcome]) -> None:
-        """When all models of a generation fail for the same reason, the user must correct something. A search goes on without
-        what could only not be screened."""
-        outcomes = [outcome for outcome in outcomes if outcome.task.study is None]
+        """When all tasks of a generation fail for the same reason, the user must correct something. Failed screens alone do not
+        stop a search that has got anything of compressed models before."""
+        found = (candidate for candidate in self.candidates.values() if candidate.genome != Genome())
+        if all(outcome.task.study for outcome in outcomes) and any(each.measurement or each.screening for each in found):
+            return
         reasons = [describe(outcome.failure) for outcome in outcomes if outcome.failure]
         causes = {
             re.sub(r"\b0x[0-9a-f]+\b|\b[0-9a-f]*\d[0-9a-f]*\b", "#", reason.partition(", at last")[0]) for reason in reasons

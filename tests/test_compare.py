@@ -180,7 +180,6 @@ def test_pairs_are_of_one_dataset_and_seed():
 # --- the files ---
 
 
-@pytest.mark.slow
 def test_no_two_strategies_look_alike(monkeypatch: pytest.MonkeyPatch):
     seen: list[tuple[str, str]] = []
     monkeypatch.setattr(compare, "_draw", lambda axes, own, color, line: seen.append((color, line)))
@@ -189,6 +188,7 @@ def test_no_two_strategies_look_alike(monkeypatch: pytest.MonkeyPatch):
     assert len(set(seen)) == 12
 
 
+@pytest.mark.slow
 def test_a_comparison_leaves_a_table_a_text_and_a_picture(runs: Path, tmp_path: Path):
     text = analysis.write_comparison(analysis.find_runs([runs]), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"compare.md", "compare.csv", "compare.png"}

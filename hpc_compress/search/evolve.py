@@ -39,6 +39,7 @@ FOUND = 4.0  # measurements that take as long as finding a structure block by bl
 MOST_JUDGED = 4  # times the sentences that a structure is judged on at first
 DOUBTFUL = 0.2  # halvings between the measured and the predicted time of a model (15 %), from which it is timed again
 DEEPER = 0.7  # of the price of the deepest structure that was not trained in vain, the next deeper one has
+ROUND = 3  # generations at most, in which a stage of the course is repeated
 AIMED = 20.0  # times the gain of a model that keeps to the targets, against one that is far from them
 
 
@@ -75,7 +76,12 @@ class Evolve(AbstractSpaceStrategy):
     mixing: bool = Field(
         default=True, description="also try precisions that differ by layer, where two of the space can be mixed"
     )
-    screens: int = Field(default=32, ge=0, description="structures screened in a generation; 0: none are, in the whole search")
+    screens: int = Field(
+        default=32,
+        ge=0,
+        description="structures that a later generation of screening compares without training (level switching: two for each "
+        "site); 0: none are screened, in the whole search",
+    )
     judge: int = Field(default=256, ge=1, description="sentences that a structure is judged on at first; more later")
     negligible: float = Field(
         default=0.02, ge=0, description="divergence below which a structure is not worth improving: nothing is lost that shows"
@@ -87,12 +93,12 @@ class Evolve(AbstractSpaceStrategy):
     elites: int = Field(
         default=3,
         ge=0,
-        description="of the fittest that have lived for one more generation are timed again, beside models far from their "
-        "predicted time",
+        description="of the fittest that have lived for one more generation are timed again, besides models whose measured "
+        "time is far from its prediction",
     )
     profile_seconds: float = Field(default=90.0, gt=0, description="that the device's profile takes, where no file is given")
     _candidates: dict[str, Candidate] = PrivateAttr(default_factory=dict)  # all that was told, by id
-    _designs: dict[str, Design] = PrivateAttr(default_factory=dict)  # what was proposed to be measured, by genome
+    _designs: dict[str, Design] = PrivateAttr(default_factory=dict)  # what was chosen to be measured, by genome
     _divergences: dict[Cut, float] = PrivateAttr(default_factory=dict)  # the latest of each structure that was screened
     _in_precisions: dict[Cut, dict[str, float]] = PrivateAttr(default_factory=dict)  # divergences, by way to deploy
     _alive: set[Trained] = PrivateAttr(default_factory=set)  # of living candidates, whose masters are stored
@@ -118,6 +124,8 @@ class Evolve(AbstractSpaceStrategy):
     )
     _bill: "Bill | None" = PrivateAttr(default=None)
     _paid: dict[str, tuple[float, float]] = PrivateAttr(default_factory=dict)  # seconds and units so far, by kind of generation
+    _sent: set[str] = PrivateAttr(default_factory=set)  # genomes that were proposed to be measured
+    _idle: int = PrivateAttr(default=0)  # generations without a proposal, one after another
     _ended: str = PrivateAttr(default="")
 
     @model_validator(mode="after")
@@ -155,8 +163,10 @@ class Evolve(AbstractSpaceStrategy):
             self._course = self._stages()
         self._pay()
         proposals = self._affordable(next(self._course), beside=self._timed_beside(population))
-        if not proposals and not self._pool():
-            self._ended = self._ended or "everything that it could still measure is measured"
+        self._sent |= {canonical(proposal.genome) for proposal in proposals if proposal.screen is None}
+        self._idle = 0 if proposals else self._idle + 1
+        if self._idle > ROUND and not self._ended and not self._under_way:
+            self._ended = "nothing is left that it could screen or measure"
         for proposal in proposals:
             if proposal.screen is not None and _kind(proposal) == "screen":
                 levels = self._structures.levels(self.space.structure(self.known.shape, proposal.genome))
@@ -176,8 +186,18 @@ class Evolve(AbstractSpaceStrategy):
 
     def _timed_beside(self, population: Sequence[Candidate]) -> int:
         """How many of the population are timed again, since they have too few timings."""
-        found = (candidate.measurement for candidate in self.timed_again(population) if candidate.genome != Genome())
-        return sum(measurement is not None and len(measurement.timings) < self.known.timings for measurement in found)
+        again = [candidate for candidate in self.timed_again(population) if candidate.genome != Genome()]
+        return sum(self._times_taken(candidate) < self.known.timings for candidate in again)
+
+    def _times_taken(self, candidate: Candidate) -> int:
+        """On the device at hand; what is predicted for others is predicted once."""
+        seen = (known.seen(candidate).measurement for known in self._devices)
+        return max(len(measurement.timings) if measurement else 0 for measurement in seen)
+
+    @property
+    def _under_way(self) -> bool:
+        """Whether a genome was proposed to be measured, and nothing was told of it."""
+        return bool(self._sent - {canonical(candidate.genome) for candidate in self._candidates.values()})
 
     def _is_doubtful(self, candidate: Candidate) -> bool:
         design = self._designs.get(canonical(candidate.genome))
@@ -315,9 +335,16 @@ class Evolve(AbstractSpaceStrategy):
         cut = self._halfway(open_)
         done.append(cut.levels)  # also where nothing comes of it
         near = self._sites.neighbours(cut.levels, by=2)
-        yield self._to_screen([Cut(cut.levels), *(Cut(levels) for levels in near.values())])
-        start = self._divergences.get(Cut(cut.levels))
-        after = {move: self._divergences[Cut(levels)] for move, levels in near.items() if Cut(levels) in self._divergences}
+        proposals = self._to_screen([Cut(cut.levels), *(Cut(levels) for levels in near.values())])
+        sample = self._sample
+        yield proposals
+        judged = {
+            levels: self._divergences[Cut(levels)]
+            for levels in (cut.levels, *near.values())
+            if self._asked.get(levels) == sample and Cut(levels) in self._divergences
+        }
+        start = judged.get(cut.levels)
+        after = {move: judged[levels] for move, levels in near.items() if levels in judged}
         if start is None or not after:  # they failed, or the budget had no room for them
             return
         gains = {move: start - divergence for move, divergence in after.items()}
@@ -351,7 +378,7 @@ class Evolve(AbstractSpaceStrategy):
 
     def _pool(self) -> list[Design]:
         """Every design that was not proposed yet, of the best structures, the knapsack's and the one below them, and living
-        models. Ways to deploy that have only failed, and twice at least, are left out."""
+        models. Ways to deploy that failed for two models or more, and worked for none, are left out."""
         tried, failed = set(self._designs.values()), self._failed_deploys
         living = (cut for cut, _ in sorted(self._alive))
         return [
@@ -365,13 +392,14 @@ class Evolve(AbstractSpaceStrategy):
 
     @property
     def _failed_deploys(self) -> set[str]:
-        """Ways to deploy in which at least two models were tried, and none could be measured."""
-        tried: dict[str, list[bool]] = {}
+        """Ways to deploy that failed for at least two models which could be measured in another way, and worked for none."""
+        models, worked = self._believed().losses, {design.deploy for design in self._believed().measured}
+        failed: dict[str, int] = {}
         for candidate in self._candidates.values():
             design = self._designs.get(canonical(candidate.genome))
-            if design is not None and (candidate.measurement is not None or candidate.screening is None):
-                tried.setdefault(design.deploy, []).append(candidate.measurement is not None)
-        return {deploy for deploy, measured in tried.items() if len(measured) > 1 and not any(measured)}
+            if design is not None and candidate.measurement is None and candidate.genome.deploy and design.model in models:
+                failed[design.deploy] = failed.get(design.deploy, 0) + 1
+        return {deploy for deploy, times in failed.items() if times > 1 and deploy not in worked}
 
     @property
     def _cheap(self) -> list[Design]:

@@ -102,9 +102,14 @@ class Sites:
         near = self.neighbours(levels, by)
         prices = {move: abs(self.price(near[move]) - self.price(levels)) for move in gains}
 
+        budget, together = self.price(levels), levels
+
         def gain(grow: int, shrink: int) -> float:
-            part = min(1.0, prices[shrink, -by] / max(prices[grow, by], 1e-12))
-            return part * gains[grow, by] + gains[shrink, -by]
+            less = near[shrink, -by]
+            more = self.price(self._refilled(less, grow, budget)) - self.price(less)
+            if more <= 0:
+                return -np.inf  # nothing grows, so this is no switch
+            return min(1.0, more / prices[grow, by]) * gains[grow, by] + gains[shrink, -by]
 
         pairs = sorted(
             (-gain(grow, shrink), grow, shrink)
@@ -112,7 +117,6 @@ class Sites:
             for shrink in range(len(levels))
             if grow != shrink and (grow, by) in gains and (shrink, -by) in gains
         )
-        budget, together = self.price(levels), levels
         found: list[Levels] = []
         used: set[int] = set()
         for loss, grow, shrink in pairs:
