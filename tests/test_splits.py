@@ -308,7 +308,7 @@ def test_a_quality_that_is_mostly_chance_is_in_the_log_and_the_report(setup: Set
     warning = "warning: on the search rows, the accuracy of the base model is 0.900 ± 0.100"
     assert any(line.startswith(warning) for line in progress.lines)
     analysis.write_report(analysis.open_runs([root]), root)
-    assert warning in (root / "report.md").read_text()
+    assert warning in (root / "report.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

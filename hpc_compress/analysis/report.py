@@ -249,8 +249,8 @@ def _on_the_data(runs: Sequence[Run]) -> list[str]:
     lines = []
     for run in runs:
         said = [] if run.plan.rows is None else run.plan.rows.lines()
-        base = next(((id, seen.report_id) for id, seen in run.seen.items() if seen.is_base), ("", ""))
-        on_search, on_report = map(run.outcomes.get, base)
+        bases = ((id, seen.report_id) for id, seen in run.seen.items() if seen.is_base and seen.split == "search")
+        on_search, on_report = map(run.outcomes.get, next(bases, ("", "")))
         hardly = learnt(run.plan, on_report) if on_report else None
         if doubt := hardly[0] if hardly else on_search and uncertain(on_search):
             said.append(f"warning: {doubt}")
