@@ -5,7 +5,7 @@ export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo test check bench clean
 
-demo: .venv/ready ## compress MiniLM-L6 on tweets: about eight minutes on two cores
+demo: .venv/ready ## compress MiniLM-L6 on tweets: eight to ten minutes on two cores
 	$(BIN)/hpc-compress search experiment=demo
 
 test: .venv/ready ## all tests that this machine can run
