@@ -208,6 +208,7 @@ def test_the_table_of_block_times_is_exact_where_the_clock_is(counted: Clock, ti
     assert times.ffn_ms == pytest.approx([count * per_neuron * tokens * 1e-6 for count in times.widths])
 
 
+@pytest.mark.slow
 def test_the_table_leaves_batches_out_where_it_would_take_too_long(
     counted: Clock, tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ):

@@ -293,6 +293,7 @@ def test_what_only_a_reference_cycle_holds_is_not_allocated(gpu: Memory):
         gc.enable()
 
 
+@pytest.mark.slow
 def test_a_table_of_block_times_holds_one_cut_model_at_a_time(folder: Path, gpu: Memory):
     model = load(folder).to(CUDA)
     batches = measure.timing_sample(examples(8), MeasurementProtocol(batch_size=8), CUDA)

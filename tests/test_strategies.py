@@ -7,7 +7,7 @@ import dataclasses
 import importlib.util
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -230,11 +230,15 @@ def volume(candidates: list[Candidate]) -> float:
     return front.hypervolume(np.array(vectors), KNOWN.objectives)
 
 
-every_strategy = pytest.mark.parametrize("name", STRATEGIES)
-SLOW = ("optuna", "nsga2")  # whose samplers take long where they are asked often
-many_generations = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in STRATEGIES]
-)
+def by_name(names: Iterable[str]) -> pytest.MarkDecorator:
+    """A test for each of these strategies. It is slow for those whose samplers take long."""
+    slow = ("optuna", "nsga2")
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
+    )
+
+
+every_strategy = by_name(STRATEGIES)
 
 
 # --- what they promise ---
@@ -342,7 +346,7 @@ def test_a_space_with_one_training_and_one_deployment_is_searched_too(name: str)
 
 
 @pytest.mark.slow
-@many_generations
+@every_strategy
 def test_a_space_that_is_used_up_ends_the_proposals(name: str):
     shape = Shape(heads=(1,), widths=(32, 32))
     survey = SURVEY.model_copy(update={"heads": ((1.0,),), "ffn": ((0.1,) * 32,), "encoder_parameters": HEAD + 32 * NEURON})
@@ -377,7 +381,7 @@ def test_at_the_end_nobody_is_told_but_new_timings(name: str):
     assert strategy.tell(last.survivors, ()) == last.survivors
 
 
-@many_generations
+@every_strategy
 def test_the_search_finds_more_than_its_first_generation(name: str):
     turns = list(play(made(name), 16))
     everyone = [candidate for turn in turns for candidate in turn.told]
@@ -385,7 +389,7 @@ def test_the_search_finds_more_than_its_first_generation(name: str):
     assert volume(everyone) > volume(first)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in LEARNING])
+@by_name(LEARNING)
 def test_what_is_learnt_shows_in_what_is_proposed(name: str):
     turns = list(play(made(name), 40))
     scores = [[KNOWN.score(c.measurement) for c in turn.told if c.measurement] for turn in turns]
