@@ -349,7 +349,8 @@ class _Search:
         self.spent_seconds += sum(sum(outcome.seconds.values()) for outcome in outcomes)
 
     def _has_learnt(self, outcome: Outcome) -> None:
-        """Whether there is anything to keep: the base model against the best constant answer, and against chance.
+        """Whether there is anything to keep: whether the base model is better than the best constant answer, and whether its
+        quality is known precisely enough.
 
         Raises: SearchError when it is certainly no better than the constant answer.
         """
@@ -537,9 +538,11 @@ class _Search:
 
     def _stop_if_all_fail_alike(self, what: str, outcomes: Sequence[Outcome]) -> None:
         """When all tasks of a generation fail for the same reason, the user must correct something. Failed screens alone do not
-        stop a search that has got anything of compressed models before."""
+        stop a search once any compressed model was screened or measured, unless jobs were lost: that is the cluster's fault."""
         found = (candidate for candidate in self.candidates.values() if candidate.genome != Genome())
-        if all(outcome.task.study for outcome in outcomes) and any(each.measurement or each.screening for each in found):
+        lost = any(outcome.failure and outcome.failure.kind == "lost" for outcome in outcomes)
+        known = any(each.measurement or each.screening for each in found)
+        if all(outcome.task.study for outcome in outcomes) and known and not lost:
             return
         reasons = [describe(outcome.failure) for outcome in outcomes if outcome.failure]
         causes = {

@@ -28,7 +28,8 @@ WHOLE_RUNS = {"finished", "runs"}  # names of fixtures
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow what needs a whole run. Of tests over several families of encoders, only BERT is quick."""
+    """Mark as slow what needs a whole run. Of tests over several families of encoders only BERT is quick, and what BERT can not
+    show, which has a name of its own, such as "two groups of albert"."""
     others = {*inspection.LAYERS} - {"bert"}
     for item in items:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()

@@ -181,11 +181,13 @@ def test_pairs_are_of_one_dataset_and_seed():
 
 
 def test_no_two_strategies_look_alike(monkeypatch: pytest.MonkeyPatch):
-    seen: list[tuple[str, str]] = []
-    monkeypatch.setattr(compare, "_draw", lambda axes, own, color, line: seen.append((color, line)))
+    seen: list[tuple[str, ...]] = []
+    monkeypatch.setattr(compare, "_draw", lambda axes, own, *style: seen.append(style))
     rows = {"dataset": "x", "seed": 0, "device_seconds": 1.0, "hypervolume_search": 1.0}
     compare.plot(pd.DataFrame([{**rows, "strategy": f"number {number}"} for number in range(12)]), io.BytesIO())
     assert len(set(seen)) == 12
+    assert len({(color, marker) for color, _, marker in seen}) == 12
+    assert len({(color, line) for color, line, _ in seen}) == 12
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """What only `evolve` does, in the world of the strategies' suite; and the variation of structures."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -80,19 +81,31 @@ def test_nothing_is_measured_in_vain_before_the_first_screening():
     assert all(proposal.screen is not None for proposal in second.proposals)
 
 
+def tries_moves(turn: world.Turn) -> bool:
+    """Whether many structures differ from one of them at a single site: moves are tried one by one."""
+    rows = [STRUCTURES.levels(STRUCTURES.space.structure(world.SHAPE, p.genome)) for p in turn.proposals if p.screen]
+    alike = [sum(np.count_nonzero(np.subtract(one, other)) == 1 for other in rows) for one in rows]
+    return max(alike, default=0) >= len(SITES.most)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_moves_are_put_together_only_where_all_were_judged_on_the_same_sentences(fails: bool):
+    def answered(candidate: Candidate, screen: Screen | None) -> Candidate:
+        again = candidate.screening is not None and screen is not None
+        return candidate if fails and again else world.answered(candidate, screen)
+
+    turns = played(12, answered, switching=3)
+    after = [later for turn, later in itertools.pairwise(turns) if tries_moves(turn) and not tries_moves(later)]
+    assert len(after) > 1
+    assert any(proposal.screen for turn in after for proposal in turn.proposals) == (not fails)
+
+
 @pytest.mark.slow
 def test_parts_can_be_left_out():
     assert not any(proposal.screen for proposal in proposed(played(screens=0)))
 
-    def most_alike(switching: int) -> int:
-        """The structures of a generation that differ from its first one at a single site: moves are tried one by one."""
-        counts = [0]
-        for turn in played(10, switching=switching):
-            rows = [STRUCTURES.levels(STRUCTURES.space.structure(world.SHAPE, p.genome)) for p in turn.proposals if p.screen]
-            counts += [sum(np.count_nonzero(np.subtract(one, other)) == 1 for other in rows) for one in rows]
-        return max(counts)
-
-    assert most_alike(0) < len(SITES.most) < most_alike(2)
+    assert not any(tries_moves(turn) for turn in played(10, switching=0))
+    assert any(tries_moves(turn) for turn in played(10, switching=2))
 
 
 def test_a_loss_that_all_first_models_would_share_is_seen():
@@ -447,7 +460,7 @@ def test_what_is_new_waits_before_it_is_timed_again():
 
 def test_a_time_that_contradicts_its_prediction_is_measured_again():
     strategy = world.made("evolve", elites=1)
-    *_, turn = world.play(strategy, 5)
+    *_, turn = world.play(strategy, 4)
     assert len(turn.survivors) > 4
     rng = np.random.default_rng(0)
     strategy.ask(rng, turn.survivors)
@@ -633,6 +646,13 @@ def test_a_switch_by_which_nothing_grows_is_none():
     coarse = Sites(prices=(np.arange(0.0, 50, 10), np.arange(13.0)), losses=(np.zeros(5), np.zeros(13)))
     gains = {(0, 2): 4.0, (0, -2): -9.0, (1, 2): 0.0, (1, -2): 1.0}  # two units are freed, and a level of the first takes ten
     assert coarse.combined((2, 2), gains, by=2, count=4) == []
+
+
+def test_what_grows_at_no_price_gains_in_full():
+    flat = Sites(prices=(np.arange(13.0), np.array([0.0, 1.0, 2.0, 2.0, 2.0, 3.0])), losses=(np.zeros(13), np.zeros(6)))
+    gains = {(0, 2): -9.0, (0, -2): -1.0, (1, 2): 1.5, (1, -2): -9.0}
+    assert flat.moved((4, 2), 1, 2) == (4, 4)
+    assert flat.combined((4, 2), gains, by=2, count=4) == [(2, 5)]
 
 
 def test_moves_that_gain_are_put_together_at_the_same_price():

@@ -13,7 +13,7 @@ from hpc_compress.search import mixing
 from hpc_compress.search.fidelity import LEFT_OUT, TRUSTED, WIDENED, Stage
 from hpc_compress.search.prediction import Prediction
 from hpc_compress.search.space import Space
-from hpc_compress.types import Step
+from hpc_compress.types import Candidate, Screen, Step
 
 TRIM = Step(operator="trim_vocabulary")
 
@@ -81,6 +81,20 @@ def test_evolve_mixes_precisions_that_it_has_measured():
     assert layers_of(played(8, **settings))
     assert layers_of(played(8, mixing=False, **settings)) == []
     assert any("layers" in step.params for step in world.made("evolve", **settings).deploys), "the probe tries one"
+
+
+@pytest.mark.slow
+def test_a_mixture_that_always_fails_is_given_up_for_all_structures():
+    def mixed(candidate: Candidate) -> bool:
+        return any("layers" in step.params for step in candidate.genome.deploy)
+
+    def broken(candidate: Candidate, screen: Screen | None) -> Candidate:
+        return candidate if mixed(candidate) else world.answered(candidate, screen)
+
+    settings = {"known": KNOWN, "space": SPACE, "switching": 0}
+    tried = [sum(map(mixed, turn.told)) for turn in played(16, broken, **settings)]
+    assert sum(tried) >= 2
+    assert not any(tried[10:])
 
 
 # --- stages ---

@@ -23,7 +23,7 @@ ATTACK = "</script><img src=x onerror=\"document.title='ran'\"><a href=\"javascr
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     made.run(folder / "made-0", target={"quality": 0.9, "speed_up": 2, "megabytes": 40})
     made.run(folder / "made-1", seed=1)
@@ -37,8 +37,8 @@ def written(roots: list[Path], out: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def page(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return written([runs / "made-0"], tmp_path_factory.mktemp("page"))
+def page(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written([folders / "made-0"], tmp_path_factory.mktemp("page"))
 
 
 class Texts(HTMLParser):
@@ -63,8 +63,8 @@ class Texts(HTMLParser):
 # --- what stands on it ---
 
 
-def test_the_first_screen_says_what_to_deploy_and_what_is_lost(runs: Path, page: Path):
-    table, choice = hpc_compress.load_runs(runs / "made-0"), found.chosen(analysis.open_run(runs / "made-0"))
+def test_the_first_screen_says_what_to_deploy_and_what_is_lost(folders: Path, page: Path):
+    table, choice = hpc_compress.load_runs(folders / "made-0"), found.chosen(analysis.open_run(folders / "made-0"))
     row = table.set_index("candidate").loc[choice.candidate]
     base = table.iloc[0]
     [first] = re.findall(r"<section class=\"answer\">(.*?)</section>", page.read_text(encoding="utf-8"), re.DOTALL)
@@ -83,8 +83,8 @@ def test_the_first_screen_says_what_to_deploy_and_what_is_lost(runs: Path, page:
         assert said in first.replace("&#x27;", "'"), said
 
 
-def test_all_that_is_needed_to_repeat_it_stands_there(runs: Path, page: Path):
-    text, plan = Texts(page).text, analysis.open_run(runs / "made-0").plan
+def test_all_that_is_needed_to_repeat_it_stands_there(folders: Path, page: Path):
+    text, plan = Texts(page).text, analysis.open_run(folders / "made-0").plan
     for said in (
         plan.base.fingerprint,
         plan.dataset.fingerprint,
@@ -125,8 +125,8 @@ def test_no_text_ends_a_script_or_becomes_markup():
     assert markup.tag("p", markup.tag("b", "x"), None) == "<p><b>x</b></p>"
 
 
-def test_a_model_is_drawn_layer_by_layer(runs: Path, page: Path):
-    run = analysis.open_run(runs / "made-0")
+def test_a_model_is_drawn_layer_by_layer(folders: Path, page: Path):
+    run = analysis.open_run(folders / "made-0")
     drawn = structures.drawing(run, found.chosen(run).candidate)
     assert [(layer.number, layer.heads, layer.ffn) for layer in drawn.layers] == [(1, 4, 64), (2, None, None), (3, 2, 32)]
     assert (drawn.most_heads, drawn.most_ffn) == (4, 64)
@@ -137,16 +137,16 @@ def test_a_model_is_drawn_layer_by_layer(runs: Path, page: Path):
 
 
 @pytest.mark.slow
-def test_runs_that_differ_by_seed_have_means_with_standard_errors(runs: Path, tmp_path: Path):
-    text = Texts(written([runs / f"made-{seed}" for seed in range(3)], tmp_path)).text
+def test_runs_that_differ_by_seed_have_means_with_standard_errors(folders: Path, tmp_path: Path):
+    text = Texts(written([folders / f"made-{seed}" for seed in range(3)], tmp_path)).text
     assert "3 runs" in text
     assert "runs that differ by seed" in text  # 1 and 2; 0 has targets
     assert re.search(r"made on plain, target\.\S+=None.*? 2 0\.\d{3} ± 0\.\d{3}", re.sub(r"\s+", " ", text))
 
 
 @pytest.mark.slow
-def test_a_run_of_an_earlier_version_has_a_page_too(runs: Path, tmp_path: Path):
-    root = Path(shutil.copytree(runs / "made-0", tmp_path / "run"))
+def test_a_run_of_an_earlier_version_has_a_page_too(folders: Path, tmp_path: Path):
+    root = Path(shutil.copytree(folders / "made-0", tmp_path / "run"))
     plan = json.loads((root / "run.json").read_text())
     del plan["environment"]
     (root / "run.json").write_text(json.dumps(plan))
@@ -213,9 +213,9 @@ class Opened:
 
 
 @pytest.mark.slow
-def test_sliders_name_the_model_within_the_limits(browser: Any, runs: Path, page: Path):
-    opened, table = Opened(browser, page), hpc_compress.load_runs(runs / "made-0")
-    assert opened.taken == found.chosen(analysis.open_run(runs / "made-0")).candidate  # the sliders stand at the targets
+def test_sliders_name_the_model_within_the_limits(browser: Any, folders: Path, page: Path):
+    opened, table = Opened(browser, page), hpc_compress.load_runs(folders / "made-0")
+    assert opened.taken == found.chosen(analysis.open_run(folders / "made-0")).candidate  # the sliders stand at the targets
     for megabytes, speed, quality, by in (
         (30, 2, 90, "compromise"),
         (20, 2, 80, "compromise"),
@@ -241,8 +241,8 @@ def test_sliders_name_the_model_within_the_limits(browser: Any, runs: Path, page
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 400])
-def test_the_page_is_legible_on_a_screen_and_on_a_telephone(browser: Any, runs: Path, tmp_path: Path, width: int):
-    opened = Opened(browser, written([runs / "made-0", runs / "made-1"], tmp_path), width)
+def test_the_page_is_legible_on_a_screen_and_on_a_telephone(browser: Any, folders: Path, tmp_path: Path, width: int):
+    opened = Opened(browser, written([folders / "made-0", folders / "made-1"], tmp_path), width)
     assert opened.tab.evaluate("document.documentElement.scrollWidth") == width  # nothing sticks out
     titles = opened.tab.locator("article:not([hidden]) .xtitle, article:not([hidden]) .ytitle").all_text_contents()
     assert len(titles) == 8
@@ -266,8 +266,8 @@ def test_the_page_is_legible_on_a_screen_and_on_a_telephone(browser: Any, runs: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 400])
-def test_a_point_says_its_structure_and_where_it_comes_from(browser: Any, runs: Path, page: Path, width: int):
-    opened, line = Opened(browser, page, width), hpc_compress.load_runs(runs / "made-0").iloc[:4]
+def test_a_point_says_its_structure_and_where_it_comes_from(browser: Any, folders: Path, page: Path, width: int):
+    opened, line = Opened(browser, page, width), hpc_compress.load_runs(folders / "made-0").iloc[:4]
     opened.point_at(3)
     said, box = opened.tab.locator(".tip").text_content(), opened.tab.locator(".tip").bounding_box()
     for text in (

@@ -540,10 +540,19 @@ def test_a_run_whose_tasks_all_fail_alike_stops_and_can_go_on(setup: Setup, tmp_
 
 def fail_screens(root: str, task_ids: list[str], **ignored: Any) -> Iterator[str]:
     """A worker that can screen nothing after the first generation."""
+    yield from _failing_screens(root, task_ids, "error")
+
+
+def lose_screens(root: str, task_ids: list[str], **ignored: Any) -> Iterator[str]:
+    """A worker whose node dies at each screen after the first generation."""
+    yield from _failing_screens(root, task_ids, "lost")
+
+
+def _failing_screens(root: str, task_ids: list[str], kind: Any) -> Iterator[str]:
     store = Store(root)
     for task_id in task_ids:
         task = store.task(task_id)
-        failure = Failure(kind="error", stage="screen", message="no such luck")
+        failure = Failure(kind=kind, stage="screen", message="no such luck")
         later = (Path(root) / "generations" / "0001.json").exists()
         fails = later and isinstance(task.study, Screen)
         store.settle(Outcome(task=task, failure=failure) if fails else light.answer(task))
@@ -553,6 +562,12 @@ def fail_screens(root: str, task_ids: list[str], **ignored: Any) -> Iterator[str
 @pytest.mark.slow
 def test_screens_that_all_fail_alike_do_not_end_a_run(setup: Setup, tmp_path: Path):
     assert lightly(setup, tmp_path, "test_run.fail_screens", *screens.SETTINGS).generations == 4
+
+
+@pytest.mark.slow
+def test_screens_that_are_all_lost_end_a_run(setup: Setup, tmp_path: Path):
+    with pytest.raises(SearchError, match="failed alike"):
+        lightly(setup, tmp_path, "test_run.lose_screens", *screens.SETTINGS)
 
 
 @pytest.mark.slow

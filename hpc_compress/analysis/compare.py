@@ -30,7 +30,7 @@ from hpc_compress.search.objective import quality_of, speed_up
 from hpc_compress.store import write_atomically
 
 ENOUGH_PAIRS = 6  # with fewer, a two-sided Wilcoxon test can't give p < 0.05
-LINES = ("-", "--", ":")  # of the first ten strategies, of the next ten, ...
+STYLES = (("-", "x"), ("--", "+"), (":", "1"))  # line and marker of the first ten strategies, of the next ten, ...
 EARLY = 0.9  # of the reference's device seconds; a run that ended before had less to spend
 
 
@@ -390,7 +390,7 @@ def plot(table: pd.DataFrame, path: Path | io.BytesIO) -> None:
         rows = drawn[drawn["dataset"] == dataset]
         for number, strategy in enumerate(strategies):
             if len(own := rows[rows["strategy"] == strategy]):
-                _draw(axes, own, f"C{number % 10}", LINES[number // 10 % len(LINES)])
+                _draw(axes, own, f"C{number % 10}", *STYLES[number // 10 % len(STYLES)])
         axes.set_xscale("log")
         found = rows.loc[rows["hypervolume_search"] > 0, "device_seconds"]
         if len(found):
@@ -409,7 +409,7 @@ def plot(table: pd.DataFrame, path: Path | io.BytesIO) -> None:
     figure.savefig(path, dpi=130, format="png")
 
 
-def _draw(axes: Any, own: pd.DataFrame, color: str, line: str) -> None:
+def _draw(axes: Any, own: pd.DataFrame, color: str, line: str, marker: str) -> None:
     """One strategy on one dataset. A run that has ended keeps what it had."""
     each = [run for _, run in own.groupby("seed", sort=False)]
     moments = np.unique(own["device_seconds"])
@@ -418,4 +418,4 @@ def _draw(axes: Any, own: pd.DataFrame, color: str, line: str) -> None:
     name = plain(own["strategy"].iloc[0])
     axes.plot(moments, np.median(values, axis=0), drawstyle="steps-post", color=color, linestyle=line, label=name)
     last = own[own["hypervolume_report"].notna()]
-    axes.scatter(last["device_seconds"], last["hypervolume_report"], color=color, marker="x", s=30)
+    axes.scatter(last["device_seconds"], last["hypervolume_report"], color=color, marker=marker, s=30)

@@ -244,8 +244,8 @@ def write_report(runs: Sequence[Run], folder: Path) -> pd.DataFrame:
 
 
 def _on_the_data(runs: Sequence[Run]) -> list[str]:
-    """Under a report: which rows the splits share, and whether the base model has learnt anything that is known well
-    enough to choose models by it."""
+    """Under a report: which rows the splits share; and a warning if the base model has learnt nothing, or if its quality is
+    too uncertain to choose models by it."""
     lines = []
     for run in runs:
         said = [] if run.plan.rows is None else run.plan.rows.lines()

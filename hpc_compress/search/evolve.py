@@ -31,7 +31,18 @@ from hpc_compress.search.prediction import Prediction
 from hpc_compress.search.strategy import AbstractSpaceStrategy
 from hpc_compress.search.structures import Levels, Structures
 from hpc_compress.search.variation import Sites
-from hpc_compress.types import VOCABULARY_STEPS, Candidate, Genome, Profiling, Proposal, Screen, Step, Survey, outside
+from hpc_compress.types import (
+    VOCABULARY_STEPS,
+    Candidate,
+    Genome,
+    Profiling,
+    Proposal,
+    Screen,
+    Screening,
+    Step,
+    Survey,
+    outside,
+)
 
 ROWS = 650  # of training with the whole model, which take about as long as measuring a model
 OUTSIDE = 0.1  # of that time, what a training takes besides the encoder's blocks
@@ -39,7 +50,7 @@ FOUND = 4.0  # measurements that take as long as finding a structure block by bl
 MOST_JUDGED = 4  # times the sentences that a structure is judged on at first
 DOUBTFUL = 0.2  # halvings between the measured and the predicted time of a model (15 %), from which it is timed again
 DEEPER = 0.7  # of the price of the deepest structure that was not trained in vain, the next deeper one has
-ROUND = 3  # generations at most, in which a stage of the course is repeated
+PATIENCE = 3  # generations in a row without a proposal; after one more, the search ends
 AIMED = 20.0  # times the gain of a model that keeps to the targets, against one that is far from them
 
 
@@ -79,8 +90,8 @@ class Evolve(AbstractSpaceStrategy):
     screens: int = Field(
         default=32,
         ge=0,
-        description="structures that a later generation of screening compares without training (level switching: two for each "
-        "site); 0: none are screened, in the whole search",
+        description="structures that each generation of screening compares without training, after the first one (level "
+        "switching: two for each site); 0: none are screened, in the whole search",
     )
     judge: int = Field(default=256, ge=1, description="sentences that a structure is judged on at first; more later")
     negligible: float = Field(
@@ -100,6 +111,7 @@ class Evolve(AbstractSpaceStrategy):
     _candidates: dict[str, Candidate] = PrivateAttr(default_factory=dict)  # all that was told, by id
     _designs: dict[str, Design] = PrivateAttr(default_factory=dict)  # what was chosen to be measured, by genome
     _divergences: dict[Cut, float] = PrivateAttr(default_factory=dict)  # the latest of each structure that was screened
+    _screenings: dict[Cut, Screening] = PrivateAttr(default_factory=dict)  # those that said so
     _in_precisions: dict[Cut, dict[str, float]] = PrivateAttr(default_factory=dict)  # divergences, by way to deploy
     _alive: set[Trained] = PrivateAttr(default_factory=set)  # of living candidates, whose masters are stored
     _asked: dict[Levels, int] = PrivateAttr(default_factory=dict)  # structures sent to be screened, and on which sample last
@@ -124,7 +136,7 @@ class Evolve(AbstractSpaceStrategy):
     )
     _bill: "Bill | None" = PrivateAttr(default=None)
     _paid: dict[str, tuple[float, float]] = PrivateAttr(default_factory=dict)  # seconds and units so far, by kind of generation
-    _sent: set[str] = PrivateAttr(default_factory=set)  # genomes that were proposed to be measured
+    _sent: set[str] = PrivateAttr(default_factory=set)  # genomes that were proposed
     _idle: int = PrivateAttr(default=0)  # generations without a proposal, one after another
     _ended: str = PrivateAttr(default="")
 
@@ -163,9 +175,9 @@ class Evolve(AbstractSpaceStrategy):
             self._course = self._stages()
         self._pay()
         proposals = self._affordable(next(self._course), beside=self._timed_beside(population))
-        self._sent |= {canonical(proposal.genome) for proposal in proposals if proposal.screen is None}
+        self._sent |= {canonical(proposal.genome) for proposal in proposals}
         self._idle = 0 if proposals else self._idle + 1
-        if self._idle > ROUND and not self._ended and not self._under_way:
+        if self._idle > PATIENCE and not self._ended and not self._under_way:
             self._ended = "nothing is left that it could screen or measure"
         for proposal in proposals:
             if proposal.screen is not None and _kind(proposal) == "screen":
@@ -196,7 +208,7 @@ class Evolve(AbstractSpaceStrategy):
 
     @property
     def _under_way(self) -> bool:
-        """Whether a genome was proposed to be measured, and nothing was told of it."""
+        """Whether a genome was proposed, and nothing was ever told of it."""
         return bool(self._sent - {canonical(candidate.genome) for candidate in self._candidates.values()})
 
     def _is_doubtful(self, candidate: Candidate) -> bool:
@@ -232,6 +244,7 @@ class Evolve(AbstractSpaceStrategy):
                 if levels is not None:
                     cut = Cut(levels, share)
                     self._divergences[cut] = candidate.screening.divergence
+                    self._screenings[cut] = candidate.screening
                     for deployed in candidate.screening.deployed:
                         for name, chain in self._precisions.items():
                             if chain == deployed.deploy and deployed.divergence is not None:
@@ -336,12 +349,13 @@ class Evolve(AbstractSpaceStrategy):
         done.append(cut.levels)  # also where nothing comes of it
         near = self._sites.neighbours(cut.levels, by=2)
         proposals = self._to_screen([Cut(cut.levels), *(Cut(levels) for levels in near.values())])
-        sample = self._sample
+        before = dict(self._screenings)
         yield proposals
+        # Only what was judged just now, so on the same sentences: a structure whose screening fails keeps its earlier one.
         judged = {
             levels: self._divergences[Cut(levels)]
             for levels in (cut.levels, *near.values())
-            if self._asked.get(levels) == sample and Cut(levels) in self._divergences
+            if self._screenings.get(Cut(levels)) is not before.get(Cut(levels))
         }
         start = judged.get(cut.levels)
         after = {move: judged[levels] for move, levels in near.items() if levels in judged}
@@ -349,7 +363,8 @@ class Evolve(AbstractSpaceStrategy):
             return
         gains = {move: start - divergence for move, divergence in after.items()}
         together = self._sites.combined(cut.levels, gains, by=2, count=max(4, self.screens // 3))
-        yield self._to_screen([Cut(cut.levels), *map(Cut, together)])
+        if together:
+            yield self._to_screen([Cut(cut.levels), *map(Cut, together)])
 
     def _promising(self, designs: Iterable[Design], most: int | None = None) -> list[Proposal]:
         """Of these designs those that are expected to add the most hypervolume for what they cost. Each choice joins the
@@ -385,7 +400,7 @@ class Evolve(AbstractSpaceStrategy):
             design
             for cut in dict.fromkeys((*self._best_cuts(), *self._plain, self._deeper, *living))
             for deploy in (*self.space.possible_deploys(), *self._mixed(cut))
-            if deploy not in failed
+            if self._way(deploy) not in failed
             for training in self.space.trainings
             if (design := Design(cut, training, deploy)) not in tried
         ]
@@ -393,13 +408,18 @@ class Evolve(AbstractSpaceStrategy):
     @property
     def _failed_deploys(self) -> set[str]:
         """Ways to deploy that failed for at least two models which could be measured in another way, and worked for none."""
-        models, worked = self._believed().losses, {design.deploy for design in self._believed().measured}
+        models, worked = self._believed().losses, {self._way(design.deploy) for design in self._believed().measured}
         failed: dict[str, int] = {}
         for candidate in self._candidates.values():
             design = self._designs.get(canonical(candidate.genome))
             if design is not None and candidate.measurement is None and candidate.genome.deploy and design.model in models:
-                failed[design.deploy] = failed.get(design.deploy, 0) + 1
-        return {deploy for deploy, times in failed.items() if times > 1 and deploy not in worked}
+                failed[self._way(design.deploy)] = failed.get(self._way(design.deploy), 0) + 1
+        return {way for way, times in failed.items() if times > 1 and way not in worked}
+
+    def _way(self, deploy: str) -> str:
+        """A way to deploy; all mixtures of the same two are one."""
+        mixture = self._mixtures.get(deploy)
+        return deploy if mixture is None else f"{mixture.one} with {mixture.other}"
 
     @property
     def _cheap(self) -> list[Design]:

@@ -14,7 +14,7 @@ from hpc_compress.search.prediction import Prediction
 from hpc_compress.search.structures import Levels, Structures
 from hpc_compress.types import Step
 
-STEPS = 6  # the levels that a site keeps are so many steps
+STEPS = 6  # a step is the levels that a site keeps, divided by this
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Sites:
 
     def moved(self, levels: Levels, site: int, steps: int) -> Levels | None:
         """One site with more or fewer units; None where nothing changes. A step is a sixth of the levels that the site keeps,
-        or one level where that is more."""
+        rounded down, but at least one level."""
         level = levels[site] + steps * max(1, levels[site] // STEPS)
         level = min(max(0, level), self.most[site])
         return (*levels[:site], level, *levels[site + 1 :]) if level != levels[site] else None
@@ -95,7 +95,8 @@ class Sites:
 
     def combined(self, levels: Levels, gains: dict[tuple[int, int], float], by: int, count: int) -> list[Levels]:
         """Structures of about the same price, from what single moves gain: the best pairs of a site that grows and one that
-        shrinks, alone and several together. A site that can grow by a part of its move only is taken to gain a part as large.
+        shrinks, alone and several together. Where the freed time pays only for a part of a site's move, the same part of its
+        gain is counted.
 
         gains: of each move as in `neighbours`, how far the divergence falls. Returns: at most `count`, the best first.
         """
@@ -106,10 +107,12 @@ class Sites:
 
         def gain(grow: int, shrink: int) -> float:
             less = near[shrink, -by]
-            more = self.price(self._refilled(less, grow, budget)) - self.price(less)
-            if more <= 0:
+            whole = self._refilled(less, grow, budget)
+            if whole[grow] == levels[grow]:
                 return -np.inf  # nothing grows, so this is no switch
-            return min(1.0, more / prices[grow, by]) * gains[grow, by] + gains[shrink, -by]
+            more = self.price(whole) - self.price(less)
+            part = min(1.0, more / prices[grow, by]) if prices[grow, by] > 0 else 1.0
+            return part * gains[grow, by] + gains[shrink, -by]
 
         pairs = sorted(
             (-gain(grow, shrink), grow, shrink)
