@@ -349,8 +349,7 @@ class _Search:
         self.spent_seconds += sum(sum(outcome.seconds.values()) for outcome in outcomes)
 
     def _has_learnt(self, outcome: Outcome) -> None:
-        """Whether there is anything to keep: whether the base model is better than the best constant answer, and whether its
-        quality is known precisely enough.
+        """Say it if the base model is no better than the best constant answer, or if its quality is not known precisely enough.
 
         Raises: SearchError when it is certainly no better than the constant answer.
         """

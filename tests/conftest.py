@@ -28,8 +28,11 @@ WHOLE_RUNS = {"finished", "runs"}  # names of fixtures
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow what needs a whole run. Of tests over several families of encoders only BERT is quick, and what BERT can not
-    show, which has a name of its own, such as "two groups of albert"."""
+    """Mark as slow what needs a whole run, and what tests an encoder of another family than BERT.
+
+    A parameter that begins with the name of a family is such an encoder. "two groups of albert" begins with another word: it
+    stays quick, since BERT can't show what it shows.
+    """
     others = {*inspection.LAYERS} - {"bert"}
     for item in items:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()

@@ -2,7 +2,7 @@
 
     python tests/mutants.py [PART_OF_A_NAME ...]
 
-Prints a line for each broken copy and exits with 1 when the tests of one passed. Takes about ten minutes on two cores.
+Prints a line for each broken copy and exits with 1 when the tests of one passed.
 """
 
 import os

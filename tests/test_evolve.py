@@ -85,7 +85,7 @@ def tries_moves(turn: world.Turn) -> bool:
     """Whether many structures differ from one of them at a single site: moves are tried one by one."""
     rows = [STRUCTURES.levels(STRUCTURES.space.structure(world.SHAPE, p.genome)) for p in turn.proposals if p.screen]
     alike = [sum(np.count_nonzero(np.subtract(one, other)) == 1 for other in rows) for one in rows]
-    return max(alike, default=0) >= len(SITES.most)
+    return max(alike, default=0) > len(SITES.most)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -98,6 +98,21 @@ def test_moves_are_put_together_only_where_all_were_judged_on_the_same_sentences
     after = [later for turn, later in itertools.pairwise(turns) if tries_moves(turn) and not tries_moves(later)]
     assert len(after) > 1
     assert any(proposal.screen for turn in after for proposal in turn.proposals) == (not fails)
+
+
+def test_screens_of_which_nothing_was_told_are_under_way():
+    strategy = world.made("evolve")
+    (turn,) = world.play(strategy, 1)
+    assert not strategy._under_way
+    proposals = strategy.ask(np.random.default_rng(1), turn.survivors)
+    assert proposals
+    assert all(proposal.screen for proposal in proposals)
+    assert strategy._under_way
+    told = [
+        world.answered(Candidate(id=str(at), genome=proposal.genome), proposal.screen) for at, proposal in enumerate(proposals)
+    ]
+    strategy.tell(turn.survivors, told)
+    assert not strategy._under_way
 
 
 @pytest.mark.slow

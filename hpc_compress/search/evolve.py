@@ -12,6 +12,7 @@ References:
 """
 
 import math
+from collections import Counter
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -110,8 +111,7 @@ class Evolve(AbstractSpaceStrategy):
     profile_seconds: float = Field(default=90.0, gt=0, description="that the device's profile takes, where no file is given")
     _candidates: dict[str, Candidate] = PrivateAttr(default_factory=dict)  # all that was told, by id
     _designs: dict[str, Design] = PrivateAttr(default_factory=dict)  # what was chosen to be measured, by genome
-    _divergences: dict[Cut, float] = PrivateAttr(default_factory=dict)  # the latest of each structure that was screened
-    _screenings: dict[Cut, Screening] = PrivateAttr(default_factory=dict)  # those that said so
+    _screenings: dict[Cut, Screening] = PrivateAttr(default_factory=dict)  # the latest of each structure
     _in_precisions: dict[Cut, dict[str, float]] = PrivateAttr(default_factory=dict)  # divergences, by way to deploy
     _alive: set[Trained] = PrivateAttr(default_factory=set)  # of living candidates, whose masters are stored
     _asked: dict[Levels, int] = PrivateAttr(default_factory=dict)  # structures sent to be screened, and on which sample last
@@ -243,7 +243,6 @@ class Evolve(AbstractSpaceStrategy):
                 levels = self._structures.levels(candidate.screening.structure)
                 if levels is not None:
                     cut = Cut(levels, share)
-                    self._divergences[cut] = candidate.screening.divergence
                     self._screenings[cut] = candidate.screening
                     for deployed in candidate.screening.deployed:
                         for name, chain in self._precisions.items():
@@ -331,7 +330,7 @@ class Evolve(AbstractSpaceStrategy):
         survey = self.known.survey
         assert survey is not None
         shares = (round(1 - self._parameters(cut.levels) / survey.encoder_parameters, 2) for cut in cuts)
-        asked = {cut.share for cut in self._divergences}
+        asked = {cut.share for cut in self._screenings}
         steps = [self._steps(Cut((), share)) for share in dict.fromkeys(shares) if 0 < share < 1 and share not in asked]
         proposals = [Proposal(genome=Genome(steps=step), screen=self._screen) for step in steps]
         first = 1 if "rescore" not in self._paid and math.isfinite(self.known.left()) else len(proposals)
@@ -353,7 +352,7 @@ class Evolve(AbstractSpaceStrategy):
         yield proposals
         # Only what was judged just now, so on the same sentences: a structure whose screening fails keeps its earlier one.
         judged = {
-            levels: self._divergences[Cut(levels)]
+            levels: self._divergence(Cut(levels))
             for levels in (cut.levels, *near.values())
             if self._screenings.get(Cut(levels)) is not before.get(Cut(levels))
         }
@@ -409,11 +408,11 @@ class Evolve(AbstractSpaceStrategy):
     def _failed_deploys(self) -> set[str]:
         """Ways to deploy that failed for at least two models which could be measured in another way, and worked for none."""
         models, worked = self._believed().losses, {self._way(design.deploy) for design in self._believed().measured}
-        failed: dict[str, int] = {}
+        failed: Counter[str] = Counter()
         for candidate in self._candidates.values():
             design = self._designs.get(canonical(candidate.genome))
             if design is not None and candidate.measurement is None and candidate.genome.deploy and design.model in models:
-                failed[self._way(design.deploy)] = failed.get(self._way(design.deploy), 0) + 1
+                failed[self._way(design.deploy)] += 1
         return {way for way, times in failed.items() if times > 1 and way not in worked}
 
     def _way(self, deploy: str) -> str:
@@ -444,7 +443,7 @@ class Evolve(AbstractSpaceStrategy):
 
     def _open_cuts(self) -> list[Cut]:
         """The best structures that lose something."""
-        return [cut for cut in self._best_cuts() if self._divergences.get(cut, 0.0) > self.negligible]
+        return [cut for cut in self._best_cuts() if self._divergence(cut) > self.negligible]
 
     def _worth_varying(self) -> list[Cut]:
         """The best structures that lose something, and the cheapest one that loses nothing: what is between them may lose
@@ -781,6 +780,10 @@ class Evolve(AbstractSpaceStrategy):
         found = [{deploy: by_divergence(value) for deploy, value in own.items()} for own in self._in_precisions.values()]
         return [{deploy: min(loss, 1 + min(own.values())) for deploy, loss in own.items()} for own in found]
 
+    def _divergence(self, cut: Cut) -> float:
+        """The latest of a structure that was screened; 0 for another one."""
+        return self._screenings[cut].divergence if cut in self._screenings else 0.0
+
     def _losses(self, models: Mapping[Trained, Mapping[str, float]], offsets: dict[str, float]) -> dict[Trained, float]:
         """Of each measured model, without what its ways to deploy add."""
         return {
@@ -794,25 +797,23 @@ class Evolve(AbstractSpaceStrategy):
     def _screened(self, losses: Mapping[Trained, float]) -> list[tuple[float, float]]:
         """Divergence and loss of the untrained cuts of which both are known."""
         untrained = self._untrained(losses)
-        return [(self._divergences[cut], loss) for cut, loss in untrained.items() if cut in self._divergences]
+        return [(self._divergence(cut), loss) for cut, loss in untrained.items() if cut in self._screenings]
 
     def _best_cuts(self) -> list[Cut]:
         """Structures that no other one beats in time, parameters and divergence; without screening, the knapsack's."""
-        if not self._still_screens or not self._divergences:
+        if not self._still_screens or not self._screenings:
             return list(self._plain)
         if self._best is None:
-            cuts = [Cut(self._sites.most), *self._divergences]
-            rows = [
-                (self._sites.price(cut.levels), self._parameters(cut.levels), self._divergences.get(cut, 0.0)) for cut in cuts
-            ]
+            cuts = [Cut(self._sites.most), *self._screenings]
+            rows = [(self._sites.price(cut.levels), self._parameters(cut.levels), self._divergence(cut)) for cut in cuts]
             self._best = [cut for cut, best in zip(cuts, front.nondominated(np.array(rows)), strict=True) if best]
         return self._best
 
     def _loss_of_cut(self, cut: Cut) -> float:
         """Expected lost tenths of the quality, untrained: by its divergence if it was screened, else by its removed scores."""
         believed = self._believed()
-        if cut in self._divergences and self._screen_stage.trust != LEFT_OUT:
-            return believed.by_divergence(self._divergences[cut])
+        if cut in self._screenings and self._screen_stage.trust != LEFT_OUT:
+            return believed.by_divergence(self._divergence(cut))
         return believed.by_scores(self._sites.mass(cut.levels))
 
     def _expected(self, design: Design) -> list[np.ndarray]:
@@ -868,8 +869,8 @@ class Evolve(AbstractSpaceStrategy):
 
     def _mass_trust(self) -> int:
         """How far what is free is trusted to rank structures as screening does."""
-        cuts = [cut for cut in self._divergences if not cut.share]
-        return self._mass_stage.judge([(self._sites.mass(cut.levels), self._divergences[cut]) for cut in cuts])
+        cuts = [cut for cut in self._screenings if not cut.share]
+        return self._mass_stage.judge([(self._sites.mass(cut.levels), self._divergence(cut)) for cut in cuts])
 
     # --- genomes ---
 
